@@ -1,0 +1,223 @@
+"""What a backend is: the protocol of the attention level and of the model level, and how a backend is found.
+
+NumPy at the boundary, so that a suite, a command line or another backend can talk to any of them.
+A third-party backend implements `Backend` and `Attention`; the model level is optional.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from lyra.spec.attention import AttentionSpec, StaticSpec
+from lyra.spec.inputs import StaticLayer
+from lyra.spec.model import ModelSpec
+from lyra.spec.split import HeadSplit
+
+__all__ = [
+    "CAPABILITIES",
+    "Attention",
+    "Backend",
+    "BackendNotFound",
+    "CapturedLayer",
+    "Engine",
+    "Gradients",
+    "ModelBackend",
+    "Result",
+    "StaticLayer",
+    "check_backend",
+    "get_backend",
+    "import_extra",
+    "known_backends",
+]
+
+ENTRY_POINTS = "lyra.backends"
+
+CAPABILITIES = {
+    "static": "attends to a static context",
+    "cache": "continues from the cache an earlier call returned",
+    "trace": "returns the value of every stage",
+    "reorder": "Attention.reorder(cache, rows) selects rows of a live cache",
+    "crop": "Attention.crop(cache, length) keeps the first tokens of a live cache",
+    "grad": "Attention.vjp",
+    "bfloat16": "Attention computes in bfloat16 when the backend is given dtype='bfloat16'",
+    "sequential": "an injected attention block after self-attention",
+}
+
+
+class BackendNotFound(LookupError):
+    """No backend of that name; the message lists the known ones."""
+
+
+class Result(NamedTuple):
+    """output [B, T, E] float32; cache: opaque, goes into the next call; trace: stage name -> array, or empty."""
+
+    output: np.ndarray
+    cache: object
+    trace: dict[str, np.ndarray]
+
+
+class Gradients(NamedTuple):
+    """What `Attention.vjp` returns; static_k and static_v are None without a static layer."""
+
+    x: np.ndarray
+    weights: dict[str, np.ndarray]
+    static_k: np.ndarray | None
+    static_v: np.ndarray | None
+
+
+@runtime_checkable
+class Attention(Protocol):
+    """One attention layer with its weights.
+
+    x [B,T,E] float32; positions [B,T] int, strictly increasing over the real tokens of a row; mask [B,T] bool
+    (False = padding); static: StaticLayer or None; cache: what an earlier Result returned, or None. A call never
+    changes the cache it is given.
+    """
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        *,
+        positions: np.ndarray,
+        mask: np.ndarray | None = None,
+        static: StaticLayer | None = None,
+        cache: object | None = None,
+        trace: bool = False,
+    ) -> Result: ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A named maker of attention layers. `weights` carry Hugging Face names and layouts, float32."""
+
+    name: str
+    capabilities: frozenset[str]
+
+    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> Attention: ...
+
+
+class CapturedLayer(NamedTuple):
+    """What capturing one layer gives: k, v [1, Hkv, S, D] float32, k normed and unrotated (clause STORED)."""
+
+    k: np.ndarray
+    v: np.ndarray
+
+
+class Engine(Protocol):
+    """A whole model in one framework: token ids in, NumPy out. Text, files and splits are the front door's business.
+
+    ids [B,T] int; mask [B,T] bool (False = padding, on the left for generation) or None.
+    """
+
+    spec: ModelSpec
+    module: Any
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """float32 [B,T,V]."""
+        ...
+
+    def log_probs(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """float32 [B,T-1]: natural logarithm of the probability of ids[:, 1:], each given all before it."""
+        ...
+
+    def generate(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray | None = None,
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int] = (),
+        on_token: Callable[[np.ndarray], None] | None = None,
+    ) -> np.ndarray:
+        """Greedy continuation, int [B,N], N <= max_new_tokens; rows that stopped early repeat their stop token.
+
+        `on_token` is called with int [B] after each step.
+        """
+        ...
+
+    def capture(
+        self, ids: np.ndarray, layers: Sequence[int], *, chunk_size: int = 512,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> dict[int, CapturedLayer]:
+        """Run the unmodified model over ids [1,S] in chunks and keep K/V of some layers (clause CAPTURE).
+
+        `on_chunk` is called with the number of tokens done. Raises InputError while a context is attached.
+        """
+        ...
+
+    def attach(self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec) -> None:
+        """Give layers their static K/V and head split; keys are rotated once, here. Replaces what was attached."""
+        ...
+
+    def detach(self) -> None:
+        """Back to the unmodified model."""
+        ...
+
+    def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
+        """Float32 copies of a layer's attention weights, in Hugging Face names and layout."""
+        ...
+
+
+@runtime_checkable
+class ModelBackend(Backend, Protocol):
+    """A backend that also loads whole models, from a folder in Hugging Face's layout (config.json, *.safetensors)."""
+
+    def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> Engine: ...
+
+
+def known_backends() -> dict[str, EntryPoint]:
+    """Every installed backend by name, not imported yet."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of an entry point's name or of `package.module:Class`, made by calling it without arguments.
+
+    Raises BackendNotFound for an unknown name and ImportError, naming the extra, where its framework is missing.
+    """
+    points = known_backends()
+    if name in points:
+        point = points[name]
+    elif ":" in name:
+        point = EntryPoint(name=name, value=name, group=ENTRY_POINTS)
+    else:
+        raise BackendNotFound(
+            f"unknown backend {name!r}; known: {', '.join(sorted(points)) or 'none'}. "
+            f"A backend of your own goes by 'package.module:Class'"
+        )
+    try:
+        made = point.load()()
+    except ModuleNotFoundError as error:
+        if error.name is not None and not error.name.startswith("lyra") and name in points:
+            raise ImportError(
+                f"backend {name!r} needs {error.name!r}, which is not installed: pip install 'lyra[{name}]'",
+                name=error.name,
+            ) from error
+        raise BackendNotFound(f"backend {name!r}: no module {error.name!r}") from error
+    except AttributeError as error:
+        raise BackendNotFound(f"backend {name!r}: {error}") from error
+    return check_backend(made)
+
+
+def check_backend(made: Any) -> Backend:
+    """Refuse what is no backend, saying what is missing."""
+    missing = [part for part in ("name", "capabilities", "attention") if not hasattr(made, part)]
+    if missing:
+        raise BackendNotFound(f"{type(made).__name__} is no backend: it lacks {', '.join(missing)}")
+    unknown = sorted(set(made.capabilities) - set(CAPABILITIES))
+    if unknown:
+        raise BackendNotFound(f"backend {made.name!r} claims unknown capabilities {unknown}; known: {list(CAPABILITIES)}")
+    return made
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Import an optional package, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"this needs {module!r}, which is not installed: pip install 'lyra[{extra}]'") from error

@@ -1,0 +1,21 @@
+"""What is true: the spec of split-head attention, its presets and the context file. Needs NumPy and pydantic only."""
+
+from .attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
+from .errors import ContextError, InputError, SpecError
+from .model import LayerSplit, ModelSpec, load_spec, presets
+from .split import HeadSplit
+
+__all__ = [
+    "AttentionSpec",
+    "ContextError",
+    "HeadSplit",
+    "InputError",
+    "LayerSplit",
+    "ModelSpec",
+    "QKNormSpec",
+    "RopeSpec",
+    "SpecError",
+    "StaticSpec",
+    "load_spec",
+    "presets",
+]

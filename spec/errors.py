@@ -1,0 +1,34 @@
+"""The two kinds of refusal the spec knows: a spec that is not one, and an input that does not fit it."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+
+class SpecError(ValueError):
+    """A spec, split or preset that cannot be built. The message names the value, what was expected and what to do."""
+
+    @classmethod
+    def from_validation(cls, owner: str, error: ValidationError) -> SpecError:
+        """Flatten pydantic's report into one line per problem, without its links and input dumps."""
+        lines = []
+        for item in error.errors(include_url=False, include_context=False):
+            where = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] in {"value_error", "missing", "extra_forbidden"}:
+                got = ""
+            else:
+                got = f", got {item['input']!r}"
+            if item["type"] == "value_error" and message.startswith(owner):
+                lines.append(message)
+            else:
+                lines.append(f"{owner}{'.' + where if where else ''}: {message}{got}")
+        return cls("\n".join(lines))
+
+
+class ContextError(ValueError):
+    """A static context that cannot be read, or does not fit the model it is attached to."""
+
+
+class InputError(ValueError):
+    """Arguments of an attention call that contradict the spec (shape, dtype, static heads)."""

@@ -1,0 +1,124 @@
+"""What may go into an attention call, checked once at the door of every backend. No numeric code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from .attention import AttentionSpec
+from .errors import InputError
+
+
+class StaticLayer(NamedTuple):
+    """One layer's static keys and values, for the KV heads the Lyra stream reads, in ascending order.
+
+    k, v       [Bc, G, S, D] float32; k normed and unrotated (clause STORED)
+    mask       [Bc, S] bool; False hides a slot from every head and row (clause MASKED)
+    positions  [Bc, S] int; where the static tokens sit (clause POSITION)
+    Bc is 1 (one context for all rows) or B.
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+    mask: np.ndarray
+    positions: np.ndarray
+
+
+class CallInputs(NamedTuple):
+    """The arguments of a call, checked: x [B,T,E] float32, positions [B,T] int64, mask [B,T] bool, static or None."""
+
+    x: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    static: StaticLayer | None
+
+
+def check_call(
+    spec: AttentionSpec,
+    x: np.ndarray,
+    positions: np.ndarray,
+    mask: np.ndarray | None,
+    static: StaticLayer | None,
+) -> CallInputs:
+    """Check the arguments of an attention call against the spec and fill in an absent mask.
+
+    `static` comes back as None where the spec has no Lyra heads: nothing reads it. Raises InputError.
+    """
+    x = np.asarray(x)
+    if x.ndim != 3 or x.shape[2] != spec.hidden_size:
+        raise InputError(f"x has shape {x.shape}; expected [batch, tokens, {spec.hidden_size}]")
+    batch, tokens = x.shape[:2]
+    if not np.issubdtype(x.dtype, np.floating):
+        raise InputError(f"x has dtype {x.dtype}; expected float32")
+    positions = np.asarray(positions)
+    if positions.shape != (batch, tokens) or not np.issubdtype(positions.dtype, np.integer):
+        raise InputError(
+            f"positions has shape {positions.shape} and dtype {positions.dtype}; expected integers [{batch}, {tokens}]"
+        )
+    mask = np.ones((batch, tokens), dtype=bool) if mask is None else np.asarray(mask)
+    if mask.shape != (batch, tokens) or mask.dtype != np.bool_:
+        raise InputError(f"mask has shape {mask.shape} and dtype {mask.dtype}; expected bool [{batch}, {tokens}]")
+    if static is not None:
+        static = check_static(spec, static, batch)
+    return CallInputs(
+        np.ascontiguousarray(x, dtype=np.float32),
+        positions.astype(np.int64, copy=False),
+        mask,
+        static if spec.lyra_q_heads else None,
+    )
+
+
+def check_static(spec: AttentionSpec, static: StaticLayer, batch: int) -> StaticLayer:
+    """Check one layer's static K/V against the spec and the batch. Raises InputError."""
+    k, v, mask, positions = (np.asarray(part) for part in static)
+    groups = len(spec.lyra_kv_heads)
+    if k.ndim != 4 or v.shape != k.shape:
+        raise InputError(f"static k {k.shape} and v {v.shape} must both be [1 or batch, kv_heads, tokens, head_dim]")
+    if k.shape[1] != groups:
+        raise InputError(
+            f"static k and v hold {k.shape[1]} KV heads; the split's Lyra heads read {groups}: {spec.lyra_kv_heads}"
+        )
+    if k.shape[3] != spec.head_dim:
+        raise InputError(f"static k and v have head_dim {k.shape[3]}; the spec has {spec.head_dim}")
+    if k.shape[0] not in {1, batch}:
+        raise InputError(f"static k and v have batch {k.shape[0]}; expected 1 (shared by all rows) or {batch}")
+    shape = (k.shape[0], k.shape[2])
+    if mask.shape != shape or mask.dtype != np.bool_:
+        raise InputError(f"static mask has shape {mask.shape} and dtype {mask.dtype}; expected bool {shape}")
+    if positions.shape != shape or not np.issubdtype(positions.dtype, np.integer):
+        raise InputError(
+            f"static positions has shape {positions.shape} and dtype {positions.dtype}; expected integers {shape}"
+        )
+    check_visible_finite("static k", k, mask)
+    check_visible_finite("static v", v, mask)
+    return StaticLayer(
+        k.astype(np.float32, copy=False), v.astype(np.float32, copy=False), mask, positions.astype(np.int64, copy=False)
+    )
+
+
+def check_visible_finite(name: str, values: np.ndarray, mask: np.ndarray) -> None:
+    """Refuse NaN and infinity where they would be seen: values [Bc,G,S,D], mask [Bc,S]. Raises InputError."""
+    if np.isfinite(values).all():
+        return
+    bad = np.argwhere(~np.isfinite(values).all(axis=(1, 3)) & mask)
+    if len(bad):
+        row, slot = bad[0]
+        raise InputError(
+            f"{name} is not finite in {len(bad)} visible slots, the first at row {row}, token {slot}; "
+            f"mask these slots or capture the context again"
+        )
+    raise InputError(f"{name} is not finite in masked slots; fill them with any finite value, for example 0")
+
+
+def check_weights(spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights the spec asks for, as float32; missing, unknown and misshapen ones are refused. Raises InputError."""
+    shapes = spec.weight_shapes()
+    missing, unknown = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
+    if missing or unknown:
+        raise InputError(f"weights: missing {missing or 'none'}, not in the spec {unknown or 'none'}")
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
+            raise InputError(f"weights[{name!r}] has shape {tuple(weights[name].shape)}; the spec says {shape}")
+    return {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}

@@ -1,0 +1,239 @@
+"""ModelSpec: a whole Gemma-3 text model as the spec sees it, its layer pattern and the spec of every layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.resources import files
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from .attention import AttentionSpec, Positive, QKNormSpec, RopeSpec, Size, StaticSpec
+from .base import SpecModel
+from .errors import SpecError
+from .split import HeadSplit
+
+LayerType = Literal["sliding", "global"]
+
+GEMMA3_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+"""What a Gemma-3 config.json leaves out means these values (the defaults of Hugging Face's Gemma3TextConfig)."""
+
+
+class LayerSplit(SpecModel):
+    """The head split of one layer, where layers differ."""
+
+    layer: Annotated[int, Field(ge=0)]
+    split: HeadSplit
+
+
+class ModelSpec(SpecModel):
+    """A decoder of sliding-window and global layers.
+
+    `attention` describes the global layers, `sliding` the sliding-window ones (None where there are none).
+    `splits` overrides the head split of single global layers. `layer(i)` gives the AttentionSpec of layer i.
+
+    Raises SpecError.
+    """
+
+    name: str
+    vocab_size: Size
+    intermediate_size: Size
+    pattern: tuple[LayerType, ...]
+    attention: AttentionSpec
+    sliding: AttentionSpec | None = None
+    rms_norm_eps: Positive = 1e-6
+    hidden_activation: str = "gelu_pytorch_tanh"
+    tie_word_embeddings: bool = True
+    final_softcap: Positive | None = None
+    splits: tuple[LayerSplit, ...] = ()
+
+    @field_validator("sliding", "final_softcap", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        if not self.pattern:
+            raise ValueError("pattern is empty; a model has at least one layer")
+        if "sliding" in self.pattern and self.sliding is None:
+            raise ValueError("the pattern has sliding layers; give their spec as `sliding`")
+        if self.attention.sliding_window is not None:
+            raise ValueError("`attention` describes global layers; leave sliding_window to `sliding`")
+        wrong = [item.layer for item in self.splits if item.layer not in self.global_layers]
+        if wrong:
+            raise ValueError(
+                f"splits name layers {wrong}, which are not global; the global layers are {list(self.global_layers)}"
+            )
+        bound = tuple(item.replace(split=item.split.bind(self.attention)) for item in self.splits)
+        object.__setattr__(self, "splits", bound)
+        return self
+
+    @property
+    def hidden_size(self) -> int:
+        """E, the width of the residual stream."""
+        return self.attention.hidden_size
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Hq of the global layers."""
+        return self.attention.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Hkv of the global layers."""
+        return self.attention.num_key_value_heads
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self.pattern)
+
+    @cached_property
+    def global_layers(self) -> tuple[int, ...]:
+        """Indices of the global layers: the only ones that can carry Lyra heads (clause SLIDING)."""
+        return tuple(i for i, kind in enumerate(self.pattern) if kind == "global")
+
+    def layer(self, index: int) -> AttentionSpec:
+        """The spec of layer `index`, with that layer's split."""
+        if not 0 <= index < len(self.pattern):
+            raise SpecError(f"{self.name}: there is no layer {index}; it has layers 0 to {len(self.pattern) - 1}")
+        if self.pattern[index] == "sliding":
+            assert self.sliding is not None
+            return self.sliding
+        own = {item.layer: item.split for item in self.splits}
+        return self.attention.replace(split=own[index]) if index in own else self.attention
+
+    def with_split(
+        self, split: HeadSplit | Mapping[int, HeadSplit] | None, static: StaticSpec | None = None
+    ) -> Self:
+        """The same model with one split for all global layers, or one per layer (layers left out get none)."""
+        static = static or self.attention.static
+        if isinstance(split, Mapping):
+            splits = tuple(LayerSplit(layer=layer, split=one) for layer, one in sorted(split.items()))
+            return self.replace(attention=self.attention.replace(split=None, static=static), splits=splits)
+        return self.replace(attention=self.attention.replace(split=split, static=static), splits=())
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], name: str | None = None) -> Self:
+        """The spec of a Gemma-3 config.json, old or new style, text-only or multimodal.
+
+        Raises SpecError for another architecture or a feature the spec does not have.
+        """
+        if "text_config" in config:
+            outer = config
+            config = {**config["text_config"], "model_type": "gemma3_text"}
+            config.setdefault("tie_word_embeddings", outer.get("tie_word_embeddings", True))
+        kind = config.get("model_type")
+        if kind != "gemma3_text":
+            raise SpecError(f"ModelSpec.from_hf_config: model_type is {kind!r}; this reads 'gemma3' and 'gemma3_text'")
+        if config.get("use_bidirectional_attention"):
+            raise SpecError("ModelSpec.from_hf_config: use_bidirectional_attention is set; the spec is causal")
+        values = GEMMA3_DEFAULTS | {key: value for key, value in config.items() if value is not None}
+        ropes = _rope_by_kind(values)
+        common: dict[str, Any] = {
+            "hidden_size": values["hidden_size"],
+            "num_attention_heads": values["num_attention_heads"],
+            "num_key_value_heads": values["num_key_value_heads"],
+            "head_dim": values["head_dim"],
+            "scale": values["query_pre_attn_scalar"] ** -0.5,
+            "softcap": values.get("attn_logit_softcapping"),
+            "bias": values["attention_bias"],
+            "qk_norm": QKNormSpec(eps=values["rms_norm_eps"]),
+        }
+        pattern = _pattern(values)
+        return cls(
+            name=name or values.get("_name_or_path") or "gemma-3",
+            vocab_size=values["vocab_size"],
+            intermediate_size=values["intermediate_size"],
+            pattern=pattern,
+            attention=AttentionSpec(**common, rope=ropes["global"]),
+            sliding=(
+                AttentionSpec(**common, rope=ropes["sliding"], sliding_window=values["sliding_window"])
+                if "sliding" in pattern
+                else None
+            ),
+            rms_norm_eps=values["rms_norm_eps"],
+            hidden_activation=values["hidden_activation"],
+            tie_word_embeddings=values["tie_word_embeddings"],
+            final_softcap=values.get("final_logit_softcapping"),
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """A model the package knows by name. Raises SpecError with the known names."""
+        if name not in presets():
+            raise SpecError(f"unknown preset {name!r}; known: {', '.join(presets())}")
+        return cls.from_toml((files("lyra.spec") / "presets" / f"{name}.toml").read_text())
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the models the package describes."""
+    found = (files("lyra.spec") / "presets").iterdir()
+    return tuple(sorted(item.name.removesuffix(".toml") for item in found if item.name.endswith(".toml")))
+
+
+def load_spec(source: str | os.PathLike[str]) -> ModelSpec | AttentionSpec:
+    """A preset's name or a TOML file; the file describes a model or a single attention layer. Raises SpecError."""
+    text = os.fspath(source)
+    if text in presets():
+        return ModelSpec.preset(text)
+    if not text.endswith(".toml") or not os.path.isfile(text):
+        raise SpecError(f"{text!r} is neither a .toml file nor a preset; presets: {', '.join(presets())}")
+    import tomllib
+
+    with open(text, "rb") as file:
+        try:
+            fields = tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise SpecError(f"{text} is not TOML ({error})") from None
+    return ModelSpec.from_dict(fields) if "pattern" in fields else AttentionSpec.from_dict(fields)
+
+
+def _pattern(values: Mapping[str, Any]) -> tuple[LayerType, ...]:
+    kinds: dict[str, LayerType] = {"sliding_attention": "sliding", "full_attention": "global"}
+    if "layer_types" in values:
+        unknown = sorted(set(values["layer_types"]) - set(kinds))
+        if unknown:
+            raise SpecError(f"ModelSpec.from_hf_config: unknown layer_types {unknown}; known: {list(kinds)}")
+        return tuple(kinds[kind] for kind in values["layer_types"])
+    every = values.get("_sliding_window_pattern", values["sliding_window_pattern"])
+    return tuple("sliding" if (i + 1) % every else "global" for i in range(values["num_hidden_layers"]))
+
+
+def _rope_by_kind(values: Mapping[str, Any]) -> dict[str, RopeSpec]:
+    """RoPE of both layer kinds: new configs keep it per layer type, old ones in three separate fields."""
+    if "rope_parameters" in values:
+        new = values["rope_parameters"]
+        return {"global": _rope(new["full_attention"]), "sliding": _rope(new.get("sliding_attention") or {})}
+    return {
+        "global": _rope({**(values.get("rope_scaling") or {}), "rope_theta": values["rope_theta"]}),
+        "sliding": _rope({"rope_theta": values["rope_local_base_freq"]}),
+    }
+
+
+def _rope(fields: Mapping[str, Any]) -> RopeSpec:
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    if kind not in {"default", "linear"}:
+        raise SpecError(f"ModelSpec.from_hf_config: rope_type is {kind!r}; the spec has 'default' and 'linear'")
+    factor = fields.get("factor", 1.0) if kind == "linear" else 1.0
+    return RopeSpec(theta=fields.get("rope_theta", 10_000.0), factor=factor)
