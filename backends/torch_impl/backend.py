@@ -1,0 +1,96 @@
+"""The protocol adaptor: NumPy in, torch inside, NumPy out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from lyra.backends.protocol import Result
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.errors import InputError
+from lyra.spec.inputs import StaticLayer, check_call, check_weights
+
+from .cache import LiveCache
+from .heads import lyra_heads
+from .layer import Call, run
+from .static import prepare_static
+
+if TYPE_CHECKING:
+    from .model import TorchEngine
+
+
+class TorchAttention:
+    """One attention layer in PyTorch, float32 on the CPU. Implements `lyra.backends.protocol.Attention`."""
+
+    def __init__(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> None:
+        self.spec = spec
+        self.weights = {name: torch.tensor(value) for name, value in check_weights(spec, weights).items()}
+        self.lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads)
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        *,
+        positions: np.ndarray,
+        mask: np.ndarray | None = None,
+        static: StaticLayer | None = None,
+        cache: object | None = None,
+        trace: bool = False,
+    ) -> Result:
+        """Run the layer. Shapes as in the protocol; raises InputError for inputs that contradict the spec."""
+        inputs = check_call(self.spec, x, positions, mask, static)
+        past = None if cache is None else self._own(cache)
+        if past is not None and len(past.mask) != len(inputs.x):
+            raise InputError(
+                f"cache holds {len(past.mask)} rows and x {len(inputs.x)}; reorder the cache or start without one"
+            )
+        with torch.inference_mode():
+            # Copies, so that the caller's arrays are never aliased and every call sees the same memory alignment.
+            call = Call(
+                torch.tensor(inputs.x),
+                torch.tensor(inputs.positions),
+                torch.tensor(inputs.mask),
+                prepare_static(self.spec, inputs.static),
+                past,
+            )
+            output, live, stages = run(self.spec, self.weights, self.lyra, call)
+            traced = {name: value.numpy() for name, value in stages.items()} if trace else {}
+            return Result(output.numpy(), live, traced)
+
+    def reorder(self, cache: object, rows: Sequence[int]) -> LiveCache:
+        """A new cache whose row i is row rows[i] of `cache` (beam search). Raises InputError for a foreign cache."""
+        return self._own(cache).reorder([int(row) for row in rows])
+
+    def crop(self, cache: object, length: int) -> LiveCache:
+        """A new cache with the first `length` tokens of `cache`, padding included. Raises InputError."""
+        own = self._own(cache)
+        if not 0 <= length <= own.mask.shape[1]:
+            raise InputError(f"crop: length is {length}; the cache holds {own.mask.shape[1]} tokens")
+        return own.crop(int(length))
+
+    @staticmethod
+    def _own(cache: object) -> LiveCache:
+        if not isinstance(cache, LiveCache):
+            raise InputError(
+                f"cache is a {type(cache).__name__}; expected what an earlier call of this backend returned"
+            )
+        return cache
+
+
+class TorchBackend:
+    """PyTorch. Implements `lyra.backends.protocol.ModelBackend`."""
+
+    name = "torch"
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop"})
+
+    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> TorchAttention:
+        """One attention layer with its weights (Hugging Face names and layouts). Raises InputError."""
+        return TorchAttention(spec, weights)
+
+    def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
+        """A whole Gemma-3 from a folder with config.json and *.safetensors. Needs transformers."""
+        from .model import TorchEngine
+
+        return TorchEngine.load(folder, dtype=dtype, device=device)

@@ -1,0 +1,15 @@
+"""RMSNorm of queries and keys (clause NORM)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x · rsqrt(mean(x²) + eps) · (1 + weight) over the last axis, in float32, cast back to x's type. Clause NORM-1.
+
+    x [..., D]; weight [D].
+    """
+    wide = x.float()
+    inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse_rms * (1.0 + weight.float())).to(x.dtype)

@@ -1,0 +1,108 @@
+"""The one attention core: softmax attention over some of the keys, in a form that merges with the rest of them.
+
+A Partial holds the unnormalised output, the largest score and the sum of the exponentials relative to it; two
+Partials over disjoint keys merge into the Partial over their union (clauses STATIC-1, STATIC-4).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+SCORES_PER_BLOCK = 1 << 22
+"""Queries are taken in blocks of about this many scores, so that long prefills need little memory."""
+
+
+class Partial(NamedTuple):
+    """out [...,T,D] = sum of exp(score - max) · v; max, sum [...,T,1]. Without a visible key: 0, -inf and 0."""
+
+    out: torch.Tensor
+    max: torch.Tensor
+    sum: torch.Tensor
+
+
+def partial_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> Partial:
+    """Attention of q [N,H,R,T,D] over k, v [N,H,L,D] in float32; clauses SCALE and MASKED.
+
+    visible is bool, broadcastable to [N,H,R,T,L], or None where every query sees every key. A key that is not
+    visible has no influence, whatever finite value it holds: its score is selected away, its weight is exactly 0.
+    """
+    tokens, keys = q.shape[-2], k.shape[-2]
+    if keys == 0:
+        return nothing_like(q)
+    block = max(1, SCORES_PER_BLOCK // max(1, q[..., 0, 0].numel() * keys))
+    if tokens <= block:
+        return _block(q, k, v, visible, scale, softcap)
+    parts = [
+        _block(q[..., start : start + block, :], k, v, _rows(visible, start, block), scale, softcap)
+        for start in range(0, tokens, block)
+    ]
+    return Partial(*(torch.cat(field, dim=-2) for field in zip(*parts, strict=True)))
+
+
+def nothing_like(q: torch.Tensor) -> Partial:
+    """The Partial of queries q [...,T,D] that see no key."""
+    zeros = torch.zeros_like(q, dtype=torch.float32)
+    return Partial(zeros, torch.full_like(zeros[..., :1], -math.inf), zeros[..., :1])
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The Partial over the keys of both, which must be disjoint."""
+    top = torch.maximum(a.max, b.max)
+    weight_a, weight_b = _relative(a.max, top), _relative(b.max, top)
+    return Partial(a.out * weight_a + b.out * weight_b, top, a.sum * weight_a + b.sum * weight_b)
+
+
+def keep(partial: Partial, rows: torch.Tensor) -> Partial:
+    """The Partial where `rows` (bool, broadcastable to max) is True, and that of no visible key elsewhere."""
+    return Partial(
+        torch.where(rows, partial.out, 0.0),
+        torch.where(rows, partial.max, -math.inf),
+        torch.where(rows, partial.sum, 0.0),
+    )
+
+
+def finish(partial: Partial) -> torch.Tensor:
+    """Normalise: [...,T,D] float32, exactly 0 where no key was visible (clause MASKED-2)."""
+    seen = partial.sum > 0
+    return torch.where(seen, partial.out / torch.where(seen, partial.sum, 1.0), 0.0)
+
+
+def _block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    group, tokens = q.shape[-3:-1]
+    queries = (q.float() * scale).flatten(-3, -2)  # [N,H,R·T,D]: one product per KV head
+    scores = torch.matmul(queries, k.float().transpose(-1, -2))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.unflatten(-2, (group, tokens))
+    if visible is not None:
+        scores = torch.where(visible, scores, -math.inf)
+    # The largest score cancels out of the result, so no gradient has to flow through it.
+    top = scores.detach().amax(dim=-1, keepdim=True)
+    weights = (scores - top.clamp_min(torch.finfo(torch.float32).min)).exp_()
+    out = torch.matmul(weights.flatten(-3, -2), v.float()).unflatten(-2, (group, tokens))
+    return Partial(out, top, weights.sum(dim=-1, keepdim=True))
+
+
+def _rows(visible: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+    return visible if visible is None or visible.shape[-2] == 1 else visible[..., start : start + count, :]
+
+
+def _relative(own: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return torch.exp(own - top.clamp_min(torch.finfo(torch.float32).min))

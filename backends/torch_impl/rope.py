@@ -1,0 +1,28 @@
+"""Rotary position embedding in the half-split layout (clause ROPE)."""
+
+from __future__ import annotations
+
+import torch
+from lyra.spec.attention import RopeSpec
+
+
+def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
+    """Radians per position of every pair: theta^(-2i/D) / factor, float64 [D/2]. Clause ROPE-2."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return rope.theta**-exponents / rope.factor
+
+
+def cos_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of position · frequency, float32 [..., D/2]; positions [...] int, negative ones included.
+
+    The angle is formed in float64 and rounded once at the end: in float32 the error of an angle grows with the
+    position, and positions reach 131,072 (clause ROPE-3).
+    """
+    angles = positions.to(torch.float64)[..., None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn element i with element i + D/2: x [..., D], cos and sin broadcastable to [..., D/2]. Clause ROPE-1."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,46 @@
+"""The static context as attention uses it: keys rotated once (clauses STORED and POSITION)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.inputs import StaticLayer
+
+from .rope import cos_sin, inverse_frequencies, rotate
+
+
+class PreparedStatic(NamedTuple):
+    """k (rotated), v [Bc,G,S,D] float32; visible bool [Bc,S], or None where every slot is."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    visible: torch.Tensor | None
+
+
+def prepare_static(spec: AttentionSpec, static: StaticLayer | None) -> PreparedStatic | None:
+    """Rotate static keys to where live tokens at t meet them: at j - P for "continue", at j for "overlay".
+
+    A context shared by all rows keeps its visible slots only. None where no slot is visible. `static` must have
+    passed `check_static`. Clauses STORED-2, POSITION-1, POSITION-2.
+    """
+    if static is None or not static.mask.any():
+        return None
+    shift = past(static) if spec.static.positions == "continue" else np.zeros((len(static.mask), 1), dtype=np.int64)
+    if len(static.mask) == 1 and not static.mask.all():
+        slots = static.mask[0]
+        static = StaticLayer(
+            static.k[:, :, slots], static.v[:, :, slots], static.mask[:, slots], static.positions[:, slots]
+        )
+    k, v, mask, positions = (torch.tensor(part) for part in static)
+    if spec.rope is not None:
+        cos, sin = cos_sin(positions - torch.tensor(shift), inverse_frequencies(spec.rope, spec.head_dim))
+        k = rotate(k, cos[:, None], sin[:, None])
+    return PreparedStatic(k, v, None if static.mask.all() else mask)
+
+
+def past(static: StaticLayer) -> np.ndarray:
+    """P of every context row, int [Bc,1]: one more than its highest visible position, 0 if none is visible."""
+    return np.where(static.mask, static.positions + 1, 0).max(axis=1, keepdims=True, initial=0)
