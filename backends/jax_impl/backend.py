@@ -1,0 +1,111 @@
+"""The JAX backend behind the protocol: NumPy in, NumPy out, one compiled function a layer call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from lyra.backends.protocol import Result
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.errors import InputError
+from lyra.spec.inputs import StaticLayer, check_call, check_weights
+
+from . import cache as live
+from .cache import LiveCache
+from .layer import Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
+from .static import PlacedStatic, place_static, rotate_static
+
+
+@partial(jax.jit, static_argnames="shape")
+def call_layer(
+    x: Array,
+    positions: Array,
+    mask: Array,
+    weights: Mapping[str, Array],
+    constants: Constants,
+    static: PlacedStatic | None,
+    cache: LiveCache,
+    *,
+    shape: Shape,
+) -> tuple[Array, LiveCache, dict[str, Array]]:
+    """A whole layer call in one compiled function, see `run_layer`; the cache must have room for the call's tokens."""
+    rotated = None if static is None else rotate_static(static, constants.frequencies)
+    return run_layer(x, Layer(weights, constants, shape), Call(positions, mask, rotated, cache))
+
+
+class JaxAttention:
+    """One attention layer in JAX (protocol `Attention`). The weights move to the device here, once."""
+
+    def __init__(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> None:
+        """Raises InputError where the weights are not those of the spec."""
+        self.spec = spec
+        self._shape = shape_of(spec)
+        self._weights: dict[str, Array] = jax.device_put(check_weights(spec, weights))
+        self._constants: Constants = jax.device_put(constants_of(spec))
+        self._trace_names = spec.trace_names()
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        *,
+        positions: np.ndarray,
+        mask: np.ndarray | None = None,
+        static: StaticLayer | None = None,
+        cache: object | None = None,
+        trace: bool = False,
+    ) -> Result:
+        """Attend. x [B,T,E] float32, positions [B,T] int, mask [B,T] bool; see protocol `Attention`.
+
+        Raises InputError.
+        """
+        inputs = check_call(self.spec, x, positions, mask, static)
+        batch, tokens = inputs.mask.shape
+        past = self._empty_cache(batch, tokens) if cache is None else _live_cache(cache)
+        if past.batch != batch:
+            raise InputError(f"the cache has {past.batch} rows, x has {batch}; reorder the cache or give matching rows")
+        placed = None if inputs.static is None else place_static(self.spec, inputs.static)
+        output, cache_after, stages = call_layer(
+            inputs.x,
+            inputs.positions.astype(np.int32),
+            inputs.mask,
+            self._weights,
+            self._constants if placed is not None else self._constants._replace(split=None),
+            placed,
+            live.with_room(past, tokens),
+            shape=self._shape,
+        )
+        values = {name: np.asarray(stages[name]) for name in self._trace_names} if trace else {}
+        return Result(np.asarray(output), cache_after._replace(length=past.length + tokens), values)
+
+    def reorder(self, cache: object, rows: Sequence[int] | np.ndarray) -> LiveCache:
+        """The given rows of a live cache, repeats allowed. Raises InputError."""
+        return live.reorder(_live_cache(cache), np.asarray(rows))
+
+    def crop(self, cache: object, length: int) -> LiveCache:
+        """The first `length` tokens of a live cache. Raises InputError."""
+        return live.crop(_live_cache(cache), length)
+
+    def _empty_cache(self, batch: int, tokens: int) -> LiveCache:
+        return live.empty_cache(batch, self._shape.kv_heads, self._shape.head_dim, live.bucket(tokens))
+
+
+class JaxBackend:
+    """Attention layers and whole Gemma-3 models in JAX (protocols `Backend` and `ModelBackend`)."""
+
+    name = "jax"
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop"})
+
+    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> JaxAttention:
+        """One attention layer. `weights` carry Hugging Face names and layouts. Raises InputError."""
+        return JaxAttention(spec, weights)
+
+
+def _live_cache(cache: Any) -> LiveCache:
+    if not isinstance(cache, LiveCache):
+        raise InputError(f"cache is a {type(cache).__name__}; give the cache of an earlier Result of this backend")
+    return cache

@@ -1,0 +1,173 @@
+"""One attention layer: its stages in order, and the pipeline that runs them.
+
+Compiled code depends on shapes and structure only. Every number of a spec (eps, frequencies, scale, softcap, window)
+and every choice of heads travels as an array; what a spec lacks is None, which is structure.
+
+Axes: B batch, T tokens of the call, L live keys, S static keys, E hidden_size, Hq query heads, Hkv KV heads,
+R = Hq / Hkv, G KV heads with static keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lyra.spec.attention import TRACES, AttentionSpec
+
+from .cache import LiveCache, append
+from .heads import SplitArrays, fold, fold_visible, split_arrays, unfold
+from .norm import rms_norm
+from .partial import HIGHEST, finish, merge, partial_attention
+from .rope import cos_sin, inverse_frequencies, rotate
+from .static import StaticKV, static_attention
+from .visibility import LiveRule, live_rule, visible_keys
+
+
+class Shape(NamedTuple):
+    """What compiled code is specialised to, besides array shapes."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    order: tuple[str, ...]
+
+
+class Constants(NamedTuple):
+    """The numbers of a spec, as float32 and bool arrays; None for a part that the layer does not have."""
+
+    scale: np.ndarray | Array
+    eps: np.ndarray | Array | None
+    frequencies: np.ndarray | Array | None
+    softcap: np.ndarray | Array | None
+    window: np.ndarray | Array | None
+    rule: LiveRule | None
+    split: SplitArrays | None
+
+
+class Call(NamedTuple):
+    """What one call brings: positions [B,T] int32, mask [B,T] bool, static keys or None, a cache with room for T."""
+
+    positions: Array
+    mask: Array
+    static: StaticKV | None
+    cache: LiveCache
+
+
+class Flow(NamedTuple):
+    """What passes through the stages: x and output [B,T,E]; q and heads [B,T,Hq,D]; k and v [B,T,Hkv,D]."""
+
+    x: Array
+    cache: LiveCache
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    heads: Array | None = None
+    output: Array | None = None
+
+
+class Layer(NamedTuple):
+    """Weights by their Hugging Face names, numbers and shape of one layer."""
+
+    weights: Mapping[str, Array]
+    constants: Constants
+    shape: Shape
+
+
+def shape_of(spec: AttentionSpec) -> Shape:
+    """The part of a spec that compiled code is specialised to."""
+    return Shape(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, spec.order)
+
+
+def constants_of(spec: AttentionSpec) -> Constants:
+    """The part of a spec that travels as arrays."""
+    return Constants(
+        scale=np.float32(spec.scale),
+        eps=None if spec.qk_norm is None else np.float32(spec.qk_norm.eps),
+        frequencies=inverse_frequencies(spec),
+        softcap=None if spec.softcap is None else np.float32(spec.softcap),
+        window=None if spec.sliding_window is None else np.int32(min(spec.sliding_window, 2**30)),
+        rule=live_rule(spec),
+        split=split_arrays(spec),
+    )
+
+
+def project(flow: Flow, layer: Layer, call: Call) -> Flow:
+    """Queries, keys and values by head. Clause ORDER-1."""
+    shape = layer.shape
+    return flow._replace(
+        q=_heads(_linear(flow.x, layer.weights, "q_proj"), shape.query_heads),
+        k=_heads(_linear(flow.x, layer.weights, "k_proj"), shape.kv_heads),
+        v=_heads(_linear(flow.x, layer.weights, "v_proj"), shape.kv_heads),
+    )
+
+
+def norm(flow: Flow, layer: Layer, call: Call) -> Flow:
+    """RMSNorm of queries and keys per head, if the layer has one. Clause NORM."""
+    eps = layer.constants.eps
+    if eps is None:
+        return flow
+    return flow._replace(
+        q=rms_norm(flow.q, layer.weights["q_norm.weight"], eps), k=rms_norm(flow.k, layer.weights["k_norm.weight"], eps)
+    )
+
+
+def rope(flow: Flow, layer: Layer, call: Call) -> Flow:
+    """Rotate queries and keys at the positions of the call, if the layer has RoPE. Clauses ROPE and ORDER-3."""
+    if layer.constants.frequencies is None:
+        return flow
+    cos, sin = (part[:, :, None] for part in cos_sin(call.positions, layer.constants.frequencies))
+    return flow._replace(q=rotate(flow.q, cos, sin), k=rotate(flow.k, cos, sin))
+
+
+def attend(flow: Flow, layer: Layer, call: Call) -> Flow:
+    """Every head over the live keys, Lyra heads over the static keys too, with one softmax. Clauses LIVE and STATIC."""
+    shape, constants = layer.shape, layer.constants
+    cache = append(call.cache, flow.k, flow.v, call.mask, call.positions)
+    visible = visible_keys(call.positions, cache.positions, cache.mask, constants.window, constants.rule)
+    visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
+    query = fold(flow.q, shape.kv_heads)
+    partial = partial_attention(query, cache.keys, cache.values, visible, constants.scale, constants.softcap)
+    if call.static is not None:
+        tokens = flow.x.shape[1]
+        static = static_attention(query, call.static, constants.split, tokens, constants.scale, constants.softcap)
+        partial = merge(partial, static)
+    return flow._replace(heads=unfold(finish(partial), shape.query_heads), cache=cache)
+
+
+def output(flow: Flow, layer: Layer, call: Call) -> Flow:
+    """Concatenate the heads in their original order and project. Clause ORDER-1."""
+    batch, tokens, heads, head_dim = flow.heads.shape
+    return flow._replace(output=_linear(flow.heads.reshape(batch, tokens, heads * head_dim), layer.weights, "o_proj"))
+
+
+Stage = Callable[[Flow, Layer, Call], Flow]
+STAGES: dict[str, Stage] = {"project": project, "norm": norm, "rope": rope, "attend": attend, "output": output}
+
+
+def run_layer(x: Array, layer: Layer, call: Call) -> tuple[Array, LiveCache, dict[str, Array]]:
+    """Run the stages in the spec's order: output [B,T,E], the cache with the call's tokens, every stage's values.
+
+    x [B,T,E] float32. Padding enters as zeros: nothing it holds can overflow, and no real token sees it. MASKED-4.
+    """
+    flow = Flow(x=jnp.where(call.mask[:, :, None], x, 0.0), cache=call.cache)
+    trace: dict[str, Array] = {}
+    for stage in layer.shape.order:
+        flow = STAGES[stage](flow, layer, call)
+        trace |= {name: getattr(flow, name.split("_")[0]) for name in TRACES[stage]}
+    return flow.output, flow.cache, trace
+
+
+def _linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
+    """x · Wᵀ (+ bias): x [B,T,in], W [out,in]."""
+    y = jnp.einsum("bti,oi->bto", x, weights[f"{name}.weight"], precision=HIGHEST)
+    bias = weights.get(f"{name}.bias")
+    return y if bias is None else y + bias
+
+
+def _heads(x: Array, heads: int) -> Array:
+    batch, tokens, width = x.shape
+    return x.reshape(batch, tokens, heads, width // heads)

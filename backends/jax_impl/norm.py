@@ -1,0 +1,17 @@
+"""RMSNorm with weight 1 + w, in float32 (clause NORM)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def rms_norm(x: Array, weight: Array, eps: Array | float) -> Array:
+    """x · rsqrt(mean(x²) + eps) · (1 + w) over the last axis, computed in float32 and cast back. Clause NORM.
+
+    x [..., D], weight [D]; returns x's shape and dtype.
+    """
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normed = wide * lax.rsqrt(mean_square + eps) * (1.0 + weight.astype(jnp.float32))
+    return normed.astype(x.dtype)

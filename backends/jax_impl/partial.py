@@ -1,0 +1,66 @@
+"""The one attention core: softmax over a part of the keys, kept open so that parts can be merged.
+
+Axes: N batch, G KV heads, Q queries of a group (R heads times T tokens), K keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys, before the division by the sum. All float32.
+
+    out      [N,G,Q,D]  Σ exp(score − max) · v
+    maximum  [N,G,Q,1]  the greatest visible score, −inf where no key is visible
+    total    [N,G,Q,1]  Σ exp(score − max), 0 where no key is visible
+    """
+
+    out: Array
+    maximum: Array
+    total: Array
+
+
+def partial_attention(
+    query: Array, keys: Array, values: Array, visible: Array | None, scale: Array, softcap: Array | None
+) -> Partial:
+    """Attend to some keys. Clauses SCALE, STATIC and MASKED.
+
+    query [N,G,Q,D]; keys [N,G,D,K], keys along the last axis, which a CPU multiplies fastest for few queries;
+    values [N,G,K,D]; visible broadcasts to [N,G,Q,K], None meaning that every key is visible.
+
+    Masked scores are selected away, never added to or multiplied, so that nothing a masked slot holds has influence.
+    """
+    scores = jnp.matmul(query, keys, precision=HIGHEST, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if visible is not None:
+        scores = jnp.where(visible, scores, -jnp.inf)
+    maximum = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - _finite(maximum))
+    out = jnp.matmul(weights, values, precision=HIGHEST, preferred_element_type=jnp.float32)
+    return Partial(out, maximum, jnp.sum(weights, axis=-1, keepdims=True))
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the keys of both parts, as one softmax. Clause STATIC-1."""
+    maximum = jnp.maximum(a.maximum, b.maximum)
+    weight_a = jnp.exp(a.maximum - _finite(maximum))
+    weight_b = jnp.exp(b.maximum - _finite(maximum))
+    return Partial(a.out * weight_a + b.out * weight_b, maximum, a.total * weight_a + b.total * weight_b)
+
+
+def finish(partial: Partial) -> Array:
+    """The heads' outputs [N,G,Q,D]; exactly 0 where no key was visible. Clause MASKED-2."""
+    empty = partial.total == 0.0
+    return jnp.where(empty, 0.0, partial.out / jnp.where(empty, 1.0, partial.total))
+
+
+def _finite(maximum: Array) -> Array:
+    """A maximum that may be subtracted: −inf, no key visible, becomes 0 (−inf − −inf would be NaN)."""
+    return jnp.where(jnp.isneginf(maximum), 0.0, maximum)

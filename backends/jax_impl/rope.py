@@ -1,0 +1,32 @@
+"""Rotary position embedding in the half-split layout (clause ROPE)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lyra.spec.attention import AttentionSpec
+
+
+def inverse_frequencies(spec: AttentionSpec) -> np.ndarray | None:
+    """theta^(−2i/D) / factor for pair i: float32 [D/2], rounded once from float64; None where the spec has no RoPE."""
+    if spec.rope is None:
+        return None
+    exponents = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
+    return (spec.rope.theta**-exponents / spec.rope.factor).astype(np.float32)
+
+
+def cos_sin(positions: Array, frequencies: Array) -> tuple[Array, Array]:
+    """Cosine and sine of position · frequency: positions [...] int, frequencies [D/2]; two float32 [..., D/2].
+
+    Angles are float32 whatever the type of the activations. Clause ROPE-2.
+    """
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn element i together with element i + D/2: x [..., D], cos and sin broadcast to [..., D/2]. Clause ROPE-1."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,90 @@
+"""The static context of one layer on the device: keys rotated once, in the layout the attention core reads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.inputs import StaticLayer
+
+from .heads import SplitArrays, select_readers, spread_readers
+from .partial import Partial, partial_attention
+from .rope import cos_sin, inverse_frequencies, rotate
+
+
+class PlacedStatic(NamedTuple):
+    """A StaticLayer whose positions are those its keys are to be rotated at; mask None where every slot is visible.
+
+    k, v [Bc,G,S,D] float32; positions [Bc,S] int32; mask [Bc,S] bool or None.
+    """
+
+    k: np.ndarray | Array
+    v: np.ndarray | Array
+    positions: np.ndarray | Array
+    mask: np.ndarray | Array | None
+
+
+class StaticKV(NamedTuple):
+    """Ready to be attended to: keys [Bc,G,D,S] rotated, values [Bc,G,S,D], mask [Bc,S] or None."""
+
+    keys: Array
+    values: Array
+    mask: Array | None
+
+
+def place_static(spec: AttentionSpec, static: StaticLayer) -> PlacedStatic | None:
+    """Where static keys are rotated when live tokens stay at t; None for an empty context. Clause POSITION.
+
+    "overlay": at their own position j. "continue": at j − P, which is the same as moving live tokens by P, since
+    RoPE is relative; P is one more than the row's highest visible position. Masked slots go to 0.
+    """
+    if static.mask.shape[1] == 0:
+        return None
+    positions = np.where(static.mask, static.positions, 0)
+    if spec.static.positions == "continue":
+        highest = np.where(static.mask, static.positions, -1).max(axis=1, keepdims=True)
+        positions = np.where(static.mask, positions - (highest + 1), 0)
+    mask = None if static.mask.all() else static.mask
+    return PlacedStatic(static.k, static.v, positions.astype(np.int32), mask)
+
+
+def rotate_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
+    """Rotate static keys from their stored values. Clause STORED-2."""
+    k = placed.k
+    if frequencies is not None:
+        cos, sin = cos_sin(placed.positions, frequencies)
+        k = rotate(k, cos[:, None], sin[:, None])
+    return StaticKV(k.swapaxes(2, 3), placed.v, placed.mask)
+
+
+_rotate_static = jax.jit(rotate_static)
+
+
+def prepare_static(spec: AttentionSpec, static: StaticLayer) -> StaticKV | None:
+    """Place, rotate and move a static layer to the device, once; None for an empty context."""
+    placed = place_static(spec, static)
+    return None if placed is None else _rotate_static(placed, inverse_frequencies(spec))
+
+
+def static_attention(
+    query: Array, static: StaticKV, split: SplitArrays, tokens: int, scale: Array, softcap: Array | None
+) -> Partial:
+    """Attention of the Lyra heads to the static keys; empty for vanilla heads. Clauses STATIC-2, STATIC-3, SPLIT-4.
+
+    query [B,Hkv,R·T,D], folded; gives a Partial of the same axes. A context of batch 1 is read once for the whole
+    batch, whose rows become part of the query axis. Clause BATCH-4.
+    """
+    selected = select_readers(query, split)
+    batch, groups, queries, head_dim = selected.shape
+    shared = static.values.shape[0] == 1
+    if shared:
+        selected = selected.swapaxes(0, 1).reshape(1, groups, batch * queries, head_dim)
+    visible = None if static.mask is None else static.mask[:, None, None, :]
+    partial = partial_attention(selected, static.keys, static.values, visible, scale, softcap)
+    if shared:
+        partial = Partial(*(part.reshape(groups, batch, queries, -1).swapaxes(0, 1) for part in partial))
+    return spread_readers(partial, split, tokens)
