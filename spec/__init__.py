@@ -1,13 +1,17 @@
 """What is true: the spec of split-head attention, its presets and the context file. Needs NumPy and pydantic only."""
 
 from .attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
+from .context import ContextLayer, StaticContext
 from .errors import ContextError, InputError, SpecError
+from .fingerprint import Fingerprint
 from .model import LayerSplit, ModelSpec, load_spec, presets
 from .split import HeadSplit
 
 __all__ = [
     "AttentionSpec",
     "ContextError",
+    "ContextLayer",
+    "Fingerprint",
     "HeadSplit",
     "InputError",
     "LayerSplit",
@@ -15,6 +19,7 @@ __all__ = [
     "QKNormSpec",
     "RopeSpec",
     "SpecError",
+    "StaticContext",
     "StaticSpec",
     "load_spec",
     "presets",

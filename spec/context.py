@@ -1,0 +1,331 @@
+"""StaticContext: keys and values of a text, captured once, for Lyra heads to attend to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from .attention import RopeSpec
+from .errors import ContextError
+from .fingerprint import Fingerprint
+from .inputs import StaticLayer
+
+
+class ContextLayer(NamedTuple):
+    """One layer's keys and values: k, v [Bc,G,S,D] float32, axis G being `kv_heads`, ascending."""
+
+    kv_heads: tuple[int, ...]
+    k: np.ndarray
+    v: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class StaticContext:
+    """Static keys and values of some layers and KV heads, with what is needed to move, compose and check them.
+
+    layers       layer -> ContextLayer; k after k_norm and before RoPE (clause STORED)
+    mask         [Bc,S] bool; False hides a slot
+    positions    [Bc,S] int64, not negative; where the tokens sit
+    tokens       [Bc,S] int64 token ids, or None where the context is not of text
+    fingerprint  the model that it came from (clause FINGERPRINT)
+
+    Bc is 1, or one row for each row of the batch it is attached for. Arrays are read-only. Raises ContextError for
+    shapes that contradict each other or the fingerprint, and for NaN or infinity in a visible slot.
+    """
+
+    layers: Mapping[int, ContextLayer]
+    mask: np.ndarray
+    positions: np.ndarray
+    fingerprint: Fingerprint
+    tokens: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        mask = np.asarray(self.mask)
+        if mask.ndim != 2 or mask.dtype != np.bool_:
+            raise ContextError(f"mask has shape {mask.shape} and dtype {mask.dtype}; expected bool [batch, tokens]")
+        if not self.layers:
+            raise ContextError("the context holds no layer; capture at least one global layer")
+        fields = {
+            "mask": mask,
+            "positions": _indices("positions", self.positions, mask.shape),
+            "tokens": None if self.tokens is None else _indices("tokens", self.tokens, mask.shape),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, None if value is None else _frozen(value))
+        known = dict(self.fingerprint.layers)
+        layers = {
+            number: _checked_layer(number, layer, mask, self.fingerprint, known)
+            for number, layer in sorted(self.layers.items())
+        }
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "fingerprint", self.fingerprint.restrict(layers))
+
+    def __repr__(self) -> str:
+        heads = {layer: item.kv_heads for layer, item in self.layers.items()}
+        tokens = f"{self.num_tokens} tokens of {self.fingerprint.model!r}"
+        return f"StaticContext({tokens}, KV heads {heads}, batch {self.batch})"
+
+    def __add__(self, other: StaticContext) -> StaticContext:
+        return self.compose(other)
+
+    @property
+    def batch(self) -> int:
+        """Bc, the number of rows."""
+        return len(self.mask)
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of visible tokens of the longest row."""
+        return int(self.mask.sum(axis=1).max(initial=0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values occupy."""
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers.values())
+
+    @property
+    def kv_heads(self) -> dict[int, tuple[int, ...]]:
+        """The KV heads held, by layer."""
+        return {number: layer.kv_heads for number, layer in self.layers.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """What is in it, as plain data."""
+        return {
+            "model": self.fingerprint.model,
+            "batch": self.batch,
+            "tokens": self.num_tokens,
+            "slots": self.mask.shape[1],
+            "next_position": int(self._next_position().max(initial=0)),
+            "layers": {str(number): list(layer.kv_heads) for number, layer in self.layers.items()},
+            "head_dim": self.fingerprint.attention.head_dim,
+            "bytes": self.nbytes,
+            "spec_version": self.fingerprint.spec_version,
+        }
+
+    def static_layer(self, layer: int, kv_heads: Sequence[int]) -> StaticLayer:
+        """What a backend gets for one layer: the named KV heads, in ascending order (clause SPLIT-5).
+
+        Raises ContextError where the context lacks the layer or a head.
+        """
+        held = self._layer(layer)
+        wanted = tuple(sorted(set(kv_heads)))
+        missing = [head for head in wanted if head not in held.kv_heads]
+        if missing:
+            raise ContextError(
+                f"the context holds KV heads {held.kv_heads} of layer {layer}, not {missing}; capture it again with "
+                f"kv_heads={wanted}, or choose a split whose Lyra heads read {held.kv_heads}"
+            )
+        if wanted == held.kv_heads:
+            return StaticLayer(held.k, held.v, self.mask, self.positions)
+        index = [held.kv_heads.index(head) for head in wanted]
+        return StaticLayer(held.k[:, index], held.v[:, index], self.mask, self.positions)
+
+    def take(self, kv_heads: Mapping[int, Iterable[int]] | Iterable[int]) -> Self:
+        """The same context with only some KV heads: the same ones for all layers, or by layer (others are left out)."""
+        if not isinstance(kv_heads, Mapping):
+            wanted = tuple(kv_heads)
+            kv_heads = dict.fromkeys(self.layers, wanted)
+        layers = {}
+        for number, heads in kv_heads.items():
+            names = tuple(sorted(set(heads)))
+            part = self.static_layer(number, names)
+            layers[number] = ContextLayer(names, part.k, part.v)
+        return replace(self, layers=layers)
+
+    def moved(self, by: int) -> Self:
+        """The same context `by` positions further on; keys do not change (clause STORED)."""
+        return replace(self, positions=np.where(self.mask, self.positions + by, self.positions))
+
+    def row(self, index: int) -> Self:
+        """One row, without its masked slots."""
+        if not 0 <= index < self.batch:
+            raise ContextError(f"there is no row {index}; the context has {self.batch}")
+        keep = self.mask[index]
+        return replace(
+            self,
+            layers={
+                number: ContextLayer(layer.kv_heads, *(values[index : index + 1, :, keep] for values in layer[1:]))
+                for number, layer in self.layers.items()
+            },
+            mask=self.mask[index : index + 1, keep],
+            positions=self.positions[index : index + 1, keep],
+            tokens=None if self.tokens is None else self.tokens[index : index + 1, keep],
+        )
+
+    def compose(self, other: StaticContext) -> StaticContext:
+        """This context, then the other one, moved to follow it; a second BOS is dropped (clause COMPOSE).
+
+        Either may have batch 1, which then serves every row of the other. Without token ids no BOS is known, and none
+        is dropped. Raises ContextError for contexts of different models, layers, KV heads or batches.
+        """
+        self._check_alike(other)
+        if self.batch != other.batch and 1 not in {self.batch, other.batch}:
+            raise ContextError(f"cannot compose contexts of batch {self.batch} and {other.batch}; one must be 1")
+        rows = range(max(self.batch, other.batch))
+        return StaticContext.stack(
+            [_concatenate(self.row(min(i, self.batch - 1)), other.row(min(i, other.batch - 1))) for i in rows]
+        )
+
+    @staticmethod
+    def stack(contexts: Sequence[StaticContext]) -> StaticContext:
+        """Contexts as the rows of one batch; shorter ones are padded with masked slots (clause BATCH-3).
+
+        Raises ContextError for contexts of different models, layers or KV heads.
+        """
+        if not contexts:
+            raise ContextError("there is nothing to stack; give at least one context")
+        first = contexts[0]
+        for other in contexts[1:]:
+            first._check_alike(other)
+        length = max(context.mask.shape[1] for context in contexts)
+
+        def joined(arrays: Iterable[np.ndarray], axis: int) -> np.ndarray:
+            return np.concatenate([_padded(array, axis, length) for array in arrays])
+
+        tokens = [context.tokens for context in contexts if context.tokens is not None]
+        return replace(
+            first,
+            layers={
+                number: ContextLayer(
+                    layer.kv_heads,
+                    joined((context.layers[number].k for context in contexts), 2),
+                    joined((context.layers[number].v for context in contexts), 2),
+                )
+                for number, layer in first.layers.items()
+            },
+            mask=joined((context.mask for context in contexts), 1),
+            positions=joined((context.positions for context in contexts), 1),
+            tokens=joined(tokens, 1) if len(tokens) == len(contexts) else None,
+        )
+
+    def rotation(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """cos and sin [Bc,S,D] float32 of the positions; None for a model without RoPE (clause STORED-3)."""
+        attention = self.fingerprint.attention
+        return None if attention.rope is None else rotation_tables(self.positions, attention.rope, attention.head_dim)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one .safetensors file, through a temporary name. Raises OSError."""
+        from .context_file import write_context
+
+        write_context(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StaticContext:
+        """Read a file that `save` wrote; arrays are memory-mapped. Raises ContextError, naming the file."""
+        from .context_file import read_context
+
+        return read_context(path)
+
+    def _layer(self, number: int) -> ContextLayer:
+        if number not in self.layers:
+            raise ContextError(f"the context holds layers {list(self.layers)}, not {number}; capture it again with it")
+        return self.layers[number]
+
+    def _next_position(self) -> np.ndarray:
+        """P of every row, int [Bc]: one more than its highest visible position, 0 if none is visible."""
+        return np.where(self.mask, self.positions + 1, 0).max(axis=1, initial=0)
+
+    def _check_alike(self, other: StaticContext) -> None:
+        found = self.fingerprint.differences(other.fingerprint)
+        if self.kv_heads != other.kv_heads:
+            found.append(f"KV heads by layer {self.kv_heads} against {other.kv_heads}; use take() to make them equal")
+        if found:
+            raise ContextError(f"these contexts do not go together: {'; '.join(found)}")
+
+
+def rotation_tables(positions: np.ndarray, rope: RopeSpec, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of positions [...], float32 [..., head_dim], computed in float64 and rounded once.
+
+    Both halves of the last axis are equal: element i turns with element i + head_dim / 2 (clauses ROPE, STORED-3).
+    """
+    pairs = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    angles = np.asarray(positions, dtype=np.float64)[..., None] * rope.theta**-pairs / rope.factor
+    angles = np.concatenate([angles, angles], axis=-1)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:
+    """Two contexts of one row, all slots visible."""
+    start = 1 if _starts_with_bos(first) and _starts_with_bos(second) else 0
+    own = second.positions[:, start:]
+    shifted = own - (own.min() if own.size else 0) + first._next_position()[:, None]
+    both = first.tokens is not None and second.tokens is not None
+    return replace(
+        first,
+        layers={
+            number: ContextLayer(
+                layer.kv_heads,
+                np.concatenate([layer.k, second.layers[number].k[:, :, start:]], axis=2),
+                np.concatenate([layer.v, second.layers[number].v[:, :, start:]], axis=2),
+            )
+            for number, layer in first.layers.items()
+        },
+        mask=np.concatenate([first.mask, second.mask[:, start:]], axis=1),
+        positions=np.concatenate([first.positions, shifted], axis=1),
+        tokens=np.concatenate([first.tokens, second.tokens[:, start:]], axis=1) if both else None,
+    )
+
+
+def _starts_with_bos(context: StaticContext) -> bool:
+    tokens, bos = context.tokens, context.fingerprint.bos
+    return tokens is not None and bos is not None and tokens.size > 0 and int(tokens[0, 0]) == bos
+
+
+def _padded(array: np.ndarray, axis: int, length: int) -> np.ndarray:
+    widths = [(0, length - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
+    return np.pad(array, widths)
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _indices(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.asarray(values)
+    if values.shape != shape or not np.issubdtype(values.dtype, np.integer):
+        raise ContextError(f"{name} has shape {values.shape} and dtype {values.dtype}; expected integers {shape}")
+    if values.size and values.min() < 0:
+        raise ContextError(f"{name} has negative values, the lowest being {values.min()}; they start at 0")
+    return values.astype(np.int64, copy=False)
+
+
+def _checked_layer(
+    number: int, layer: ContextLayer, mask: np.ndarray, fingerprint: Fingerprint, known: Mapping[int, str]
+) -> ContextLayer:
+    attention = fingerprint.attention
+    kv_heads, k, v = tuple(layer.kv_heads), np.asarray(layer.k), np.asarray(layer.v)
+    if number not in known:
+        raise ContextError(f"layer {number} is not in the fingerprint, which has layers {sorted(known)}")
+    legal = range(attention.num_key_value_heads)
+    if not kv_heads or list(kv_heads) != sorted(set(kv_heads)) or not set(kv_heads) <= set(legal):
+        raise ContextError(
+            f"layer {number} has KV heads {kv_heads}; expected some of 0 to {legal[-1]}, each once and ascending"
+        )
+    shape = (mask.shape[0], len(kv_heads), mask.shape[1], attention.head_dim)
+    for name, values in (("k", k), ("v", v)):
+        if values.shape != shape or not np.issubdtype(values.dtype, np.floating):
+            raise ContextError(
+                f"layer {number} has {name} of shape {values.shape} and dtype {values.dtype}; "
+                f"expected float32 {shape}: [batch, kv_heads, tokens, head_dim]"
+            )
+        _check_finite(f"{name} of layer {number}", values, mask)
+    return ContextLayer(kv_heads, *(_frozen(values.astype(np.float32, copy=False)) for values in (k, v)))
+
+
+def _check_finite(name: str, values: np.ndarray, mask: np.ndarray) -> None:
+    if np.isfinite(values).all():
+        return
+    bad = ~np.isfinite(values).all(axis=(1, 3))
+    row, slot = np.argwhere(bad & mask if (bad & mask).any() else bad)[0]
+    if mask[row, slot]:
+        raise ContextError(
+            f"{name} is not finite in {int((bad & mask).sum())} visible slots, the first at row {row}, token {slot}; "
+            f"mask these slots or capture the context again"
+        )
+    raise ContextError(f"{name} is not finite in masked slot {slot} of row {row}; fill it with any finite value")

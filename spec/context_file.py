@@ -1,0 +1,143 @@
+"""The context's file: one .safetensors with keys, values, positions, mask and the cosines and sines of the positions.
+
+Tensors: `layers.N.k`, `layers.N.v` [Bc,G,S,D] float32; `mask` [Bc,S] bool; `positions` and, if known, `tokens` [Bc,S]
+int64; `cos`, `sin` [Bc,S,D] float32 unless the model has no RoPE. Metadata: `format`, `version`, `fingerprint` (JSON)
+and `kv_heads` (JSON, layer -> heads).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .context import ContextLayer, StaticContext
+from .errors import ContextError
+from .fingerprint import Fingerprint
+
+FORMAT, VERSION = "lyra-context", "1"
+DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "BOOL": np.dtype("?")}
+"""The safetensors dtypes that a context file uses."""
+
+TABLE_TOLERANCE = 1e-6
+"""How far stored cosines and sines may be from those of the positions: other mathematics libraries round otherwise."""
+
+
+def write_context(context: StaticContext, path: str | os.PathLike[str]) -> None:
+    """Write the file through a temporary name in the same folder. Raises OSError."""
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    arrays = {"mask": context.mask, "positions": context.positions}
+    if context.tokens is not None:
+        arrays["tokens"] = context.tokens
+    tables = context.rotation()
+    if tables is not None:
+        arrays["cos"], arrays["sin"] = tables
+    for number, layer in context.layers.items():
+        arrays[f"layers.{number}.k"], arrays[f"layers.{number}.v"] = layer.k, layer.v
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": context.fingerprint.to_json(),
+        "kv_heads": json.dumps(context.kv_heads),
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_context(path: str | os.PathLike[str]) -> StaticContext:
+    """Read a context file, memory-mapped. Raises ContextError with one message that names the file."""
+    path = Path(path)
+    try:
+        return _read(path)
+    except ContextError as error:
+        raise ContextError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> StaticContext:
+    metadata, arrays = _tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ContextError("it is a safetensors file, but not a context; make one with Model.capture and save")
+    if metadata.get("version") != VERSION:
+        raise ContextError(
+            f"it has format version {metadata.get('version')!r}, this Lyra reads {VERSION!r}; capture the context "
+            f"again or use the Lyra that wrote it"
+        )
+    kv_heads = _kv_heads(metadata)
+    fingerprint = Fingerprint.from_json(metadata.get("fingerprint", ""))
+    tables = {"cos", "sin"} if fingerprint.attention.rope is not None else set()
+    needed = {"mask", "positions"} | tables | {f"layers.{number}.{part}" for number in kv_heads for part in "kv"}
+    missing, unknown = sorted(needed - set(arrays)), sorted(set(arrays) - needed - {"tokens"})
+    if missing or unknown:
+        raise ContextError(f"it lacks the tensors {missing} and has the unknown tensors {unknown}")
+    context = StaticContext(
+        layers={
+            number: ContextLayer(heads, arrays[f"layers.{number}.k"], arrays[f"layers.{number}.v"])
+            for number, heads in kv_heads.items()
+        },
+        mask=arrays["mask"],
+        positions=arrays["positions"],
+        tokens=arrays.get("tokens"),
+        fingerprint=fingerprint,
+    )
+    _check_tables(context, arrays)
+    return context
+
+
+def _tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the tensors, mapped. safetensors checks the layout first: offsets, sizes, end of file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise ContextError("there is no such file") from None
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise ContextError(f"it is no safetensors file, or cut short ({error})") from None
+    metadata = header.pop("__metadata__", {})
+    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    return metadata, {name: _view(data, 8 + length, name, entry) for name, entry in header.items()}
+
+
+def _view(data: np.ndarray, start: int, name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    if entry["dtype"] not in DTYPES:
+        raise ContextError(f"tensor {name!r} has dtype {entry['dtype']}; a context has {', '.join(DTYPES)}")
+    begin, end = entry["data_offsets"]
+    return data[start + begin : start + end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _kv_heads(metadata: Mapping[str, str]) -> dict[int, tuple[int, ...]]:
+    try:
+        return {int(number): tuple(heads) for number, heads in json.loads(metadata.get("kv_heads", "")).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ContextError(f"the list of KV heads is damaged ({error})") from None
+
+
+def _check_tables(context: StaticContext, arrays: Mapping[str, np.ndarray]) -> None:
+    tables = context.rotation()
+    if tables is None:
+        return
+    for name, expected in zip(("cos", "sin"), tables, strict=True):
+        found = arrays[name]
+        if found.shape != expected.shape:
+            raise ContextError(f"{name} has shape {found.shape}; expected {expected.shape}")
+        if not (np.abs(found - expected) <= TABLE_TOLERANCE).all():
+            raise ContextError(f"{name} is not that of the positions; the file is damaged")

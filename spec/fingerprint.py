@@ -1,0 +1,137 @@
+"""Whose context it is: what a context says of the model it was captured from (clause FINGERPRINT)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .attention import AttentionSpec, StaticSpec
+from .errors import ContextError, SpecError
+from .model import ModelSpec
+
+SPEC_VERSION = 1
+"""The version of SPEC.md that this package follows."""
+
+HASHED_WEIGHTS = ("k_norm.weight", "k_proj.bias", "k_proj.weight", "v_proj.bias", "v_proj.weight")
+"""The weights that decide a layer's keys and values."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What decides whether a context fits a model.
+
+    `attention` is the spec of the global layers without a split; `layers` pairs each layer with the hash of its
+    k and v projections and k_norm; `tokenizer` is the hash of the vocabulary and `bos` the id of the BOS, both None
+    where the model had no tokenizer. `model` is a name for people: two names of one model are no difference.
+    """
+
+    model: str
+    attention: AttentionSpec
+    layers: tuple[tuple[int, str], ...]
+    tokenizer: str | None = None
+    bos: int | None = None
+    spec_version: int = SPEC_VERSION
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        layers: Iterable[int],
+        weights: Callable[[int], Mapping[str, np.ndarray]],
+        vocabulary: Mapping[str, int] | None = None,
+        bos: int | None = None,
+    ) -> Fingerprint:
+        """The fingerprint of a model's layers; `weights(layer)` gives attention weights in Hugging Face's names."""
+        return cls(
+            model=spec.name,
+            attention=without_split(spec.attention),
+            layers=tuple((layer, hash_weights(weights(layer))) for layer in sorted(set(layers))),
+            tokenizer=None if vocabulary is None else hash_vocabulary(vocabulary),
+            bos=bos,
+        )
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What keeps a context with this fingerprint from fitting a model with the other one; empty if it fits.
+
+        Only this fingerprint's layers are compared, and tokenizers only where both have one.
+        """
+        found = []
+        if self.spec_version != other.spec_version:
+            found.append(f"spec version {self.spec_version} against {other.spec_version}")
+        for name in type(self.attention).model_fields:
+            mine, its = getattr(self.attention, name), getattr(other.attention, name)
+            if mine != its:
+                found.append(f"{name} {_short(mine)} against {_short(its)}")
+        theirs = dict(other.layers)
+        absent = [layer for layer, _ in self.layers if layer not in theirs]
+        if absent:
+            found.append(f"layers {absent} are no global layers there")
+        changed = [layer for layer, digest in self.layers if layer in theirs and theirs[layer] != digest]
+        if changed:
+            found.append(f"the k and v projections or k_norm of layers {changed} differ")
+        if self.tokenizer and other.tokenizer and self.tokenizer != other.tokenizer:
+            found.append("the tokenizers' vocabularies differ")
+        return found
+
+    def restrict(self, layers: Iterable[int]) -> Fingerprint:
+        """The fingerprint of some of the layers."""
+        keep = set(layers)
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Fingerprint(**(fields | {"layers": tuple(item for item in self.layers if item[0] in keep)}))
+
+    def to_json(self) -> str:
+        """The fingerprint as JSON text."""
+        return json.dumps(asdict(self) | {"attention": self.attention.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Fingerprint:
+        """The fingerprint that a JSON text holds. Raises ContextError."""
+        try:
+            fields = json.loads(text)
+            fields["attention"] = AttentionSpec.from_dict(fields["attention"])
+            fields["layers"] = tuple((int(layer), str(digest)) for layer, digest in fields["layers"])
+            return cls(**fields)
+        except (SpecError, ValueError, TypeError, KeyError) as error:
+            raise ContextError(f"the fingerprint is damaged ({error})") from None
+
+
+def without_split(spec: AttentionSpec) -> AttentionSpec:
+    """The part of a layer's spec that keys and values depend on: no split, no static mode."""
+    return spec.replace(split=None, static=StaticSpec())
+
+
+def hash_weights(weights: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over what decides keys and values, each weight rounded to bfloat16 first.
+
+    So a checkpoint has one hash, whether it was loaded in float32 or bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name in HASHED_WEIGHTS:
+        if name in weights:
+            digest.update(f"{name} {list(weights[name].shape)}".encode())
+            digest.update(bfloat16_bits(weights[name]).tobytes())
+    return digest.hexdigest()
+
+
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """The bfloat16 nearest to each float32 value, ties to even, as uint16 little-endian."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def hash_vocabulary(vocabulary: Mapping[str, int]) -> str:
+    """SHA-256 over the tokens in the order of their ids."""
+    ordered = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256("\0".join(f"{index} {token}" for token, index in ordered).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    fields = getattr(type(value), "model_fields", None)
+    if fields is None:
+        return str(value)
+    return "(" + ", ".join(f"{name} {getattr(value, name)}" for name in fields) + ")"
