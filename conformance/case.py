@@ -1,0 +1,219 @@
+"""A case: everything one comparison needs, small enough to shrink, to print and to write into a replay file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.inputs import StaticLayer
+from lyra.spec.split import HeadSplit
+
+Flavour = Literal["normal", "offset", "peaked", "small", "large"]
+FLAVOURS: dict[Flavour, str] = {
+    "normal": "inputs and weights as a trained layer's: unit variance, random norm weights",
+    "offset": "inputs with a mean far from zero",
+    "peaked": "scores so far apart that a softmax is nearly one-hot",
+    "small": "inputs so small that eps decides the norm",
+    "large": "inputs of size 1,000",
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """A static context: tokens slots, `batch` 1 or the case's, the first slot's position, and what is hidden.
+
+    `hidden` slots per row are masked, chosen by the seed; with `gaps` the positions have holes between them.
+    """
+
+    tokens: int
+    batch: int = 1
+    start: int = 0
+    hidden: tuple[int, ...] = (0,)
+    gaps: bool = False
+
+    def replace(self, **changes: Any) -> Context:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention layer, its data (from `seed` and `flavour`) and the way its tokens are cut into calls.
+
+    calls     live tokens of each call; their sum is T
+    padding   padding tokens per row, on the left or right of the whole sequence
+    start     position of the first real token of every row
+    poison    the value that every masked slot holds: padding inputs, hidden static keys and values
+    """
+
+    spec: AttentionSpec
+    calls: tuple[int, ...] = (4,)
+    batch: int = 1
+    context: Context | None = None
+    padding: tuple[int, ...] = ()
+    padding_side: Literal["left", "right"] = "left"
+    start: int = 0
+    flavour: Flavour = "normal"
+    poison: float = 1e4
+    seed: int = 0
+
+    def replace(self, **changes: Any) -> Case:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def respec(self, **changes: Any) -> Case:
+        """A copy with some fields of the spec changed."""
+        return self.replace(spec=self.spec.replace(**changes))
+
+    @property
+    def tokens(self) -> int:
+        """T, the live tokens of all calls."""
+        return sum(self.calls)
+
+    def problem(self) -> Problem:
+        """The arrays of this case."""
+        return make_problem(self)
+
+    def describe(self) -> str:
+        """One line that a person can picture."""
+        spec = self.spec
+        parts = [f"{spec.num_attention_heads} Q / {spec.num_key_value_heads} KV heads of {spec.head_dim}"]
+        parts.append(f"hidden {spec.hidden_size}")
+        parts.append(f"{self.batch} row{'s' * (self.batch > 1)}, calls of {'+'.join(map(str, self.calls))} tokens")
+        if self.start:
+            parts.append(f"from position {self.start}")
+        if any(self.padding):
+            parts.append(f"{self.padding_side} padding {self.padding}")
+        if spec.lyra_q_heads:
+            parts.append(f"Lyra heads {spec.lyra_q_heads}{' sharing KV' if spec.split and spec.split.share_kv else ''}")
+            parts.append(f"live={spec.static.live!r} positions={spec.static.positions!r}")
+        if self.context is not None:
+            parts.append(f"static {self.context.tokens} tokens × {self.context.batch}, hidden {self.context.hidden}")
+        if spec.sliding_window:
+            parts.append(f"window {spec.sliding_window}")
+        parts.append(f"{self.flavour} data, seed {self.seed}")
+        return "; ".join(parts)
+
+    def to_json(self) -> str:
+        """The case as JSON text."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        fields["spec"] = self.spec.to_dict()
+        fields["context"] = dataclasses.asdict(self.context) if self.context else None
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        """The case a JSON text describes. Raises ValueError (SpecError among them)."""
+        fields = json.loads(text)
+        try:
+            spec = AttentionSpec.from_dict(fields.pop("spec"))
+            context = fields.pop("context", None)
+            for name in ("calls", "padding"):
+                fields[name] = tuple(fields.get(name, ()))
+            if context is not None:
+                context = Context(**(context | {"hidden": tuple(context.get("hidden", (0,)))}))
+            return cls(spec=spec, context=context, **fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a case: {error}") from None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arrays of a case: what goes into the calls, for all live tokens of the sequence at once."""
+
+    spec: AttentionSpec
+    weights: dict[str, np.ndarray]
+    x: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    static: StaticLayer | None
+    calls: tuple[int, ...]
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def replace(self, **changes: Any) -> Problem:
+        """A copy with some arrays changed; nothing remembered about the old one is kept."""
+        return dataclasses.replace(self, **{"memo": {}, **changes})
+
+    def respec(self, **changes: Any) -> Problem:
+        """A copy with some fields of the spec changed."""
+        return self.replace(spec=self.spec.replace(**changes))
+
+    def with_split(self, split: HeadSplit | None) -> Problem:
+        """A copy with another split; the static layer must suit it, or be replaced too."""
+        return self.respec(split=split)
+
+    def part(self, tokens: slice, calls: tuple[int, ...]) -> Problem:
+        """Some of the live tokens, cut into `calls`."""
+        return self.replace(
+            x=self.x[:, tokens], positions=self.positions[:, tokens], mask=self.mask[:, tokens], calls=calls
+        )
+
+    @property
+    def real(self) -> np.ndarray:
+        """[B,T] bool: where the output is specified (MASKED-4)."""
+        return self.mask
+
+
+def make_problem(case: Case) -> Problem:
+    """Draw the arrays of a case from its seed. The same case gives the same bits on every machine."""
+    rng = np.random.default_rng([case.seed, 20])
+    weights = _weights(case, rng)
+    batch, tokens = case.batch, case.tokens
+    x = _inputs(case, rng, (batch, tokens, case.spec.hidden_size))
+    mask = np.ones((batch, tokens), dtype=bool)
+    for row, count in enumerate(case.padding):
+        mask[row, slice(0, count) if case.padding_side == "left" else slice(tokens - count, tokens)] = False
+    positions = case.start + np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    x[~mask] = np.where(rng.random(x[~mask].shape) < 0.5, case.poison, -case.poison)
+    static = _static(case, rng) if case.context is not None else None
+    return Problem(case.spec, weights, x, positions, mask, static, case.calls)
+
+
+def _weights(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Weights as a trained layer has them; norm weights are never zero, which would hide their place in the order."""
+    weights = {}
+    for name, shape in case.spec.weight_shapes().items():
+        if name.endswith("norm.weight"):
+            spread = 2.0 if case.flavour == "peaked" else 0.5
+            weights[name] = rng.normal(0.0, spread, shape)
+        elif name.endswith("bias"):
+            weights[name] = rng.normal(0.0, 0.5, shape)
+        else:
+            gain = 3.0 if case.flavour == "peaked" and case.spec.qk_norm is None and name[0] in "qk" else 1.0
+            weights[name] = rng.normal(0.0, gain / np.sqrt(shape[1]), shape)
+    return {name: array.astype(np.float32) for name, array in weights.items()}
+
+
+def _inputs(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    x = rng.normal(0.0, 1.0, shape)
+    if case.flavour == "offset":
+        x += rng.normal(0.0, 3.0, shape[-1:])
+    elif case.flavour == "small":
+        x *= 10.0 ** rng.uniform(-5, -2, shape[:2] + (1,))
+    elif case.flavour == "large":
+        x *= 1e3
+    return x.astype(np.float32)
+
+
+def _static(case: Case, rng: np.random.Generator) -> StaticLayer:
+    """A context as capturing gives it: keys of the size k_norm leaves them, poison in masked slots."""
+    context = case.context
+    assert context is not None
+    rows, slots = context.batch, context.tokens
+    shape = (rows, len(case.spec.lyra_kv_heads), slots, case.spec.head_dim)
+    gain = 1.0 + rng.normal(0.0, 2.0 if case.flavour == "peaked" else 0.5, shape[-1:])
+    k, v = rng.normal(0.0, 1.0, shape) * gain, rng.normal(0.0, 1.0, shape)
+    mask = np.ones((rows, slots), dtype=bool)
+    for row in range(rows):
+        hidden = min(context.hidden[row % len(context.hidden)], slots)
+        mask[row, rng.permutation(slots)[:hidden]] = False
+    steps = rng.integers(1, 4, (rows, slots)) if context.gaps else np.ones((rows, slots), dtype=np.int64)
+    positions = context.start + np.cumsum(steps, axis=1) - steps[:, :1] if slots else np.zeros((rows, 0), np.int64)
+    hidden_slots = np.broadcast_to(~mask[:, None, :, None], shape)
+    k[hidden_slots], v[hidden_slots] = case.poison, -case.poison
+    return StaticLayer(k.astype(np.float32), v.astype(np.float32), mask, positions.astype(np.int64))

@@ -1,0 +1,101 @@
+"""Runs the suite under pytest: makes the session, gives each property its judge, and keeps what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lyra.conformance import session as sessions
+from lyra.conformance.judge import BackendError, Divergence, Judge
+from lyra.conformance.launch import REPLAY, begin
+from lyra.conformance.registry import Declaration
+from lyra.conformance.replay import describe, write_replay
+
+
+def declaration_of(item: pytest.Item) -> Declaration | None:
+    """What a property says of itself; None for an ordinary test."""
+    marker = item.get_closest_marker("lyra")
+    return marker.args[0] if marker else None
+
+
+def property_name(item: pytest.Item) -> str:
+    """`static::one_softmax[param]`: the module within properties/ and the function."""
+    return f"{item.path.stem.removeprefix('test_')}::{item.name.removeprefix('test_')}"
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Make the session before the first property module is imported: its strategies read it."""
+    begin(collector.config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the properties of this profile; with a replay, the one it names."""
+    session, replay = sessions.current(), config.stash[REPLAY]
+    left_out: list[pytest.Item] = []
+    for item in items:
+        declaration = declaration_of(item)
+        if declaration is None:
+            continue
+        other_case = replay is not None and property_name(item) != replay.property
+        if other_case or not session.profile.includes(declaration.profile):
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def judge(request: pytest.FixtureRequest) -> Judge:
+    """The judge of the property that asks for it; skips where no backend has what the property needs."""
+    declaration = declaration_of(request.node)
+    if declaration is None:
+        raise pytest.UsageError(f"{request.node.name}: only a property, declared with @prop, can ask for a judge")
+    session = sessions.current()
+    summary = (declaration.check.__doc__ or "").strip().splitlines()[0]
+    prop = session.record.register(property_name(request.node), declaration.statements, summary)
+    made = Judge(session.backends, session.record, prop, declaration.needs)
+    if not made.subjects:
+        pytest.skip("unsupported: " + "; ".join(f"{name} {t.why_unsupported}" for name, t in prop.tallies.items()))
+    return made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[Any]:
+    """Time a property; put a replayed case in place of generated ones; add to a failure what a person needs."""
+    declaration, session = declaration_of(item), sessions.current()
+    if declaration is None:
+        return (yield)
+    replay = item.config.stash[REPLAY]
+    if replay is not None and replay.case is not None:
+        case = replay.case
+        item.obj = lambda judge: declaration.check(case=case, judge=judge)  # type: ignore[attr-defined]
+    started = time.perf_counter()
+    try:
+        return (yield)
+    except (Divergence, BackendError) as error:
+        explain(property_name(item), error)
+        raise
+    finally:
+        session.record.seconds += time.perf_counter() - started
+
+
+def explain(name: str, error: Divergence | BackendError) -> None:
+    """Write the replay file of every backend that failed in a property, and say so on the error."""
+    record = sessions.current().record
+    for key, failure in record.failures.items():
+        if key[0] == name:
+            record.failures[key] = failure = dataclasses.replace(failure, replay=str(write_replay(failure)))
+            error.add_note(describe(failure))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Cases, rate and the largest |Δ|/σ, after pytest's own summary."""
+    record = sessions.current().record
+    if record.cases:
+        terminalreporter.write_line(
+            f"lyra: {record.cases} compared cases, {record.cases / max(record.seconds, 1e-9):.0f} a second"
+        )

@@ -1,0 +1,99 @@
+"""Makes the session of a pytest run from its options, once, before the properties are imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from lyra.backends.protocol import Backend, BackendNotFound, get_backend, known_backends
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.errors import SpecError
+from lyra.spec.model import ModelSpec, load_spec
+
+from .replay import Replay
+from .session import PROFILES, Session, start
+
+REPLAY = pytest.StashKey[Replay | None]()
+BEGUN = pytest.StashKey[bool]()
+
+
+class UsageError(ValueError):
+    """An option that cannot be followed: unknown backend, spec or case."""
+
+
+class SessionPlugin:
+    """Hands a ready session to a pytest run: `pytest.main(args, plugins=[SessionPlugin(session)])`."""
+
+    NAME = "lyra-session"
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+
+def begin(config: pytest.Config) -> None:
+    """Start the session of this pytest run, unless it has begun."""
+    if config.stash.get(BEGUN, False):
+        return
+    config.stash[BEGUN] = True
+    given = config.pluginmanager.get_plugin(SessionPlugin.NAME)
+    path = config.getoption("--lyra-replay")
+    try:
+        config.stash[REPLAY] = Replay.read(path) if path else None
+        if isinstance(given, SessionPlugin):
+            start(given.session)
+        else:
+            start(
+                make_session(
+                    config.getoption("--lyra-backend"),
+                    profile=config.getoption("--lyra-profile"),
+                    seed=config.getoption("--lyra-seed"),
+                    spec=config.getoption("--lyra-spec"),
+                )
+            )
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def make_session(names: list[str], *, profile: str, seed: int, spec: str | None) -> Session:
+    """A session for backends by name, all installed ones if none is named. Raises UsageError."""
+    keep_compiled()
+    try:
+        return Session(
+            backends=load_backends(names), profile=PROFILES[profile], seed=seed, scope=read_scope(spec) if spec else None
+        )
+    except (BackendNotFound, SpecError, ImportError) as error:
+        raise UsageError(str(error)) from None
+
+
+def load_backends(names: list[str]) -> list[Backend]:
+    """Backends by name. Without names, every installed one whose framework is there. Raises BackendNotFound, ImportError."""
+    if names:
+        return [get_backend(name) for name in dict.fromkeys(names)]
+    found, missing = [], []
+    for name in sorted(known_backends()):
+        try:
+            found.append(get_backend(name))
+        except ImportError as error:
+            missing.append(str(error))
+    if not found:
+        raise BackendNotFound("no backend can be loaded: " + "; ".join(missing or ["none is installed"]))
+    return found
+
+
+def read_scope(source: str) -> AttentionSpec:
+    """The attention spec that a preset or a TOML file holds the suite to: a model's global layer. Raises SpecError."""
+    spec = load_spec(source)
+    return spec.attention if isinstance(spec, ModelSpec) else spec
+
+
+def keep_compiled() -> None:
+    """Let a compiling backend keep what it compiled between runs, unless the user has decided otherwise."""
+    folder = Path(os.environ.get("LYRA_CACHE") or platformdirs.user_cache_dir("lyra")) / "compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+

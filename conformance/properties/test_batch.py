@@ -1,0 +1,125 @@
+"""Clause BATCH: rows are independent; a context serves all of them or each its own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lyra.conformance.case import Case
+from lyra.conformance.judge import Judge
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import cases
+from lyra.conformance.subject import Subject
+from lyra.spec.inputs import StaticLayer
+
+
+@prop("BATCH-1", case=cases(context=True, min_context=1), needs=("static",))
+def test_a_shared_context_serves_every_row(case: Case, judge: Judge) -> None:
+    """A context of batch 1 gives what the same context repeated for every row gives."""
+    assert case.context is not None
+    case = case.replace(context=case.context.replace(batch=1))
+    problem = case.problem()
+    static = problem.static
+    assert static is not None
+    repeated = StaticLayer(*(np.repeat(part, case.batch, axis=0) for part in static))
+
+    def check(subject: Subject) -> None:
+        shared = subject.run(problem)
+        subject.expect_oracle(problem, shared)
+        own = subject.run(problem.replace(static=repeated)).output
+        subject.expect_close(problem, own, shared.output, "the shared context")
+
+    judge.each(case, check)
+
+
+@prop("BATCH-2", case=cases(), needs=("static",))
+def test_permuting_rows_permutes_the_output(case: Case, judge: Judge) -> None:
+    """Rows know nothing of each other: permuting them all permutes the output (matrix kernels may round the last rows
+    of a batch another way, so not to the bit)."""
+    problem = case.problem()
+    order = np.random.default_rng(case.seed).permutation(case.batch)
+    static = problem.static
+    if static is not None and static.k.shape[0] == case.batch:
+        static = StaticLayer(*(part[order] for part in static))
+    permuted = problem.replace(
+        x=problem.x[order], positions=problem.positions[order], mask=problem.mask[order], static=static
+    )
+
+    def check(subject: Subject) -> None:
+        subject.expect_close(
+            permuted, subject.run(permuted).output, subject.run(problem).output[order], "the rows in their first order"
+        )
+
+    judge.each(case, check)
+
+
+@prop("BATCH-3", "POSITION-1", case=cases(context=True, min_context=1, padding=True), needs=("static",), weight=2)
+def test_rows_of_different_lengths(case: Case, judge: Judge) -> None:
+    """Each row alone gives what it gives in the batch: its own context length, padding and P."""
+    assert case.context is not None
+    rows = case.batch
+    tokens = case.context.tokens
+    hidden = tuple((case.seed + 3 * row) % (tokens + 1) for row in range(rows))
+    case = case.replace(context=case.context.replace(batch=rows, hidden=hidden))
+    problem = case.problem()
+    assert problem.static is not None
+    row = case.seed % rows
+    alone = problem.replace(
+        x=problem.x[row : row + 1],
+        positions=problem.positions[row : row + 1],
+        mask=problem.mask[row : row + 1],
+        static=StaticLayer(*(part[row : row + 1] for part in problem.static)),
+    )
+
+    def check(subject: Subject) -> None:
+        together = subject.run(problem)
+        subject.expect_oracle(problem, together)
+        single = subject.run(alone).output
+        subject.expect_close(alone, single, together.output[row : row + 1], f"row {row} within its batch")
+
+    judge.each(case, check)
+
+
+@prop("BATCH-5", case=cases(context=True, min_context=1, min_calls=2), needs=("static", "cache", "reorder"))
+def test_reordering_the_cache(case: Case, judge: Judge) -> None:
+    """Reordering the rows of a live cache, as a beam search does, is reordering the rows of the first call."""
+    assert case.context is not None
+    case = case.replace(context=case.context.replace(batch=1))
+    problem = case.problem()
+    rows = np.random.default_rng(case.seed).integers(0, case.batch, case.batch)
+    first = case.calls[0]
+    reordered = problem.replace(
+        x=np.concatenate([problem.x[rows, :first], problem.x[:, first:]], axis=1),
+        positions=np.broadcast_to(case.start + np.arange(case.tokens), problem.positions.shape),
+        mask=np.ones_like(problem.mask),
+    )
+    plain = problem.replace(positions=reordered.positions, mask=reordered.mask)
+
+    def check(subject: Subject) -> None:
+        begun = subject.run(plain.part(slice(0, first), (first,)))
+        cache = subject.layer(plain).reorder(begun.cache, rows)  # type: ignore[attr-defined]
+        rest = reordered.part(slice(first, None), case.calls[1:])
+        went_on = subject.run(rest, cache=cache).output
+        subject.expect_close(
+            reordered, np.concatenate([begun.output[rows], went_on], axis=1), subject.run(reordered).output, "rows in that order from the start"
+        )
+
+    judge.each(case, check)
+
+
+@prop("BATCH-5", case=cases(context=True, min_context=1, min_calls=2, padding=False), needs=("static", "cache", "crop"))
+def test_cropping_the_cache(case: Case, judge: Judge) -> None:
+    """Cropping a live cache takes tokens back: going on from it is going on from the shorter sequence."""
+    problem = case.problem()
+    first = case.calls[0]
+
+    def check(subject: Subject) -> None:
+        layer = subject.layer(problem)
+        long = subject.run(problem)
+        cropped = layer.crop(long.cache, first)  # type: ignore[attr-defined]
+        rest = problem.part(slice(first, None), case.calls[1:])
+        again = subject.run(rest, cache=cropped).output
+        subject.expect_close(
+            problem, np.concatenate([long.output[:, :first], again], axis=1), long.output, "the first continuation"
+        )
+
+    judge.each(case, check)

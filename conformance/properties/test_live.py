@@ -1,0 +1,94 @@
+"""Clause LIVE: what Lyra heads see of the live tokens, however these are cut into calls."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lyra.conformance.case import Case
+from lyra.conformance.judge import Judge
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import cases
+from lyra.conformance.subject import Subject, expected
+
+
+@prop("LIVE-1", case=cases(context=True, live=("causal",), min_tokens=2), needs=("static", "cache"))
+def test_causal(case: Case, judge: Judge) -> None:
+    """live="causal": Lyra heads see all live tokens up to their own."""
+    judge.oracle(case)
+
+
+@prop("LIVE-2", case=cases(live=("self",), min_tokens=2), needs=("static", "cache"))
+def test_self(case: Case, judge: Judge) -> None:
+    """live="self": Lyra heads see their own live token only, with a context and without."""
+    judge.oracle(case)
+
+
+@prop("LIVE-3", case=cases(live=("none",), min_tokens=2), needs=("static", "cache"))
+def test_none(case: Case, judge: Judge) -> None:
+    """live="none": Lyra heads see no live token, with a context and without."""
+    judge.oracle(case)
+
+
+@prop("LIVE-4", case=cases(min_tokens=2), needs=("static", "cache"), weight=2)
+def test_calls_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
+    """Chunked prefill, one-shot prefill and token-by-token decode give the same outputs, in every mode."""
+    problem = case.problem()
+
+    def check(subject: Subject) -> None:
+        whole = subject.run(problem, (case.tokens,))
+        subject.expect_oracle(problem, whole)
+        subject.expect_close(problem, subject.run(problem).output, whole.output, "one-shot prefill")
+        if case.tokens <= 7:
+            singly = subject.run(problem, (1,) * case.tokens)
+            subject.expect_close(problem, singly.output, whole.output, "one-shot prefill, against token by token")
+
+    judge.each(case, check)
+
+
+@prop("LIVE-4", case=cases(min_calls=2), needs=("static", "cache"))
+def test_a_call_leaves_its_cache_alone(case: Case, judge: Judge) -> None:
+    """Going on twice from one cache gives the same bits twice: the first continuation changed nothing."""
+    problem = case.problem()
+    first = case.calls[0]
+    head, tail = problem.part(slice(0, first), (first,)), problem.part(slice(first, None), case.calls[1:])
+
+    def check(subject: Subject) -> None:
+        cache = subject.run(head).cache
+        other = tail.replace(x=-tail.x)
+        before = subject.run(tail, cache=cache).output
+        subject.run(other, cache=cache)
+        subject.expect_equal(tail, subject.run(tail, cache=cache).output, before, "the first continuation")
+
+    judge.each(case, check)
+
+
+@prop("LIVE-5", "SPLIT-4", case=cases(min_tokens=2, padding=False, live=("self", "none"), flavours=("normal",)), needs=("static", "trace"))
+def test_vanilla_heads_see_all_live_tokens(case: Case, judge: Judge) -> None:
+    """Vanilla heads give the same values in every live mode."""
+    problem = case.problem()
+    causal = problem.respec(static=problem.spec.static.replace(live="causal"))
+    vanilla = np.isin(np.arange(problem.spec.num_attention_heads), problem.spec.lyra_q_heads, invert=True)
+    wanted, other = (expected(one)["heads"].value[:, :, vanilla] for one in (problem, causal))
+
+    def check(subject: Subject) -> None:
+        subject.expect(problem, bool((wanted == other).all()), "the oracle's vanilla heads depend on the live mode")
+        for one in (problem, causal):
+            subject.expect_oracle(one, subject.run(one, trace=True), "heads")
+
+    judge.each(case, check)
+
+
+@prop("LIVE-1", "LIVE-4", case=cases(min_tokens=3, live=("causal",), padding=False), needs=("static",))
+def test_later_tokens_have_no_influence(case: Case, judge: Judge) -> None:
+    """Causal: replacing the last token by poison changes no bit of the rows before it."""
+    problem = case.replace(calls=(case.tokens,)).problem()
+    x = problem.x.copy()
+    x[:, -1] = 1e6
+    poisoned = problem.replace(x=x)
+
+    def check(subject: Subject) -> None:
+        clean, other = subject.run(problem).output, subject.run(poisoned).output
+        earlier = problem.replace(mask=problem.mask & (np.arange(case.tokens) < case.tokens - 1))
+        subject.expect_equal(earlier, other, clean, "the same tokens with another one behind them")
+
+    judge.each(case, check)

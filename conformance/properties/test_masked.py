@@ -1,0 +1,69 @@
+"""Clause MASKED: what is hidden has no influence, whatever it holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lyra.conformance.case import Case
+from lyra.conformance.judge import Judge
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import cases
+from lyra.conformance.subject import Subject
+from lyra.spec.split import HeadSplit
+
+
+@prop("MASKED-1", "MASKED-4", "STATIC-3", case=cases(context=True, min_context=1, poison=(1e30, 1e9, 3e4)), needs=("static",), weight=2)
+def test_poison_has_no_influence(case: Case, judge: Judge) -> None:
+    """Padding tokens and hidden static slots full of garbage: the oracle's values, and no bit moves with the garbage."""
+    context = case.context
+    assert context is not None
+    case = case.replace(
+        padding=case.padding or (case.tokens // 2,) * case.batch,
+        context=context.replace(hidden=tuple(max(1, count) for count in context.hidden)),
+    )
+    problem, clean = case.problem(), case.replace(poison=1.0).problem()
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem)
+        subject.expect_oracle(problem, outcome)
+        subject.expect_equal(problem, outcome.output, subject.run(clean).output, "the same case with harmless garbage")
+
+    judge.each(case, check)
+
+
+@prop("MASKED-2", "MASKED-3", "LIVE-3", case=cases(context=True, live=("none",)), needs=("static", "trace"))
+def test_a_row_that_sees_nothing_gives_zero(case: Case, judge: Judge) -> None:
+    """live="none" and nothing visible in the context: the Lyra heads are exactly 0 at every real token."""
+    case = case.respec(static=case.spec.static.replace(live="none"))
+    problem = case.problem()
+    assert problem.static is not None
+    problem = problem.replace(static=problem.static._replace(mask=problem.static.mask & False))
+    lyra = list(problem.spec.lyra_q_heads)
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem, trace=True)
+        heads = outcome.trace["heads"][problem.real][:, lyra]
+        subject.expect(problem, not heads.any(), f"Lyra heads see no key and give {np.abs(heads).max(initial=0):.3g}, not 0")
+        subject.expect_oracle(problem, outcome)
+
+    judge.each(case, check)
+
+
+@prop("MASKED-3", case=cases(context=True), needs=("static",))
+def test_an_empty_context(case: Case, judge: Judge) -> None:
+    """A context of no tokens at all, in every mode."""
+    assert case.context is not None
+    judge.oracle(case.replace(context=case.context.replace(tokens=0, start=0, hidden=(0,))))
+
+
+@prop("MASKED-2", "MASKED-3", case=cases(context=False), needs=("static",))
+def test_no_context_in_every_mode(case: Case, judge: Judge) -> None:
+    """All heads to Lyra and no context: causal is the plain layer, self the token's own value, none exactly 0."""
+    judge.oracle(case.respec(split=HeadSplit.all(case.spec)))
+
+
+@prop("MASKED-4", "MASKED-1", case=cases(padding=True, poison=(1e30,)), needs=("static",))
+def test_padding_positions_stay_finite(case: Case, judge: Judge) -> None:
+    """The output at padding positions is finite, with a whole row of padding but one token too."""
+    case = case.replace(padding=(case.tokens - 1,) * case.batch)
+    judge.oracle(case)

@@ -1,0 +1,79 @@
+"""Clause ORDER: project, norm, rope, attend, output."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lyra.conformance.case import Case
+from lyra.conformance.judge import Judge
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import cases
+from lyra.conformance.subject import Subject
+
+
+@prop("ORDER-1", "NORM-1", "ROPE-1", "ROPE-2", "SCALE-1", "SPLIT-1", "TOLERANCE-1", case=cases(context=False), weight=2)
+def test_layer_equals_oracle(case: Case, judge: Judge) -> None:
+    """A layer without a context equals the oracle: every stage, in the one order."""
+    judge.oracle(case)
+
+
+@prop("ORDER-3", "TOLERANCE-2", "ORDER-1", "NORM-1", "ROPE-1", case=cases(), needs=("static", "trace"), weight=2)
+def test_every_stage_equals_oracle(case: Case, judge: Judge) -> None:
+    """Every traced stage equals the oracle run on the backend's own previous stage."""
+    problem = case.problem()
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem, trace=True)
+        names = tuple(name for name in outcome.trace)
+        subject.expect(
+            problem, names == problem.spec.trace_names(), f"trace {names}, expected {problem.spec.trace_names()}"
+        )
+        subject.expect_stages(problem, outcome)
+        subject.expect_equal(problem, outcome.trace["output"], outcome.output, "the trace's own output")
+
+    judge.each(case, check)
+
+
+@prop("ORDER-2", "STATIC-1", case=cases(context=True, min_context=1, flavours=("normal",)), needs=("static",))
+def test_values_are_neither_normed_nor_rotated(case: Case, judge: Judge) -> None:
+    """Doubling every value, static and live, doubles the output bit for bit: no norm or rotation touches them."""
+    case = case.respec(bias=False).replace(poison=1.0)
+    problem = case.problem()
+    assert problem.static is not None
+    doubled = problem.replace(
+        weights=problem.weights | {"v_proj.weight": 2 * problem.weights["v_proj.weight"]},
+        static=problem.static._replace(v=2 * problem.static.v),
+    )
+
+    def check(subject: Subject) -> None:
+        subject.expect_equal(
+            problem, subject.run(doubled).output, 2 * subject.run(problem).output, "twice the output for half the values"
+        )
+
+    judge.each(case, check)
+
+
+@prop("ORDER-1", case=cases(context=False, flavours=("normal", "offset")), needs=("static",))
+def test_heads_keep_their_place(case: Case, judge: Judge) -> None:
+    """Permuting the query heads within their groups, with their weights, changes nothing but the order of heads."""
+    problem = case.problem()
+    spec = problem.spec
+    rng = np.random.default_rng(case.seed)
+    groups = [rng.permutation(spec.group_size) + kv * spec.group_size for kv in range(spec.num_key_value_heads)]
+    order = np.concatenate(groups)
+    rows = (order[:, None] * spec.head_dim + np.arange(spec.head_dim)).ravel()
+    moved = dict(problem.weights)
+    moved["q_proj.weight"] = problem.weights["q_proj.weight"][rows]
+    moved["o_proj.weight"] = problem.weights["o_proj.weight"][:, rows]
+    if spec.bias:
+        moved["q_proj.bias"] = problem.weights["q_proj.bias"][rows]
+    place = {int(old): new for new, old in enumerate(order)}
+    split = None if spec.split is None else spec.split.replace(lyra_q_heads=tuple(place[h] for h in spec.lyra_q_heads))
+    permuted = problem.replace(weights=moved).with_split(split)
+
+    def check(subject: Subject) -> None:
+        subject.expect_close(
+            problem, subject.run(permuted).output, subject.run(problem).output, "the layer with its heads in order"
+        )
+
+    judge.each(case, check)

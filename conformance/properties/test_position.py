@@ -1,0 +1,77 @@
+"""Clause POSITION: where static and live tokens sit for the two kinds of heads."""
+
+from __future__ import annotations
+
+from lyra.conformance.case import Case
+from lyra.conformance.judge import Judge
+from lyra.conformance.properties.test_rope import rotated
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import cases
+from lyra.conformance.subject import Subject
+
+
+@prop("POSITION-1", "POSITION-3", case=cases(context=True, min_context=1, positions=("continue",)).map(rotated), needs=("static",), weight=2)
+def test_continue(case: Case, judge: Judge) -> None:
+    """positions="continue": the Lyra stream's live tokens follow the highest visible static position, row by row."""
+    judge.oracle(case)
+
+
+@prop("POSITION-2", "POSITION-3", case=cases(context=True, min_context=1, positions=("overlay",)).map(rotated), needs=("static",))
+def test_overlay(case: Case, judge: Judge) -> None:
+    """positions="overlay": live tokens of the Lyra stream stay at t."""
+    judge.oracle(case)
+
+
+@prop("POSITION-1", "STORED-2", case=cases(context=True, min_context=1, positions=("continue",), far=False).map(rotated), needs=("static",))
+def test_continue_follows_the_context(case: Case, judge: Judge) -> None:
+    """Moving the whole context by 1,000 positions moves the Lyra stream with it: nothing changes but rounding."""
+    problem = case.problem()
+    assert problem.static is not None
+    moved = problem.replace(static=problem.static._replace(positions=problem.static.positions + 1000))
+
+    def check(subject: Subject) -> None:
+        here, there = subject.run(problem).output, subject.run(moved).output
+        subject.expect_close(moved, there, here, "the context 1,000 positions earlier")
+
+    judge.each(case, check)
+
+
+@prop(
+    "POSITION-2",
+    "POSITION-1",
+    case=cases(context=True, min_context=3, positions=("overlay",), live=("none",), far=False, hidden=False, padding=False, flavours=("normal",)).map(rotated),
+    needs=("static",),
+)
+def test_overlay_does_not_follow(case: Case, judge: Judge) -> None:
+    """In "overlay" moving the context changes every row; in "continue" it does not."""
+    case = case.respec(static=case.spec.static.replace(live="none", positions="overlay"), softcap=None)
+    problem = case.problem()
+    assert problem.static is not None
+    moved = problem.replace(static=problem.static._replace(positions=problem.static.positions + 7))
+
+    def check(subject: Subject) -> None:
+        one, two = subject.run(problem).output, subject.run(moved).output
+        subject.expect_different(problem, two, one, "moving an overlaid context by 7 positions")
+
+    judge.each(case, check)
+
+
+@prop("POSITION-4", case=cases(padding=True, far=False, min_tokens=2), needs=("static",))
+def test_padding_does_not_count(case: Case, judge: Judge) -> None:
+    """Left padding moves nothing: a padded row equals the row without its padding."""
+    padding = tuple(min(count, case.tokens - 1) for count in case.padding) or (0,)
+    case = case.replace(padding=(padding[0],) * case.batch, padding_side="left", calls=(case.tokens,))
+    problem = case.problem()
+    count = padding[0]
+    bare = problem.replace(
+        x=problem.x[:, count:],
+        positions=problem.positions[:, count:],
+        mask=problem.mask[:, count:],
+        calls=(case.tokens - count,),
+    )
+
+    def check(subject: Subject) -> None:
+        padded = subject.run(problem).output[:, count:]
+        subject.expect_close(bare, padded, subject.run(bare).output, "the row without padding")
+
+    judge.each(case, check)

@@ -1,0 +1,131 @@
+"""Clause SPLIT: any set of query heads goes to Lyra; the others never notice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lyra.conformance.case import Case
+from lyra.conformance.judge import Judge
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import cases
+from lyra.conformance.subject import Subject
+from lyra.spec.errors import SpecError
+from lyra.spec.split import HeadSplit
+
+
+@prop("SPLIT-2", "SPLIT-3", "SPLIT-5", "STATIC-1", case=cases(context=True, far=False), needs=("static",), weight=3)
+def test_any_split_equals_oracle(case: Case, judge: Judge) -> None:
+    """Any set of Lyra heads, contiguous or not, whole groups or cut ones, in every mode."""
+    judge.oracle(case)
+
+
+@prop("SPLIT-1", "SPLIT-2", case=cases(flavours=("normal",), far=False).map(lambda c: c.respec(softcap=None)), needs=("static", "trace"))
+def test_heads_read_their_own_kv_head(case: Case, judge: Judge) -> None:
+    """Query head h reads KV head h // R: its output lies among the values of that head, bit for bit with one visible key."""
+    case = case.replace(calls=(1,), padding=(), context=None)
+    if case.spec.static.live == "none":
+        case = case.respec(static=case.spec.static.replace(live="self"))
+    problem = case.problem()
+
+    def check(subject: Subject) -> None:
+        trace = subject.run(problem, trace=True).trace
+        own = np.repeat(trace["v_proj"], problem.spec.group_size, axis=2)
+        subject.expect(
+            problem, np.array_equal(trace["heads"], own), "with one visible key a head must give the value of KV head h // R"
+        )
+
+    judge.each(case, check)
+
+
+@prop("SPLIT-4", case=cases(context=True, min_context=1), needs=("static", "trace"))
+def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> None:
+    """Vanilla heads give the same bits with one context and with another."""
+    problem = case.problem()
+    assert problem.static is not None
+    other = problem.replace(static=problem.static._replace(k=-problem.static.k, v=problem.static.v + 1))
+    heads = sorted(set(range(problem.spec.num_attention_heads)) - set(problem.spec.lyra_q_heads))
+
+    def check(subject: Subject) -> None:
+        one, two = subject.run(problem, trace=True), subject.run(other, trace=True)
+        same = np.array_equal(one.trace["heads"][problem.real][:, heads], two.trace["heads"][problem.real][:, heads])
+        subject.expect(problem, same, f"vanilla heads {heads} changed with the context")
+
+    judge.each(case, check)
+
+
+@prop("SPLIT-5", case=cases(context=True, min_context=1, flavours=("normal",), hidden=False).map(lambda c: c.respec(softcap=None)), needs=("static", "trace"))
+def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
+    """Axis G of the static values belongs to the Lyra KV heads in ascending order: a constant per head comes out."""
+    case = case.respec(static=case.spec.static.replace(live="none"))
+    problem = case.problem()
+    assert problem.static is not None
+    constant = np.arange(1.0, 1.0 + len(problem.spec.lyra_kv_heads), dtype=np.float32)
+    problem = problem.replace(
+        static=problem.static._replace(v=np.broadcast_to(constant[:, None, None], problem.static.v.shape).copy())
+    )
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem, trace=True)
+        subject.expect_oracle(problem, outcome, "heads")
+        for head in problem.spec.lyra_q_heads:
+            wanted = constant[problem.spec.lyra_kv_heads.index(head // problem.spec.group_size)]
+            got = outcome.trace["heads"][problem.real][:, head]
+            nearest = np.round(got)
+            subject.expect(problem, bool((nearest == wanted).all()), f"head {head} read {got.flat[0]}, expected {wanted}")
+
+    judge.each(case, check)
+
+
+@prop("SPLIT-3", case=cases(context=True, min_context=1, live=("causal",)), needs=("static",))
+def test_a_shared_kv_head_is_a_replicated_one(case: Case, judge: Judge) -> None:
+    """A layer whose split cuts groups equals the layer with every KV head replicated to its query heads."""
+    problem = case.problem()
+    assert problem.static is not None
+    spec = problem.spec
+    weights = dict(problem.weights)
+    for name in ["k_proj.weight", "v_proj.weight"] + (["k_proj.bias", "v_proj.bias"] if spec.bias else []):
+        by_head = problem.weights[name].reshape(spec.num_key_value_heads, spec.head_dim, *problem.weights[name].shape[1:])
+        weights[name] = np.repeat(by_head, spec.group_size, axis=0).reshape(-1, *problem.weights[name].shape[1:])
+    wide = spec.replace(
+        num_key_value_heads=spec.num_attention_heads, split=HeadSplit(lyra_q_heads=spec.lyra_q_heads)
+    )
+    group = [spec.lyra_kv_heads.index(head // spec.group_size) for head in spec.lyra_q_heads]
+    static = problem.static._replace(k=problem.static.k[:, group], v=problem.static.v[:, group])
+    replicated = problem.replace(spec=wide, weights=weights, static=static)
+
+    def check(subject: Subject) -> None:
+        subject.expect_close(
+            problem, subject.run(replicated).output, subject.run(problem).output, "the layer with shared KV heads"
+        )
+
+    judge.each(case, check)
+
+
+@prop("SPLIT-3", "SPLIT-6", case=cases(context=False))
+def test_illegal_splits_are_refused(case: Case, judge: Judge) -> None:
+    """A head that is not there, and a cut group without share_kv, are refused when the spec is built."""
+    spec = case.spec.replace(split=None)
+    with pytest.raises(SpecError, match="no query heads"):
+        spec.replace(split=HeadSplit(lyra_q_heads=(spec.num_attention_heads,)))
+    if spec.group_size > 1:
+        with pytest.raises(SpecError, match="share_kv=True"):
+            spec.replace(split=HeadSplit(lyra_q_heads=(spec.num_attention_heads - 1,)))
+    with pytest.raises(SpecError, match="not a multiple"):
+        spec.replace(num_key_value_heads=spec.num_attention_heads + 1)
+    judge.each(case, lambda subject: subject.expect_oracle(problem := case.problem(), subject.run(problem)))
+
+
+@prop("SPLIT-2", "IDENTITY-2", case=cases(context=False, live=("causal",)), needs=("static",))
+def test_the_split_has_no_effect_without_context(case: Case, judge: Judge) -> None:
+    """Without a context and with live="causal", the layer with a split is the layer without one."""
+    problem = case.problem()
+
+    def check(subject: Subject) -> None:
+        subject.expect_close(
+            problem, subject.run(problem).output, subject.run(problem.with_split(None)).output, "the layer without a split"
+        )
+
+    judge.each(case, check)
+
+

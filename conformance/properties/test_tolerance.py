@@ -1,0 +1,26 @@
+"""Clause TOLERANCE: the oracle's σ, K, and the same bits twice."""
+
+from __future__ import annotations
+
+from lyra.conformance.case import Case
+from lyra.conformance.judge import Judge
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import cases
+from lyra.conformance.subject import Subject
+
+
+@prop("TOLERANCE-1", "STATIC-1", case=cases(), needs=("static",), weight=3)
+def test_every_backend_equals_oracle_and_each_other(case: Case, judge: Judge) -> None:
+    """Anything the spec allows: every backend within K·σ of the oracle, any two within K·√2·σ of each other."""
+    judge.oracle(case)
+
+
+@prop("TOLERANCE-3", case=cases(), needs=("static",))
+def test_the_same_bits_twice(case: Case, judge: Judge) -> None:
+    """The same call gives the same bits twice."""
+    problem = case.problem()
+
+    def check(subject: Subject) -> None:
+        subject.expect_equal(problem, subject.run(problem).output, subject.run(problem).output, "its own first answer")
+
+    judge.each(case, check)

@@ -1,0 +1,86 @@
+"""What a run saw: per property and backend how many cases, the largest |Δ|/σ, and what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["passed", "failed", "errored", "unsupported"]
+SEVERITY: tuple[Status, ...] = ("unsupported", "passed", "failed", "errored")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure: what a person needs to see it again."""
+
+    property: str
+    backend: str
+    statements: tuple[str, ...]
+    kind: Literal["failed", "errored"]
+    message: str
+    stage: str | None
+    case: str | None
+    replay: str | None = None
+
+
+@dataclass
+class Tally:
+    """What one backend did in one property."""
+
+    cases: int = 0
+    status: Status = "unsupported"
+    worst: float = 0.0
+    why_unsupported: str = ""
+
+    def mark(self, status: Status) -> None:
+        """Keep the graver of the old and the new status."""
+        if SEVERITY.index(status) > SEVERITY.index(self.status):
+            self.status = status
+
+
+@dataclass
+class Property:
+    """A property of the suite, as registered by its decorator."""
+
+    name: str
+    statements: tuple[str, ...]
+    summary: str
+    tallies: dict[str, Tally] = field(default_factory=dict)
+
+    def tally(self, backend: str) -> Tally:
+        """The tally of a backend, made on first use."""
+        return self.tallies.setdefault(backend, Tally())
+
+
+@dataclass
+class Record:
+    """Everything a run saw. `distances` are the largest |Δ|/σ of single comparisons, by backend and stage."""
+
+    properties: dict[str, Property] = field(default_factory=dict)
+    failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
+    distances: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    cases: int = 0
+    seconds: float = 0.0
+
+    def register(self, name: str, statements: Iterable[str], summary: str) -> Property:
+        """The record of a property, made on first use."""
+        return self.properties.setdefault(name, Property(name, tuple(statements), summary))
+
+    def fail(self, failure: Failure) -> None:
+        """Keep the latest failure of a property on a backend: while Hypothesis shrinks, the latest is the smallest."""
+        self.failures[failure.property, failure.backend] = failure
+        self.properties[failure.property].tally(failure.backend).mark(failure.kind)
+
+    def saw(self, backend: str, stage: str, ratio: float) -> None:
+        """Keep one |Δ|/σ."""
+        self.distances.setdefault((backend, stage), []).append(ratio)
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was compared and nothing failed or errored."""
+        return not self.failures and self.cases > 0
+
+    def count(self, status: Status) -> int:
+        """How many pairs of property and backend ended with a status."""
+        return sum(tally.status == status for prop in self.properties.values() for tally in prop.tallies.values())

@@ -1,0 +1,71 @@
+"""How a property is declared: which statements it holds, what it needs of a backend, what cases it is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.strategies import SearchStrategy
+
+from lyra.spec.clauses import statements as known_statements
+
+from .case import Case
+from .session import current
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a property says of itself; kept on the pytest marker `lyra`."""
+
+    statements: tuple[str, ...]
+    needs: tuple[str, ...]
+    profile: str
+    check: Callable[..., None]
+
+
+def prop(
+    *statements: str,
+    case: SearchStrategy[Case] | None = None,
+    needs: tuple[str, ...] = (),
+    weight: float = 1.0,
+    profile: str = "smoke",
+) -> Callable[[Callable[..., None]], Any]:
+    """Declare a property: `@prop("STATIC-2", case=cases(context=True), needs=("static",))`.
+
+    statements  the statements of SPEC.md it holds; the first is the one a failure is reported under
+    case        a strategy; the property then takes `case` and `judge`. Without one it is an ordinary pytest function
+    needs       capabilities; a backend without them is unsupported, not failed
+    weight      multiplies the profile's number of examples
+    profile     the smallest profile it runs in
+    Raises ValueError for a statement that SPEC.md does not have.
+    """
+    unknown = [one for one in statements if one not in known_statements()]
+    if unknown or not statements:
+        raise ValueError(f"a property must cite statements of SPEC.md; unknown: {unknown}")
+
+    def declare(function: Callable[..., None]) -> Any:
+        if not inspect.getdoc(function):
+            raise ValueError(f"{function.__name__}: a property says in its docstring what must hold")
+        test: Any = function
+        if case is not None:
+            session = current()
+            test = settings(
+                max_examples=session.examples(weight),
+                deadline=None,
+                print_blob=False,
+                report_multiple_bugs=False,
+                phases=[phase for phase in Phase if phase is not Phase.explain],
+                suppress_health_check=[
+                    HealthCheck.function_scoped_fixture,
+                    HealthCheck.too_slow,
+                    HealthCheck.data_too_large,
+                    HealthCheck.large_base_example,
+                ],
+            )(seed(session.seed)(given(case=case)(function)))
+        return pytest.mark.lyra(Declaration(tuple(statements), tuple(needs), profile, function))(test)
+
+    return declare

@@ -1,0 +1,76 @@
+"""The current run: which backends, which profile, which spec the suite is held to, and what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lyra.backends.protocol import Backend
+from lyra.spec.attention import AttentionSpec
+
+from .frames import Frame, make_frames
+from .record import Record
+
+ProfileName = Literal["smoke", "ci", "thorough"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much a run does: generated examples per property of weight 1, and the number of shapes they come from."""
+
+    name: ProfileName
+    examples: int
+    frames: int
+
+    def includes(self, other: str) -> bool:
+        """Whether a property that asks for at least profile `other` runs in this one."""
+        order = list(PROFILES)
+        return order.index(other) <= order.index(self.name)
+
+
+PROFILES: dict[str, Profile] = {
+    "smoke": Profile("smoke", examples=12, frames=8),
+    "ci": Profile("ci", examples=120, frames=24),
+    "thorough": Profile("thorough", examples=600, frames=64),
+}
+
+
+@dataclass
+class Session:
+    """One run of the suite."""
+
+    backends: Sequence[Backend] = ()
+    profile: Profile = PROFILES["smoke"]
+    seed: int = 0
+    scope: AttentionSpec | None = None
+    record: Record = field(default_factory=Record)
+    frames: tuple[Frame, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.frames:
+            self.frames = make_frames(self.profile.frames, self.seed, self.scope)
+
+    def examples(self, weight: float) -> int:
+        """How many examples a property of this weight gets; layers of real size get fewer."""
+        count = self.profile.examples * weight
+        if self.scope is not None:
+            toy = 64 * 64 * 16
+            size = self.scope.hidden_size * self.scope.head_dim * self.scope.num_attention_heads
+            count *= min(1.0, max(0.01, 4 * toy / size))
+        return max(2, round(count))
+
+
+_current: list[Session] = []
+
+
+def start(session: Session) -> None:
+    """Make a session the current one."""
+    _current[:] = [session]
+
+
+def current() -> Session:
+    """The current session; a default one (no backend, smoke shapes) outside a run of the suite."""
+    if not _current:
+        start(Session())
+    return _current[0]

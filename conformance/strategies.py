@@ -1,0 +1,151 @@
+"""Public Hypothesis strategies: splits, specs, contexts and whole cases. Use them in your own tests:
+
+    from hypothesis import given
+    from lyra.conformance import strategies
+
+    @given(case=strategies.cases())
+    def test_mine(case): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import strategies as st
+
+from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
+from lyra.spec.split import HasHeads, HeadSplit
+
+from .case import FLAVOURS, Case, Context, Flavour
+from .frames import Frame
+from .session import current
+
+FAR = 131_072
+"""The highest position that cases reach (ROPE-3)."""
+
+LIVE = ("causal", "self", "none")
+POSITIONS = ("continue", "overlay")
+
+
+@st.composite
+def head_splits(draw: st.DrawFn, spec: HasHeads, kv_heads: int | None = None, aligned: bool | None = None) -> HeadSplit:
+    """Any split of the heads of `spec` that reads exactly `kv_heads` KV heads (any number if None).
+
+    With aligned=True whole groups only; None allows cut groups, where `share_kv` is set.
+    """
+    total, group = spec.num_key_value_heads, spec.num_attention_heads // spec.num_key_value_heads
+    count = draw(st.integers(0, total)) if kv_heads is None else kv_heads
+    order = draw(st.permutations(range(total)))
+    heads: list[int] = []
+    for kv_head in order[:count]:
+        members = range(kv_head * group, (kv_head + 1) * group)
+        keep = [True] * group if aligned else draw(st.lists(st.booleans(), min_size=group, max_size=group))
+        heads += [head for head, kept in zip(members, keep, strict=True) if kept or not any(keep)]
+    return HeadSplit.from_q_heads(spec, heads, share_kv=None)
+
+
+@st.composite
+def attention_specs(
+    draw: st.DrawFn, frame: Frame, *, live: Sequence[str] = LIVE, positions: Sequence[str] = POSITIONS,
+    split: bool = True, window: bool = False,
+) -> AttentionSpec:
+    """A spec of a frame's shapes and structure, its numbers free. A window excludes a split."""
+    scope = current().scope
+    if scope is not None:
+        spec = scope
+    else:
+        scale = frame.head_dim**-0.5
+        spec = AttentionSpec(
+            hidden_size=frame.hidden_size,
+            num_attention_heads=frame.heads[0],
+            num_key_value_heads=frame.heads[1],
+            head_dim=frame.head_dim,
+            scale=draw(st.sampled_from([scale, scale / 2, 1.5 * scale, 168**-0.5])),
+            softcap=draw(st.sampled_from([2.0, 0.5, 50.0])) if frame.softcap else None,
+            bias=frame.bias,
+            qk_norm=QKNormSpec(eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3]))) if frame.qk_norm else None,
+            rope=RopeSpec(
+                theta=draw(st.sampled_from([1e4, 1e6, 500.0, 123_456.0])), factor=draw(st.sampled_from([1.0, 8.0, 3.0]))
+            )
+            if frame.rope
+            else None,
+        )
+    changes: dict[str, Any] = {}
+    if window and spec.sliding_window is None:
+        changes = {"sliding_window": draw(st.integers(1, 12)), "split": None}
+    elif split and spec.split is None and spec.sliding_window is None:
+        changes["split"] = draw(head_splits(spec, kv_heads=frame.groups))
+    if scope is None or scope.split is None:
+        changes["static"] = StaticSpec(live=draw(st.sampled_from(live)), positions=draw(st.sampled_from(positions)))
+    return spec.replace(**changes) if changes else spec
+
+
+@st.composite
+def contexts(draw: st.DrawFn, frame: Frame, *, far: bool = True, hidden: bool = True) -> Context:
+    """A static context of a frame's shape: where it starts, what it hides, whether its positions have gaps."""
+    tokens, rows = frame.context_tokens, frame.context_batch
+    start = draw(st.one_of(st.integers(0, 20), st.integers(0, FAR - 3 * tokens - 1))) if far else 0
+    counts = st.one_of(st.just(0), st.integers(0, tokens))
+    return Context(
+        tokens=tokens,
+        batch=rows,
+        start=start,
+        hidden=tuple(draw(st.lists(counts, min_size=rows, max_size=rows))) if hidden else (0,) * rows,
+        gaps=draw(st.booleans()),
+    )
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Seeds of a case's data."""
+    return st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    *,
+    live: Sequence[str] = LIVE,
+    positions: Sequence[str] = POSITIONS,
+    context: bool | None = None,
+    split: bool = True,
+    window: bool = False,
+    padding: bool = True,
+    hidden: bool = True,
+    far: bool = True,
+    flavours: Sequence[Flavour] = tuple(FLAVOURS),
+    poison: Sequence[float] = (1e4, 1e9, 1e30),
+    min_calls: int = 1,
+    min_tokens: int = 1,
+    min_context: int = 0,
+) -> Case:
+    """Cases of the current run's frames. `context` True, False, or None for either; the rest narrows what is drawn."""
+
+    def fits(frame: Frame) -> bool:
+        enough_calls = len(frame.calls) >= min_calls and sum(frame.calls) >= min_tokens
+        return enough_calls and (frame.context_tokens >= min_context or context is False)
+
+    pool = [frame for frame in current().frames if fits(frame)]
+    if not pool:
+        raise ValueError(f"no frame of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens")
+    frame = draw(st.sampled_from(pool))
+    spec = draw(attention_specs(frame, live=live, positions=positions, split=split and not window, window=window))
+    with_context = draw(st.booleans()) if context is None else context
+    if spec.sliding_window is not None:
+        with_context = False
+    tokens = sum(frame.calls)
+    paddings: tuple[int, ...] = ()
+    if padding and draw(st.booleans()):
+        paddings = tuple(draw(st.lists(st.integers(0, tokens - 1), min_size=frame.batch, max_size=frame.batch)))
+    return Case(
+        spec=spec,
+        calls=frame.calls,
+        batch=frame.batch,
+        context=draw(contexts(frame, far=far, hidden=hidden)) if with_context else None,
+        padding=paddings,
+        padding_side=draw(st.sampled_from(["left", "right"])) if paddings else "left",
+        start=draw(st.one_of(st.just(0), st.integers(0, FAR - tokens))) if far else 0,
+        flavour=draw(st.sampled_from(flavours)),
+        poison=draw(st.sampled_from(poison)),
+        seed=draw(seeds()),
+    )

@@ -1,0 +1,201 @@
+"""A backend under test: runs problems call by call, tells its own errors from wrong values, compares in units of σ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lyra.backends.protocol import Attention, Backend
+from lyra.spec.reference import reference, stage_from_trace
+from lyra.spec.uncertain import Uncertain, exact
+
+from .case import Problem
+from .record import Record
+from .tolerance import K, K_PAIR, Distance, distance
+
+
+class Divergence(AssertionError):
+    """A backend's value is wrong. `problem` is what it was asked; `stage` names the first diverging stage, if known."""
+
+    def __init__(self, backend: str, message: str, problem: Problem | None = None, stage: str | None = None) -> None:
+        super().__init__(message)
+        self.backend = backend
+        self.problem = problem
+        self.stage = stage
+
+
+class BackendError(Exception):
+    """A backend raised where it had to answer."""
+
+    def __init__(self, backend: str, error: BaseException) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.backend = backend
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a backend answered over all calls: output [B,T,E], the stages by name, and the last call's cache."""
+
+    output: np.ndarray
+    trace: dict[str, np.ndarray]
+    cache: object
+
+
+def expected(problem: Problem) -> dict[str, Uncertain]:
+    """The oracle's stages for a problem, computed once per problem."""
+    if "oracle" not in problem.memo:
+        problem.memo["oracle"] = reference(
+            problem.spec,
+            problem.weights,
+            problem.x,
+            positions=problem.positions,
+            mask=problem.mask,
+            static=problem.static,
+        )
+    found: dict[str, Uncertain] = problem.memo["oracle"]
+    return found
+
+
+class Subject:
+    """One backend, within one property."""
+
+    def __init__(self, backend: Backend, record: Record) -> None:
+        self.backend = backend
+        self.name = backend.name
+        self.record = record
+
+    def can(self, capability: str) -> bool:
+        """Whether the backend claims a capability."""
+        return capability in self.backend.capabilities
+
+    def layer(self, problem: Problem) -> Attention:
+        """The backend's layer for a problem's spec and weights. Raises BackendError."""
+        try:
+            return self.backend.attention(problem.spec, problem.weights)
+        except Exception as error:
+            raise BackendError(self.name, error) from error
+
+    def run(
+        self, problem: Problem, calls: tuple[int, ...] | None = None, *, trace: bool = False, cache: object = None
+    ) -> Outcome:
+        """All live tokens of a problem, cut into calls (the problem's own unless given). Raises BackendError."""
+        calls = calls if calls is not None else problem.calls
+        if not self.can("cache"):
+            calls = (sum(calls),)
+        layer = self.layer(problem)
+        outputs: list[np.ndarray] = []
+        traces: list[dict[str, np.ndarray]] = []
+        start = 0
+        for length in calls:
+            part = slice(start, start + length)
+            start += length
+            try:
+                result = layer(
+                    problem.x[:, part],
+                    positions=problem.positions[:, part],
+                    mask=problem.mask[:, part] if not problem.mask.all() else None,
+                    static=problem.static,
+                    cache=cache,
+                    trace=trace,
+                )
+                output, cache, stages = result
+                outputs.append(np.asarray(output))
+                traces.append({name: np.asarray(value) for name, value in stages.items()})
+            except Exception as error:
+                raise BackendError(self.name, error) from error
+            if outputs[-1].shape != problem.x[:, part].shape:
+                raise Divergence(
+                    self.name, f"output has shape {outputs[-1].shape}, expected {problem.x[:, part].shape}", problem
+                )
+        joined = {name: np.concatenate([stages[name] for stages in traces], axis=1) for name in traces[0]}
+        return Outcome(np.concatenate(outputs, axis=1), joined, cache)
+
+    def expect_oracle(self, problem: Problem, outcome: Outcome, stage: str = "output") -> None:
+        """The outcome is within K·σ of the oracle at every real token (TOLERANCE-1). Raises Divergence."""
+        got = outcome.output if stage == "output" else outcome.trace[stage]
+        self._hold(problem, got, expected(problem)[stage], K, stage, "the oracle")
+        if not np.isfinite(outcome.output).all():
+            raise Divergence(self.name, "the output is not finite at a padding position (MASKED-4)", problem)
+
+    def expect_close(self, problem: Problem, got: np.ndarray, other: np.ndarray, against: str) -> None:
+        """Two outputs [B,T,E] that should be equal up to rounding differ by at most K·√2·σ. Raises Divergence."""
+        sigma = expected(problem)["output"].variance
+        self._hold(problem, got, Uncertain(other.astype(np.float64), sigma), K_PAIR, "output", against)
+
+    def expect_equal(self, problem: Problem, got: np.ndarray, other: np.ndarray, against: str) -> None:
+        """Two outputs that must be the same bits at every real token. Raises Divergence."""
+        self._hold(problem, got, exact(other), 0.0, "output", against)
+
+    def expect_different(self, problem: Problem, got: np.ndarray, other: np.ndarray, what: str) -> None:
+        """Two outputs that must differ, at every real token, by more than rounding could explain. Raises Divergence."""
+        sigma = expected(problem)["output"].sigma
+        ratio = np.max(np.abs(got.astype(np.float64) - other) / np.maximum(sigma, np.finfo(np.float64).tiny), axis=-1)
+        if (ratio[problem.real] <= K).any():
+            raise Divergence(self.name, f"{what} made no difference where it must make one", problem)
+
+    def expect(self, problem: Problem, condition: bool, message: str) -> None:
+        """A plain fact. Raises Divergence with the message where it does not hold."""
+        if not condition:
+            raise Divergence(self.name, message, problem)
+
+    def _hold(
+        self, problem: Problem, got: np.ndarray, wanted: Uncertain, limit: float, stage: str, against: str
+    ) -> None:
+        if got.shape != wanted.value.shape:
+            raise Divergence(self.name, f"{stage} has shape {got.shape}, expected {wanted.value.shape}", problem)
+        far = distance(got, wanted, problem.real)
+        if limit:
+            self.record.saw(self.name, stage if against == "the oracle" else against, far.ratio)
+        if far.ratio > limit:
+            raise Divergence(self.name, f"{far.describe(stage, limit)} against {against}", problem)
+
+    def expect_stages(self, problem: Problem, outcome: Outcome, names: tuple[str, ...] | None = None) -> None:
+        """Every traced stage (or those named) is within K·σ of the oracle on the stage before. Raises Divergence."""
+        for name, far in self.stage_distances(problem, outcome.trace).items():
+            if names is None or name in names:
+                self.record.saw(self.name, f"{name} alone", far.ratio)
+                if far.ratio > K:
+                    message = f"{far.describe(name, K)} against the oracle on the stage before"
+                    raise Divergence(self.name, message, problem, name)
+
+    def stage_distances(self, problem: Problem, trace: dict[str, np.ndarray]) -> dict[str, Distance]:
+        """Each traced stage against the oracle run on this backend's own previous stage (TOLERANCE-2)."""
+        found = {}
+        for name in problem.spec.trace_names():
+            if name not in trace:
+                raise Divergence(self.name, f"the trace lacks {name!r}; it has {list(trace)}", problem, name)
+            wanted = stage_from_trace(
+                problem.spec,
+                problem.weights,
+                name,
+                trace,
+                problem.x,
+                positions=problem.positions,
+                mask=problem.mask,
+                static=problem.static,
+            )
+            if trace[name].shape != wanted.value.shape:
+                message = f"{name} has shape {trace[name].shape}, expected {wanted.value.shape}"
+                raise Divergence(self.name, message, problem, name)
+            found[name] = distance(trace[name], wanted, problem.real)
+        return found
+
+    def first_diverging_stage(self, problem: Problem) -> str | None:
+        """The first stage that is off by more than K·σ given the backend's own stages before it, or None."""
+        if not self.can("trace"):
+            return None
+        for calls in dict.fromkeys([problem.calls, (sum(problem.calls),)]):
+            try:
+                outcome = self.run(problem, calls, trace=True)
+                distances = self.stage_distances(problem, outcome.trace)
+            except Divergence as error:
+                return error.stage
+            except (BackendError, KeyError, ValueError):
+                return None
+            for name, far in distances.items():
+                if far.ratio > K:
+                    return name
+        return None
+
+

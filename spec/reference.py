@@ -1,0 +1,220 @@
+"""The oracle: SPEC.md in NumPy float64, obvious rather than fast, each value with its float32 rounding deviation σ.
+
+It takes the literal form of every clause: positions of the Lyra stream are P + t, static keys sit where they say, one
+softmax runs over static and live keys together. It knows no cache: how calls are cut has no effect (LIVE-4), so all
+live tokens of a sequence come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from .attention import AttentionSpec
+from .inputs import StaticLayer, check_call
+from .uncertain import (
+    U_BFLOAT16,
+    Uncertain,
+    exact,
+    linear,
+    rms_norm,
+    rotate,
+    scores,
+    softmax_average,
+    stored,
+)
+
+BLOCK = 2**22
+"""Elements of keys handled at once, so that a long context does not fill the memory."""
+
+
+class Stream(NamedTuple):
+    """What one kind of heads attends with: q [B,T,Hq,D], live k [B,T,Hkv,D], static k [Bc,G,S,D] or None."""
+
+    q: Uncertain
+    k: Uncertain
+    static_k: Uncertain | None
+
+
+def reference(
+    spec: AttentionSpec,
+    weights: Mapping[str, np.ndarray],
+    x: np.ndarray,
+    *,
+    positions: np.ndarray,
+    mask: np.ndarray | None = None,
+    static: StaticLayer | None = None,
+    dtype: str = "float32",
+) -> dict[str, Uncertain]:
+    """Every stage of the layer for all live tokens of a sequence, by trace name (ORDER-3), with σ.
+
+    x [B,T,E], positions [B,T], mask [B,T] bool or None, static or None. `dtype` is the type a backend would store
+    stages in, "float32" or "bfloat16"; the values are float64 either way. Raises InputError.
+    """
+    x, positions, mask, static = check_call(spec, x, positions, mask, static)
+    unit = U_BFLOAT16 if dtype == "bfloat16" else 0.0
+    stages = {"q_proj": _project(spec, weights, "q", x), "k_proj": _project(spec, weights, "k", x)}
+    stages["v_proj"] = _project(spec, weights, "v", x)
+    stages = {name: stored(value, unit) for name, value in stages.items()}
+    q, k = stages["q_proj"], stages["k_proj"]
+    if spec.qk_norm is not None:
+        q = stages["q_norm"] = stored(rms_norm(q, weights["q_norm.weight"], spec.qk_norm.eps), unit)
+        k = stages["k_norm"] = stored(rms_norm(k, weights["k_norm.weight"], spec.qk_norm.eps), unit)
+    lyra_q, lyra_k = q, k
+    if spec.rope is not None:
+        own = positions + context_end(spec, static)[:, None]
+        lyra_q, lyra_k = stored(_at(spec, q, own), unit), stored(_at(spec, k, own), unit)
+        q = stages["q_rope"] = stored(_at(spec, q, positions), unit)
+        k = stages["k_rope"] = stored(_at(spec, k, positions), unit)
+    vanilla, lyra = Stream(q, k, None), Stream(lyra_q, lyra_k, _static_keys(spec, static, 0))
+    stages["heads"] = stored(_attend(spec, vanilla, lyra, stages["v_proj"], positions, mask, static), unit)
+    stages["output"] = stored(_output(spec, weights, stages["heads"]), unit)
+    return stages
+
+
+def stage_from_trace(
+    spec: AttentionSpec,
+    weights: Mapping[str, np.ndarray],
+    name: str,
+    trace: Mapping[str, np.ndarray],
+    x: np.ndarray,
+    *,
+    positions: np.ndarray,
+    mask: np.ndarray | None = None,
+    static: StaticLayer | None = None,
+) -> Uncertain:
+    """One stage, computed from a backend's own values of the stages before it, taken as exact (TOLERANCE-2).
+
+    `trace` holds those values for all live tokens of the sequence. Raises InputError, KeyError for an unknown stage.
+    """
+    x, positions, mask, static = check_call(spec, x, positions, mask, static)
+    before = {key: exact(value) for key, value in trace.items()}
+    kind, _, stage = name.partition("_")
+    if stage == "proj":
+        return _project(spec, weights, kind, x)
+    if stage == "norm":
+        assert spec.qk_norm is not None
+        return rms_norm(before[f"{kind}_proj"], weights[f"{kind}_norm.weight"], spec.qk_norm.eps)
+    normed = "norm" if spec.qk_norm is not None else "proj"
+    if stage == "rope":
+        return _at(spec, before[f"{kind}_{normed}"], positions)
+    if name == "heads":
+        last = "rope" if spec.rope is not None else normed
+        # A trace is rotated at t in every mode, so here static keys move to j − P instead (SPEC.md, POSITION).
+        own = Stream(before[f"q_{last}"], before[f"k_{last}"], _static_keys(spec, static, context_end(spec, static)))
+        return _attend(spec, own, own, before["v_proj"], positions, mask, static)
+    if name == "output":
+        return _output(spec, weights, before["heads"])
+    raise KeyError(f"unknown stage {name!r}; the stages are {spec.trace_names()}")
+
+
+def context_end(spec: AttentionSpec, static: StaticLayer | None) -> np.ndarray:
+    """P per context row [Bc]: one more than the highest visible static position, 0 without one (POSITION-1, -2)."""
+    if static is None or spec.static.positions == "overlay":
+        return np.zeros(1, dtype=np.int64)
+    return np.max(np.where(static.mask, static.positions + 1, 0), axis=1, initial=0)
+
+
+def _project(spec: AttentionSpec, weights: Mapping[str, np.ndarray], kind: str, x: np.ndarray) -> Uncertain:
+    flat = linear(exact(x), weights[f"{kind}_proj.weight"], weights[f"{kind}_proj.bias"] if spec.bias else None)
+    shape = (*x.shape[:2], -1, spec.head_dim)
+    return Uncertain(flat.value.reshape(shape), flat.variance.reshape(shape))
+
+
+def _at(spec: AttentionSpec, y: Uncertain, positions: np.ndarray) -> Uncertain:
+    """y [B,T,H,D] rotated at positions [B,T]."""
+    return rotate(y, _angles(spec, positions)[:, :, None, :])
+
+
+def _angles(spec: AttentionSpec, positions: np.ndarray) -> np.ndarray:
+    assert spec.rope is not None
+    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
+    return positions[..., None] * (spec.rope.theta**-exponent / spec.rope.factor)
+
+
+def _static_keys(spec: AttentionSpec, static: StaticLayer | None, back: np.ndarray | int) -> Uncertain | None:
+    """Static keys [Bc,G,S,D], rotated at their positions less `back` (a number, or one per context row)."""
+    if static is None:
+        return None
+    if spec.rope is None:
+        return exact(static.k)
+    positions = static.positions - np.reshape(back, (-1, 1))
+    return rotate(exact(static.k), _angles(spec, positions)[:, None])
+
+
+def _attend(
+    spec: AttentionSpec,
+    vanilla: Stream,
+    lyra: Stream,
+    v: Uncertain,
+    positions: np.ndarray,
+    mask: np.ndarray,
+    static: StaticLayer | None,
+) -> Uncertain:
+    """The heads' outputs [B,T,Hq,D]. Clauses SCALE, SPLIT, STATIC, LIVE, MASKED, SLIDING."""
+    batch, tokens = positions.shape
+    shape = (batch, tokens, spec.num_attention_heads, spec.head_dim)
+    out = Uncertain(np.zeros(shape), np.zeros(shape))
+    causal = positions[:, None, :] <= positions[:, :, None]
+    if spec.sliding_window is not None:
+        causal &= positions[:, None, :] > positions[:, :, None] - spec.sliding_window
+    causal = causal & mask[:, None, :]
+    live = {"causal": causal, "self": causal & np.eye(tokens, dtype=bool), "none": np.zeros_like(causal)}
+    lyra_heads = np.array(spec.lyra_q_heads, dtype=int)
+    vanilla_heads = np.setdiff1d(np.arange(spec.num_attention_heads), lyra_heads)
+    for heads, stream, visible, context in (
+        (vanilla_heads, vanilla, causal, None),
+        (lyra_heads, lyra, live[spec.static.live], static),
+    ):
+        keys = tokens + (context.k.shape[2] if context is not None else 0)
+        block = max(1, BLOCK // max(1, batch * keys * spec.head_dim))
+        for start in range(0, len(heads), block):
+            some = heads[start : start + block]
+            one = _heads(spec, some, stream, v, visible, context)
+            out.value[:, :, some] = one.value.swapaxes(1, 2)
+            out.variance[:, :, some] = one.variance.swapaxes(1, 2)
+    return out
+
+
+def _heads(
+    spec: AttentionSpec,
+    heads: np.ndarray,
+    stream: Stream,
+    v: Uncertain,
+    visible: np.ndarray,
+    static: StaticLayer | None,
+) -> Uncertain:
+    """[B,h,T,D] for some query heads of one stream: one softmax over static keys, then live keys."""
+    batch, tokens = visible.shape[:2]
+    kv_heads = heads // spec.group_size
+
+    def by_head(y: Uncertain, index: np.ndarray) -> Uncertain:
+        return Uncertain(y.value[:, :, index].swapaxes(1, 2), y.variance[:, :, index].swapaxes(1, 2))
+
+    query, key, value = by_head(stream.q, heads), by_head(stream.k, kv_heads), by_head(v, kv_heads)
+    visible = visible[:, None]
+    if static is not None and stream.static_k is not None:
+        group = np.searchsorted(spec.lyra_kv_heads, kv_heads)
+        key = _before(stream.static_k.pick((slice(None), group)), key)
+        value = _before(exact(static.v[:, group]), value)
+        seen = np.broadcast_to(static.mask[:, None, None, :], (batch, 1, tokens, static.mask.shape[1]))
+        visible = np.concatenate([seen, visible], axis=-1)
+    return softmax_average(scores(query, key, spec.scale, spec.softcap, visible), value)
+
+
+def _before(static: Uncertain, live: Uncertain) -> Uncertain:
+    """Static keys or values [Bc,h,S,D] in front of live ones [B,h,T,D]."""
+    batch = live.value.shape[0]
+
+    def join(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.broadcast_to(a, (batch, *a.shape[1:])), b], axis=2)
+
+    return Uncertain(join(static.value, live.value), join(static.variance, live.variance))
+
+
+def _output(spec: AttentionSpec, weights: Mapping[str, np.ndarray], heads: Uncertain) -> Uncertain:
+    flat = (*heads.value.shape[:2], spec.num_attention_heads * spec.head_dim)
+    concatenated = Uncertain(heads.value.reshape(flat), heads.variance.reshape(flat))
+    return linear(concatenated, weights["o_proj.weight"], weights["o_proj.bias"] if spec.bias else None)
