@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from lyra.backends.protocol import get_backend
 from lyra.backends.torch_impl import TorchBackend, partial
 from lyra.spec import AttentionSpec, HeadSplit, InputError, QKNormSpec, RopeSpec, StaticSpec

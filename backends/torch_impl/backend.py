@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
 from lyra.backends.protocol import Result
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
@@ -90,7 +91,14 @@ class TorchBackend:
         return TorchAttention(spec, weights)
 
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
-        """A whole Gemma-3 from a folder with config.json and *.safetensors. Needs transformers."""
+        """A whole Gemma-3 from a folder with config.json and *.safetensors. Needs transformers.
+
+        `device` is the CPU if None. Raises ImportError for a transformers that does not fit, and what
+        `TorchEngine.load` raises.
+        """
+        from .versions import check_transformers
+
+        check_transformers()
         from .model import TorchEngine
 
         return TorchEngine.load(folder, dtype=dtype, device=device)

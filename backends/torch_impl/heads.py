@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+
 from lyra.spec.split import HeadSplit
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from lyra.spec.attention import TRACES, AttentionSpec
 from torch.nn.functional import linear
+
+from lyra.spec.attention import TRACES, AttentionSpec
 
 from . import visibility
 from .cache import LiveCache, live_tokens

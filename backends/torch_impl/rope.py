@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from lyra.spec.attention import RopeSpec
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 
