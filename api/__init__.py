@@ -1,1 +1,76 @@
-"""placeholder"""
+"""Lyra: attention heads that read a static, pre-loaded context, specified once and run by several frameworks.
+
+    import lyra
+    model = lyra.load("gemma-3-270m", backend="jax")
+    context = model.capture("a long text")
+    model.attach(context)
+    model.generate("a prompt")
+
+Nothing heavy is imported before it is used: no framework, until a model is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lyra.backends.protocol import BackendNotFound
+    from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
+    from lyra.spec.context import StaticContext
+    from lyra.spec.errors import ContextError, InputError, SpecError
+    from lyra.spec.model import ModelSpec
+    from lyra.spec.split import HeadSplit
+
+    from .errors import CheckpointError, ModelError
+    from .load import load
+    from .model import Model, Score
+
+__all__ = [
+    "AttentionSpec",
+    "BackendNotFound",
+    "CheckpointError",
+    "ContextError",
+    "HeadSplit",
+    "InputError",
+    "Model",
+    "ModelError",
+    "ModelSpec",
+    "QKNormSpec",
+    "RopeSpec",
+    "Score",
+    "SpecError",
+    "StaticContext",
+    "StaticSpec",
+    "__version__",
+    "load",
+]
+
+_HOMES = {
+    "lyra.backends.protocol": ("BackendNotFound",),
+    "lyra.errors": ("CheckpointError", "ModelError"),
+    "lyra.load": ("load",),
+    "lyra.model": ("Model", "Score"),
+    "lyra.spec.attention": ("AttentionSpec", "QKNormSpec", "RopeSpec", "StaticSpec"),
+    "lyra.spec.context": ("StaticContext",),
+    "lyra.spec.errors": ("ContextError", "InputError", "SpecError"),
+    "lyra.spec.model": ("ModelSpec",),
+    "lyra.spec.split": ("HeadSplit",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lyra")
+    if name not in _HOME:
+        raise AttributeError(f"module 'lyra' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,21 +39,11 @@ class Fingerprint:
 
     @classmethod
     def of(
-        cls,
-        spec: ModelSpec,
-        layers: Iterable[int],
-        weights: Callable[[int], Mapping[str, np.ndarray]],
-        vocabulary: Mapping[str, int] | None = None,
-        bos: int | None = None,
+        cls, spec: ModelSpec, hashes: Mapping[int, str], tokenizer: str | None = None, bos: int | None = None
     ) -> Fingerprint:
-        """The fingerprint of a model's layers; `weights(layer)` gives attention weights in Hugging Face's names."""
-        return cls(
-            model=spec.name,
-            attention=without_split(spec.attention),
-            layers=tuple((layer, hash_weights(weights(layer))) for layer in sorted(set(layers))),
-            tokenizer=None if vocabulary is None else hash_vocabulary(vocabulary),
-            bos=bos,
-        )
+        """The fingerprint of a model: `hashes` by layer from `hash_weights`, `tokenizer` from `hash_vocabulary`."""
+        attention = spec.attention.replace(split=None, static=StaticSpec())  # neither decides keys and values
+        return cls(spec.name, attention, tuple(sorted(hashes.items())), tokenizer, bos)
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What keeps a context with this fingerprint from fitting a model with the other one; empty if it fits.
@@ -98,11 +88,6 @@ class Fingerprint:
             return cls(**fields)
         except (SpecError, ValueError, TypeError, KeyError) as error:
             raise ContextError(f"the fingerprint is damaged ({error})") from None
-
-
-def without_split(spec: AttentionSpec) -> AttentionSpec:
-    """The part of a layer's spec that keys and values depend on: no split, no static mode."""
-    return spec.replace(split=None, static=StaticSpec())
 
 
 def hash_weights(weights: Mapping[str, np.ndarray]) -> str:

@@ -14,11 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 HIDDEN, FEED, HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 96, 4, 2, 32, 8
 WORDS = ["a", "n", "d", "t", "h", "e", "o", "f", "▁", "an", "th", "▁a", "▁an", "and", "▁and", "the", "▁the", "  "]
+BACKENDS = ("torch", "jax")
 CONTROL, USER_DEFINED, BYTE, NORMAL = 3, 4, 6, 1
 
 
-def write_tiny_gguf(path: Path, seed: int = 0, layers: int = 4) -> Path:
-    """A random Gemma-3 of sliding and global layers in turn; its projections are Q8_0, its norms float32."""
+def write_tiny_gguf(path: Path, seed: int = 0, layers: int = 4, pattern: int = 2) -> Path:
+    """A random Gemma-3 with every `pattern`-th layer global; its projections are Q8_0, its norms float32."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_name("Tiny Gemma")
@@ -33,7 +34,7 @@ def write_tiny_gguf(path: Path, seed: int = 0, layers: int = 4) -> Path:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1_000_000.0)
     writer.add_sliding_window(WINDOW)
-    writer.add_uint32("gemma3.attention.sliding_window_pattern", 2)
+    writer.add_uint32("gemma3.attention.sliding_window_pattern", pattern)
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)] + WORDS + ["<note>"]
     kinds = [CONTROL] * 4 + [BYTE] * 256 + [NORMAL] * len(WORDS) + [USER_DEFINED]
     writer.add_tokenizer_model("llama")
@@ -80,14 +81,32 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny-gemma.gguf")
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as a folder in Hugging Face's layout."""
+def convert_tiny(folder: Path, **options: int) -> Path:
+    """A tiny random model as a folder in Hugging Face's layout."""
     from lyra.gguf_convert import convert
 
-    folder = tmp_path_factory.mktemp("tiny-folder")
-    convert(tiny_gguf, folder)
+    path = write_tiny_gguf(folder.parent / f"{folder.name}.gguf", **options)
+    folder.mkdir()
+    convert(path, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `tiny_gguf` as a folder in Hugging Face's layout."""
+    return convert_tiny(tmp_path_factory.mktemp("folders") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same shape with other weights."""
+    return convert_tiny(tmp_path_factory.mktemp("folders") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def global_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of global layers only."""
+    return convert_tiny(tmp_path_factory.mktemp("folders") / "global", layers=2, pattern=1)
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +117,10 @@ def real_folder() -> Path:
     from lyra.checkpoint import resolve
 
     return resolve("gemma-3-270m")
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that loads whole models."""
+    pytest.importorskip(request.param)
+    return request.param

@@ -1,0 +1,60 @@
+"""lyra inspect: what is in a context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from lyra.spec.context import StaticContext
+
+from .options import JsonPath
+from .output import fields_table, head_list, show, size
+
+
+def inspect(
+    context: Annotated[Path, typer.Argument(help="The context's file.")],
+    json_path: JsonPath = None,
+) -> None:
+    """Show what a context holds and which model it came from."""
+    loaded = StaticContext.load(context)
+    attention = loaded.fingerprint.attention.to_dict()
+    data: dict[str, Any] = {"path": str(context)} | loaded.describe()
+    data |= {"norms": norms(loaded), "attention": attention, "weights": dict(loaded.fingerprint.layers)}
+    show(data, json_path, *context_tables(str(context), loaded))
+
+
+def context_tables(title: str, context: StaticContext) -> tuple[Table, Table]:
+    """The context as a whole, and its layers."""
+    found = context.describe()
+    spec = context.fingerprint.attention
+    whole = fields_table(
+        title,
+        {
+            "model": found["model"],
+            "tokens": f"{found['tokens']:,}" + (f" in {found['batch']} rows" if found["batch"] > 1 else ""),
+            "next position": f"{found['next_position']:,}",
+            "size": size(found["bytes"]),
+            "query / KV heads": f"{spec.num_attention_heads} / {spec.num_key_value_heads} of {spec.head_dim}",
+            "spec version": found["spec_version"],
+        },
+    )
+    layers = Table(title="layers", title_justify="left")
+    for name in ("layer", "KV heads", "mean key norm", "mean value norm"):
+        layers.add_column(name, justify="right")
+    for number, (key, value) in norms(context).items():
+        layers.add_row(number, head_list(context.kv_heads[int(number)]), f"{key:.3f}", f"{value:.3f}")
+    return whole, layers
+
+
+def norms(context: StaticContext) -> dict[str, tuple[float, float]]:
+    """By layer the mean length of its visible keys and values; 0 where none is visible."""
+
+    def mean(values: np.ndarray) -> float:
+        lengths = np.linalg.norm(values, axis=-1).swapaxes(0, 1)[:, context.mask]
+        return float(lengths.mean()) if lengths.size else 0.0
+
+    return {str(number): (mean(layer.k), mean(layer.v)) for number, layer in context.layers.items()}

@@ -1,0 +1,78 @@
+"""lyra score: how likely a text is, without and with a context."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from lyra.model import Score
+
+from .options import (
+    BackendName,
+    ContextPath,
+    Dtype,
+    JsonPath,
+    LiveMode,
+    LyraKV,
+    LyraQ,
+    ModelName,
+    Override,
+    PositionMode,
+    ShareKV,
+    chosen_split,
+    load_model,
+    read_text,
+)
+from .output import show
+
+
+def score(
+    text: Annotated[str, typer.Argument(help="A UTF-8 text file, or - for standard input.")],
+    context: ContextPath = None,
+    model: ModelName = None,
+    backend: BackendName = "torch",
+    lyra_kv: LyraKV = None,
+    lyra_q: LyraQ = None,
+    share_kv: ShareKV = False,
+    live: LiveMode = "causal",
+    positions: PositionMode = "continue",
+    override: Override = False,
+    dtype: Dtype = "float32",
+    json_path: JsonPath = None,
+) -> None:
+    """Show the likelihood of a text's tokens; with a context, both without and with it."""
+    from lyra.progress import steps
+
+    words = read_text(text)
+    loaded = load_model(model, backend, dtype)
+    split = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv)
+    rounds = 1 if context is None else 2
+    found: dict[str, Score] = {}
+    with steps("Scoring") as move:
+        move("without context", 0, rounds)
+        found["without context"] = loaded.score(words)
+        if context is not None:
+            move("with context", 1, rounds)
+            loaded.attach(context, split, live=live, positions=positions, override=override)
+            found["with context"] = loaded.score(words)
+    data = {
+        name: {
+            "tokens": one.num_tokens,
+            "total_nll": one.total,
+            "mean_nll": one.mean_nll,
+            "perplexity": one.perplexity,
+        }
+        for name, one in found.items()
+    }
+    show({"text": text} | data, json_path, _table(found))
+
+
+def _table(found: dict[str, Score]) -> Table:
+    table = Table()
+    for name in ("", "tokens", "mean NLL (nats)", "perplexity"):
+        table.add_column(name, justify="right")
+    for name, one in found.items():
+        table.add_row(name, f"{one.num_tokens:,}", f"{one.mean_nll:.4f}", f"{one.perplexity:,.3f}")
+    return table

@@ -1,0 +1,144 @@
+"""lyra split: what a head split means for a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.errors import SpecError
+from lyra.spec.model import ModelSpec, load_spec, presets
+from lyra.spec.split import HeadSplit
+
+from .options import JsonPath, LyraKV, LyraQ, ShareKV, chosen_split
+from .output import head_list, show, size
+
+FLOAT32 = 4
+TOKENS = 1000
+GROUPS_PER_LINE = 8
+STREAMS = ("lyra", "vanilla")
+
+
+def split(
+    model: Annotated[str, typer.Argument(help="A preset, a .toml file, a model's folder or a .gguf file.")],
+    lyra_kv: LyraKV = None,
+    lyra_q: LyraQ = None,
+    share_kv: ShareKV = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Explain a head split: heads of each stream, groups, parameters, cache; or why it is illegal."""
+    spec = read_spec(model)
+    attention = spec.attention if isinstance(spec, ModelSpec) else spec
+    asked = chosen_split(attention, lyra_kv, lyra_q, share_kv) or attention.split or HeadSplit.half(attention)
+    attention = attention.replace(split=asked)
+    layers = len(spec.global_layers) if isinstance(spec, ModelSpec) else 1
+    data = {"model": spec.name if isinstance(spec, ModelSpec) else model} | explain(attention, layers)
+    show(data, json_path, _table(data), _head_map(attention), _notes(data))
+
+
+def read_spec(source: str) -> ModelSpec | AttentionSpec:
+    """The spec of a preset, a .toml file, a model's folder or a .gguf file. Raises SpecError, CheckpointError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        from lyra.checkpoint import check_folder
+
+        config = json.loads((check_folder(path) / "config.json").read_text(encoding="utf-8"))
+        return ModelSpec.from_hf_config(config, name=path.name)
+    if path.suffix == ".gguf" and path.is_file():
+        from lyra.gguf_convert import hf_config
+        from lyra.gguf_file import GGUFFile
+
+        return ModelSpec.from_hf_config(hf_config(GGUFFile(path)))
+    if path.suffix == ".toml" or source in presets():
+        return load_spec(source)
+    raise SpecError(
+        f"{source!r} is no folder, no .gguf and no .toml file, and no preset; presets: {', '.join(presets())}"
+    )
+
+
+def explain(attention: AttentionSpec, layers: int) -> dict[str, Any]:
+    """A split as plain data. Parameters and bytes are those of all `layers` global layers, float32."""
+    split = attention.split
+    assert split is not None
+    heads = {
+        "lyra": (split.lyra_q_heads, split.lyra_kv_heads),
+        "vanilla": (split.vanilla_q_heads, split.vanilla_kv_heads),
+    }
+    per_head = attention.head_dim * attention.hidden_size * layers
+    per_token = 2 * attention.head_dim * FLOAT32 * layers
+    return {
+        "global_layers": layers,
+        "group_size": attention.group_size,
+        "head_dim": attention.head_dim,
+        "streams": {
+            name: {
+                "q_heads": list(query),
+                "kv_heads": list(key_value),
+                "q_and_o_parameters": 2 * len(query) * per_head,
+                "k_and_v_parameters": 2 * len(key_value) * per_head,
+                "static_cache_bytes_per_1000_tokens": TOKENS * per_token * len(key_value) if name == "lyra" else 0,
+            }
+            for name, (query, key_value) in heads.items()
+        },
+        "live_cache_bytes_per_1000_tokens": TOKENS * per_token * attention.num_key_value_heads,
+        "cut_kv_heads": list(split.cut_kv_heads),
+        "kv_aligned": split.is_kv_aligned,
+    }
+
+
+def _table(data: dict[str, Any]) -> Table:
+    table = Table(title=f"{data['model']}: {data['global_layers']} global layers", title_justify="left")
+    table.add_column("stream", style="bold")
+    columns = ("query heads", "KV heads", "q, o weights", "k, v weights", "context / 1k tokens")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name in STREAMS:
+        row = data["streams"][name]
+        table.add_row(
+            name,
+            f"{len(row['q_heads'])}: {head_list(row['q_heads'])}",
+            f"{len(row['kv_heads'])}: {head_list(row['kv_heads'])}",
+            f"{row['q_and_o_parameters'] / 1e6:,.1f} M",
+            f"{row['k_and_v_parameters'] / 1e6:,.1f} M",
+            size(row["static_cache_bytes_per_1000_tokens"]),
+        )
+    return table
+
+
+def _head_map(attention: AttentionSpec) -> Text:
+    """Every KV head over the query heads that read it; L marks a Lyra head, v a vanilla one."""
+    lyra, group = set(attention.lyra_q_heads), attention.group_size
+    wide = len(str(attention.num_attention_heads - 1))
+    cell = group * (wide + 1) - 1
+    cell = max(cell, len(str(attention.num_key_value_heads - 1)))
+    text = Text("\n")
+    for start in range(0, attention.num_key_value_heads, GROUPS_PER_LINE):
+        shown = range(start, min(start + GROUPS_PER_LINE, attention.num_key_value_heads))
+        queries = [range(kv * group, (kv + 1) * group) for kv in shown]
+        text.append("KV head  " + " │ ".join(f"{kv:^{cell}}" for kv in shown) + "\n", style="bold")
+        text.append(
+            "queries  " + " │ ".join(" ".join(f"{q:>{wide}}" for q in row).ljust(cell) for row in queries) + "\n"
+        )
+        text.append("stream   ")
+        for index, row in enumerate(queries):
+            text.append(" │ " if index else "")
+            for place, query in enumerate(row):
+                text.append(" " if place else "")
+                marked = query in lyra
+                text.append(f"{'L' if marked else 'v':>{wide}}", style="bold green" if marked else "dim")
+            text.append(" " * (cell - (group * (wide + 1) - 1)))
+        text.append("\n")
+    return text
+
+
+def _notes(data: dict[str, Any]) -> Text:
+    live = size(data["live_cache_bytes_per_1000_tokens"])
+    text = Text(f"Live cache: {live} per 1,000 tokens and row. Everything in float32, over all global layers.\n")
+    if data["cut_kv_heads"]:
+        text.append(f"KV heads {head_list(data['cut_kv_heads'])} serve both streams: counted in each.\n")
+    return text

@@ -1,0 +1,53 @@
+"""load: from the name of a model and of a backend to a Model."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from lyra.backends.protocol import Backend, BackendNotFound, ModelBackend, check_backend, get_backend
+from lyra.spec.context import StaticContext
+
+from .checkpoint import resolve
+from .errors import ModelError
+from .model import Model, Split
+from .text import Text
+
+MODES = ("parallel", "sequential")
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    backend: str | Backend = "torch",
+    split: Split | None = None,
+    context: StaticContext | str | os.PathLike[str] | None = None,
+    mode: Literal["parallel", "sequential"] = "parallel",
+    dtype: str = "float32",
+    device: str | None = None,
+) -> Model:
+    """A model, ready to use.
+
+    model    a local folder in Hugging Face's layout, a .gguf file, "gemma-3-270m" (the extra gemma-270m), a hub id;
+             None means the environment variable LYRA_MODEL, else the extra
+    backend  "torch", "jax", the name of another installed backend, "package.module:Class", or a backend itself
+    split    the head split, one for all layers or one by layer, that contexts are attached with
+    context  a StaticContext, or its file, to attach at once
+    dtype    "float32" or "bfloat16": what the backend holds weights in
+    device   the backend's name of a device; None is its default
+
+    Raises CheckpointError where there is no such model, BackendNotFound or ImportError for the backend, and what
+    `Model.attach` raises.
+    """
+    if mode not in MODES:
+        raise ModelError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    if mode == "sequential":
+        raise NotImplementedError("mode='sequential' (clause SEQUENTIAL) is not there yet; use mode='parallel'")
+    maker = get_backend(backend) if isinstance(backend, str) else check_backend(backend)
+    if not isinstance(maker, ModelBackend):
+        raise BackendNotFound(f"backend {maker.name!r} has attention layers only, no whole models: it lacks load()")
+    folder = resolve(model)
+    made = Model(maker.load(str(folder), dtype=dtype, device=device), Text.from_folder(folder), split=split)
+    if context is not None:
+        made.attach(context)
+    return made

@@ -1,0 +1,280 @@
+"""Model: a language model with or without a static context, whatever framework runs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from lyra.backends.protocol import Engine
+from lyra.spec.attention import Live, Positions, StaticSpec
+from lyra.spec.context import ContextLayer, StaticContext
+from lyra.spec.errors import ContextError, InputError
+from lyra.spec.fingerprint import Fingerprint, hash_weights
+from lyra.spec.model import ModelSpec
+from lyra.spec.split import HeadSplit
+
+from .errors import ModelError
+from .streaming import iterate
+from .text import Text, TextStream
+
+Split = HeadSplit | Mapping[int, HeadSplit]
+Ids = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How likely a text is: nll [T-1] float32, the negative log-likelihood in nats of each token but the first."""
+
+    nll: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"Score({self.num_tokens} tokens, mean_nll {self.mean_nll:.4f}, perplexity {self.perplexity:.4g})"
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were scored."""
+        return len(self.nll)
+
+    @property
+    def total(self) -> float:
+        """The sum over the tokens, in nats."""
+        return float(self.nll.sum(dtype=np.float64))
+
+    @property
+    def mean_nll(self) -> float:
+        """The mean over the tokens, in nats."""
+        return self.total / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return float(np.exp(self.mean_nll))
+
+
+class Model:
+    """A model that may have a context attached. Made by `lyra.load`; engine and text come from a backend and a folder.
+
+    `split` is the split that `attach` takes where it is given none.
+    """
+
+    def __init__(self, engine: Engine, text: Text | None = None, *, split: Split | None = None) -> None:
+        self.engine = engine
+        self.text = text
+        self.context: StaticContext | None = None
+        self._splits: dict[int, HeadSplit] = {}
+        self._static = StaticSpec()
+        self._split = split
+        if split is not None:
+            engine.spec.with_split(split)
+
+    def __repr__(self) -> str:
+        attached = f", with {self.context!r}" if self.context else ""
+        return f"Model({type(self.engine).__name__} of {self.engine.spec.name!r}{attached})"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model does, with the split of every layer while a context is attached."""
+        return self.engine.spec.with_split(self._splits, self._static) if self._splits else self.engine.spec
+
+    @property
+    def module(self) -> Any:
+        """The framework's own object."""
+        return self.engine.module
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ModelError where the model came without one."""
+        return self._texts().tokenizer
+
+    def logits(self, text: str | Ids, mask: np.ndarray | None = None) -> np.ndarray:
+        """float32 [T,V] for a text (BOS in front) or ids [T]; [B,T,V] for ids [B,T], whose mask is False at padding.
+
+        Raises InputError.
+        """
+        ids = self._ids(text)
+        found = self.engine.logits(self._rows(ids), mask)
+        return found if ids.ndim == 2 else found[0]
+
+    def score(self, text: str | Ids) -> Score:
+        """How likely a text or ids [T] are, each token given all before it and the context. Raises InputError."""
+        ids = self._ids(text)
+        if ids.ndim != 1 or len(ids) < 2:
+            raise InputError(f"score: ids have shape {ids.shape}; expected one sequence of at least 2 tokens")
+        return Score(-self.engine.log_probs(self._rows(ids))[0])
+
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: list[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
+    def generate(
+        self,
+        prompt: str | list[str],
+        max_new_tokens: int = 64,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> str | list[str]:
+        """The most likely continuation of a prompt, or of each of several, without the prompt; ends at EOS.
+
+        `on_text` gets the text of a single prompt piece by piece. Raises ModelError for sampling, which this version
+        does not have, and for a model without a tokenizer.
+        """
+        if temperature != 0 or (top_k, top_p, seed) != (None, None, None):
+            raise ModelError("generate: sampling is not there yet; leave out temperature, top_k, top_p and seed")
+        texts = self._texts()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
+        if on_text is not None and len(prompts) > 1:
+            raise ModelError(f"generate: on_text serves one prompt, got {len(prompts)}; generate them one by one")
+        ids, mask = texts.left_padded([texts.encode(one) for one in prompts])
+        stream = TextStream(texts)
+
+        def on_token(tokens: np.ndarray) -> None:
+            piece = stream.step(int(tokens[0]))
+            if piece and on_text is not None:
+                on_text(piece)
+
+        made = self.engine.generate(
+            self._rows(ids),
+            mask,
+            max_new_tokens=max_new_tokens,
+            stop_ids=texts.stops,
+            on_token=None if on_text is None else on_token,
+        )
+        found = [texts.decode(row) for row in made]
+        if on_text is not None and (rest := stream.rest(found[0])):
+            on_text(rest)
+        return found[0] if isinstance(prompt, str) else found
+
+    def stream(self, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
+        """The pieces of `generate(prompt)` as they come; closing the iterator ends the generation."""
+        return iterate(lambda emit: self.generate(prompt, max_new_tokens, on_text=emit))
+
+    def capture(
+        self,
+        text: str | Ids,
+        *,
+        layers: Iterable[int] | None = None,
+        kv_heads: Iterable[int] | Mapping[int, Iterable[int]] | None = None,
+        chunk_size: int = 512,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> StaticContext:
+        """The static context of a text (BOS in front) or of ids [S] taken as they are (clause CAPTURE).
+
+        `layers` are global layers, all of them by default; `kv_heads` those to keep, by layer if a mapping.
+        `on_progress` gets (tokens done, tokens in all). Raises InputError while a context is attached.
+        """
+        ids = self._ids(text)
+        if ids.ndim != 1 or len(ids) == 0:
+            raise InputError(f"capture: ids have shape {ids.shape}; expected one sequence of at least 1 token")
+        chosen = self._global(layers if layers is not None else kv_heads if isinstance(kv_heads, Mapping) else None)
+        found = self.engine.capture(
+            ids[None],
+            chosen,
+            chunk_size=chunk_size,
+            on_chunk=None if on_progress is None else lambda done: on_progress(done, len(ids)),
+        )
+        heads = tuple(range(self.engine.spec.num_key_value_heads))
+        context = StaticContext(
+            layers={layer: ContextLayer(heads, found[layer].k, found[layer].v) for layer in chosen},
+            mask=np.ones((1, len(ids)), dtype=bool),
+            positions=np.arange(len(ids))[None],
+            tokens=ids[None],
+            fingerprint=self.fingerprint(chosen),
+        )
+        return context if kv_heads is None else context.take(kv_heads)
+
+    def attach(
+        self,
+        context: StaticContext | str | os.PathLike[str],
+        split: Split | None = None,
+        *,
+        live: Live = "causal",
+        positions: Positions = "continue",
+        override: bool = False,
+    ) -> None:
+        """Let the Lyra heads of the context's layers attend to it. Replaces what was attached.
+
+        `context` is a StaticContext or its file. `split` is one HeadSplit, or one for each layer; by default the
+        split given to `load`, else the heads that read what the context holds, or the last half of them where it
+        holds all. Raises ContextError for a context of another model, unless `override`, and for one without the
+        layers or heads of the split; SpecError for a split that does not fit. A refusal changes nothing.
+        """
+        if not isinstance(context, StaticContext):
+            context = StaticContext.load(context)
+        if not override:
+            self._check_fingerprint(context)
+        splits = self._bound(context, split if split is not None else self._split)
+        mode = StaticSpec(live=live, positions=positions)
+        static = {
+            layer: context.static_layer(layer, one.lyra_kv_heads) for layer, one in splits.items() if one.lyra_q_heads
+        }
+        self.engine.attach(static, splits, mode)
+        self.context, self._splits, self._static = context, splits, mode
+
+    def detach(self) -> None:
+        """Back to the plain model."""
+        self.engine.detach()
+        self.context, self._splits, self._static = None, {}, StaticSpec()
+
+    def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
+        """What contexts of this model carry, for some global layers or for all (clause FINGERPRINT)."""
+        hashes = {layer: hash_weights(self.engine.attention_weights(layer)) for layer in self._global(layers)}
+        known = (self.text.fingerprint, self.text.bos) if self.text else (None, None)
+        return Fingerprint.of(self.engine.spec, hashes, *known)
+
+    def _texts(self) -> Text:
+        if self.text is None:
+            raise ModelError(f"the model {self.engine.spec.name!r} came without a tokenizer.json; give it token ids")
+        return self.text
+
+    def _ids(self, text: str | Ids) -> np.ndarray:
+        ids = np.asarray(self._texts().encode(text) if isinstance(text, str) else text)
+        if ids.ndim not in {1, 2} or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(
+                f"ids have shape {ids.shape} and dtype {ids.dtype}; expected a text or integers [T] or [B,T]"
+            )
+        return ids.astype(np.int64)
+
+    def _rows(self, ids: np.ndarray) -> np.ndarray:
+        rows = np.atleast_2d(ids)
+        if self.context is not None and self.context.batch not in {1, len(rows)}:
+            raise InputError(f"the attached context has {self.context.batch} rows and the call {len(rows)}")
+        return rows
+
+    def _global(self, layers: Iterable[int] | None) -> list[int]:
+        known = self.engine.spec.global_layers
+        chosen = sorted(set(known if layers is None else layers))
+        wrong = [layer for layer in chosen if layer not in known]
+        if wrong:
+            raise InputError(f"layers {wrong} are not global; the global layers are {list(known)} (clause SLIDING)")
+        return chosen
+
+    def _check_fingerprint(self, context: StaticContext) -> None:
+        own = self.fingerprint(layer for layer in context.layers if layer in self.engine.spec.global_layers)
+        found = context.fingerprint.differences(own)
+        if found:
+            raise ContextError(
+                f"the context comes from {context.fingerprint.model!r} and does not fit {own.model!r}: "
+                f"{'; '.join(found)}. Capture it again with this model, or attach it with override=True"
+            )
+
+    def _bound(self, context: StaticContext, split: Split | None) -> dict[int, HeadSplit]:
+        if split is None:
+            split = {layer: self._default_split(heads) for layer, heads in context.kv_heads.items()}
+        elif isinstance(split, HeadSplit):
+            split = dict.fromkeys(context.layers, split)
+        return {item.layer: item.split for item in self.engine.spec.with_split(split).splits}
+
+    def _default_split(self, held: tuple[int, ...]) -> HeadSplit:
+        spec = self.engine.spec
+        return HeadSplit.half(spec) if len(held) == spec.num_key_value_heads else HeadSplit.from_kv_heads(spec, held)

@@ -1,0 +1,109 @@
+"""Text to token ids and back: a tokenizer together with the ids that mean something to a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from lyra.spec.fingerprint import hash_vocabulary
+
+from .errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenizer, the BOS that starts every text (None if the model has none), the ids that end one, and padding."""
+
+    tokenizer: Tokenizer
+    bos: int | None
+    stops: tuple[int, ...]
+    pad: int = 0
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Text | None:
+        """The tokenizer of a model's folder; None where it has no tokenizer.json. Raises CheckpointError."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{path} is no tokenizer ({error})") from None
+        config = _json(folder / "config.json")
+        config = config.get("text_config", {}) | config
+        config |= {key: value for key, value in _json(folder / "generation_config.json").items() if value is not None}
+        stops = config.get("eos_token_id", 1)
+        return cls(
+            tokenizer,
+            bos=config.get("bos_token_id", 2),
+            stops=tuple(stops) if isinstance(stops, list) else (stops,),
+            pad=config.get("pad_token_id") or 0,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the vocabulary."""
+        return hash_vocabulary(self.tokenizer.get_vocab(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, BOS first."""
+        ids = self.tokenizer.encode(text).ids
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of generated ids, up to the first that ends a text; special tokens are left out."""
+        return self.tokenizer.decode(self.until_stop(ids), skip_special_tokens=True)
+
+    def until_stop(self, ids: Iterable[int]) -> list[int]:
+        """The ids before the first that ends a text."""
+        kept: list[int] = []
+        for token in ids:
+            if int(token) in self.stops:
+                break
+            kept.append(int(token))
+        return kept
+
+    def left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows as ids [B,T] with the padding on the left, and the mask [B,T], None where there is no padding."""
+        length = max(len(row) for row in rows)
+        ids = np.full((len(rows), length), self.pad, dtype=np.int64)
+        mask = np.zeros((len(rows), length), dtype=bool)
+        for index, row in enumerate(rows):
+            ids[index, length - len(row) :] = row
+            mask[index, length - len(row) :] = True
+        return ids, None if mask.all() else mask
+
+
+class TextStream:
+    """Turns generated ids, one at a time, into pieces of text that end between characters."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._pieces: list[str] = []
+        self._stopped = False
+
+    def step(self, token: int) -> str:
+        """The text that this id completes, perhaps none yet; none after an id that ends the text."""
+        self._stopped = self._stopped or token in self._text.stops
+        if self._stopped:
+            return ""
+        piece = self._decoder.step(self._text.tokenizer, token) or ""
+        self._pieces.append(piece)
+        return piece
+
+    def rest(self, whole: str) -> str:
+        """What is left of the whole text: the replacement characters of a character that was never completed."""
+        return whole.removeprefix("".join(self._pieces))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
