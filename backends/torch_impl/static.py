@@ -39,6 +39,8 @@ def prepare_static(spec: AttentionSpec, static: StaticLayer | None) -> PreparedS
     if spec.rope is not None:
         cos, sin = cos_sin(positions - torch.tensor(shift), inverse_frequencies(spec.rope, spec.head_dim))
         k = rotate(k, cos[:, None], sin[:, None])
+    # Stored [Bc,G,D,S], the layout in which a few weights times many values run at the speed of memory.
+    v = v.transpose(-1, -2).contiguous().transpose(-1, -2)
     return PreparedStatic(k, v, None if static.mask.all() else mask)
 
 
