@@ -65,6 +65,15 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Products this small are not worth waking a second thread for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared_engine(folder):
     return TorchBackend().load(folder)
@@ -433,6 +442,7 @@ def test_the_context_follows_the_module(folder):
     expected = engine.logits(some_ids(1, 8))
     module = engine.module.to(torch.bfloat16)
     assert module.model.layers[2].self_attn.static_k.dtype == torch.bfloat16
+    assert module.model.layers[2].self_attn.static_v.stride(-2) == 1
     logits = engine.logits(some_ids(1, 8))
     assert logits.dtype == np.float32
     assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()

@@ -58,7 +58,7 @@ class LyraGemma3Attention(Gemma3Attention):
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
 
-    def forward(
+    def forward(  # type: ignore[override]  # the parent announces a third return value that it does not give
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 import torch
 from transformers import AutoConfig, Gemma3ForCausalLM
@@ -19,14 +19,14 @@ TEXT_MODEL = {
 class _TextOfMultimodal(Gemma3ForCausalLM):
     """The text model, told that the rest of a multimodal checkpoint is not missed."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"vision_tower", r"multi_modal_projector"]
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower", r"multi_modal_projector"]  # noqa: RUF012
 
 
 def load_module(folder: str, dtype: torch.dtype) -> Gemma3ForCausalLM:
     """The Gemma3ForCausalLM of a folder; of a multimodal model the text part. Raises InputError for missing weights."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     multimodal = hasattr(config, "text_config")
-    module, report = (_TextOfMultimodal if multimodal else Gemma3ForCausalLM).from_pretrained(
+    loaded: Any = (_TextOfMultimodal if multimodal else Gemma3ForCausalLM).from_pretrained(
         folder,
         config=config.text_config if multimodal else config,
         key_mapping=TEXT_MODEL if multimodal else None,
@@ -36,6 +36,7 @@ def load_module(folder: str, dtype: torch.dtype) -> Gemma3ForCausalLM:
         use_safetensors=True,
         output_loading_info=True,
     )
+    module, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(

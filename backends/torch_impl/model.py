@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ class TorchEngine:
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         spec = ModelSpec.from_hf_config(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
-        return cls(load_module(folder, DTYPES[dtype]).to(device or "cpu").eval(), spec)
+        module: Any = load_module(folder, DTYPES[dtype])
+        return cls(module.to(device or "cpu").eval(), spec)
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
