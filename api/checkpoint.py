@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
+from safetensors import SafetensorError, safe_open
 
 from lyra.spec.model import presets
 
@@ -73,8 +74,17 @@ def check_folder(folder: Path) -> Path:
         raise CheckpointError(f"{config} is not a model's config ({error})") from None
     if kind not in MODEL_TYPES:
         raise CheckpointError(f"{folder} holds a model of type {kind!r}; Lyra reads {' and '.join(MODEL_TYPES)}")
-    if not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise CheckpointError(f"{folder} has no *.safetensors; save the model again with safe_serialization=True")
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is no safetensors file, or cut short ({error}); copy or download it again"
+            ) from None
     return folder
 
 

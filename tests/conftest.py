@@ -9,8 +9,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 HIDDEN, FEED, HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 96, 4, 2, 32, 8
 WORDS = ["a", "n", "d", "t", "h", "e", "o", "f", "▁", "an", "th", "▁a", "▁an", "and", "▁and", "the", "▁the", "  "]
@@ -117,6 +118,12 @@ def real_folder() -> Path:
     from lyra.checkpoint import resolve
 
     return resolve("gemma-3-270m")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(real_folder: Path) -> Tokenizer:
+    """The tokenizer of the real model."""
+    return Tokenizer.from_file(str(real_folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

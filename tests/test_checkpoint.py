@@ -116,14 +116,13 @@ def test_tiny_tokenizer(tiny_folder: Path, text: str, pieces: list[str]) -> None
         ("a  b\n\nc", [2, 236746, 138, 236763, 108, 236755]),
     ],
 )
-def test_real_tokenizer_ids(real_folder: Path, text: str, ids: list[int]) -> None:
-    assert Tokenizer.from_file(str(real_folder / "tokenizer.json")).encode(text).ids == ids
+def test_real_tokenizer_ids(real_tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
+    assert real_tokenizer.encode(text).ids == ids
 
 
 @pytest.mark.parametrize("text", ROUND_TRIPS)
-def test_real_tokenizer_round_trip(real_folder: Path, text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(real_folder / "tokenizer.json"))
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+def test_real_tokenizer_round_trip(real_tokenizer: Tokenizer, text: str) -> None:
+    assert real_tokenizer.decode(real_tokenizer.encode(text).ids) == text
 
 
 def test_merges_follow_the_vocabulary_and_prefer_long_left_parts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,7 +28,7 @@ ModelName = Annotated[
 BackendName = Annotated[
     str, typer.Option("--backend", "-b", help="torch, jax, another installed one, or module:Class.")
 ]
-Dtype = Annotated[str, typer.Option(help="What the backend holds weights in: float32 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, or what else the backend knows.")]
 JsonPath = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Write the table as JSON; - prints it instead.")
 ]
@@ -82,6 +83,7 @@ def load_model(name: str | None, backend: str, dtype: str) -> Model:
     from lyra.checkpoint import resolve
     from lyra.load import load
 
-    folder = resolve(name)  # first, because a conversion shows progress of its own
+    folder = resolve(name)  # first, because a conversion or a download shows progress of its own
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw over the line below
     with Console(stderr=True).status(f"Loading {folder.name}"):
         return load(folder, backend=backend, dtype=dtype)
