@@ -27,8 +27,6 @@ class UsageError(ValueError):
 class SessionPlugin:
     """Hands a ready session to a pytest run: `pytest.main(args, plugins=[SessionPlugin(session)])`."""
 
-    NAME = "lyra-session"
-
     def __init__(self, session: Session) -> None:
         self.session = session
 
@@ -38,11 +36,11 @@ def begin(config: pytest.Config) -> None:
     if config.stash.get(BEGUN, False):
         return
     config.stash[BEGUN] = True
-    given = config.pluginmanager.get_plugin(SessionPlugin.NAME)
+    given = next((one for one in config.pluginmanager.get_plugins() if isinstance(one, SessionPlugin)), None)
     path = config.getoption("--lyra-replay")
     try:
         config.stash[REPLAY] = Replay.read(path) if path else None
-        if isinstance(given, SessionPlugin):
+        if given is not None:
             start(given.session)
         else:
             start(

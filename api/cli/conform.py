@@ -1,0 +1,85 @@
+"""`lyra conform`: the main job."""
+
+from __future__ import annotations
+
+import json
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from lyra.backends.protocol import import_extra
+from lyra.spec.base import write_atomically
+
+
+class ProfileName(StrEnum):
+    """How much the suite generates."""
+
+    smoke = "smoke"
+    ci = "ci"
+    thorough = "thorough"
+
+
+def conform(
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backend under test, by name or package.module:Class; may be repeated.")
+    ] = None,
+    profile: Annotated[ProfileName, typer.Option(help="How much to generate.")] = ProfileName.smoke,
+    spec: Annotated[str | None, typer.Option(help="Hold the suite to one spec: a preset or a TOML file.")] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the generated cases.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the report as JUnit XML.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Run one recorded case only.")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help="Properties whose names match a pytest -k expression.")
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Print clause → properties and stop.")] = False,
+) -> None:
+    """Hold backends to the spec: against Hugging Face, the float64 oracle and each other.
+
+    Exit code 0: all passed; 1: something failed or errored; 2: usage.
+    """
+    import_extra("hypothesis", "conformance")
+    import_extra("pytest", "conformance")
+    from lyra.conformance.launch import make_session
+    from lyra.conformance.replay import Replay
+    from lyra.conformance.report.data import report_data
+    from lyra.conformance.report.table import print_report
+    from lyra.conformance.runner import run
+
+    console = Console()
+    if replay is not None:
+        Replay.read(str(replay))
+    session = make_session(backend or [], profile=profile.value, seed=seed, spec=spec)
+    names = [one.name for one in session.backends]
+    started = time.perf_counter()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{' and '.join(names)}, profile {profile.value}", total=None)
+        outcome = run(
+            session,
+            fail_fast=fail_fast,
+            replay=str(replay) if replay else None,
+            junit=str(junit) if junit else None,
+            only=only,
+            progress=lambda name, done, total: bar.update(task, completed=done, total=total, description=name or None),
+        )
+    seconds = time.perf_counter() - started
+    if outcome.broke:
+        console.print(outcome.log, markup=False, highlight=False)
+        raise typer.Exit(2)
+    print_report(console, session.record, names, profile=profile.value, seconds=seconds)
+    if json_path is not None:
+        write_atomically(json_path, json.dumps(report_data(session, seconds), indent=2, ensure_ascii=False).encode())
+    raise typer.Exit(0 if session.record.ok and outcome.exit_code == 0 else 1)

@@ -1,0 +1,84 @@
+"""Runs the suite outside pytest's own command line: `lyra conform`, the faults, and tests of the harness."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .launch import SessionPlugin
+from .record import Record
+from .session import Session
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a run: pytest's exit code, its own output, and the record."""
+
+    exit_code: int
+    log: str
+    record: Record
+
+    @property
+    def broke(self) -> bool:
+        """Whether pytest itself could not run the suite (no property found, an error outside all properties)."""
+        return self.exit_code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+
+
+class Progress:
+    """A pytest plugin that reports each property as it ends: (name, done, total)."""
+
+    def __init__(self, tell: Callable[[str, int, int], None]) -> None:
+        self._tell = tell
+        self._done = 0
+        self._total = 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """How many properties there are."""
+        self._total = len(session.items)
+        self._tell("", 0, self._total)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """One more is done."""
+        self._done += 1
+        self._tell(nodeid.rpartition("::")[2].removeprefix("test_"), self._done, self._total)
+
+
+def run(
+    session: Session,
+    *,
+    fail_fast: bool = False,
+    replay: str | None = None,
+    junit: str | None = None,
+    only: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Run:
+    """Run the properties against the session's backends, in this process, and give what was seen.
+
+    `only` is a pytest -k expression over the properties' names.
+    """
+    folder = Path(__file__).parent / "properties"
+    arguments = [str(folder), "-q", "--capture=no", "-p", "no:cacheprovider", f"--rootdir={folder.parent}"]
+    arguments += ["-c", os.devnull]  # the configuration of whatever project this runs in is not the suite's
+    arguments += ["-x"] if fail_fast else []
+    arguments += ["--lyra-replay", replay] if replay else []
+    arguments += ["--junitxml", junit] if junit else []
+    arguments += ["-k", only] if only else []
+    plugins: list[object] = [SessionPlugin(session)] + ([Progress(progress)] if progress else [])
+    forget_properties()
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        code = pytest.main(arguments, plugins=plugins)
+    return Run(int(code), log.getvalue(), session.record)
+
+
+def forget_properties() -> None:
+    """Unload the property modules: how many examples they generate is decided when they are imported."""
+    for name in [name for name in sys.modules if ".properties.test_" in name or name.endswith("conformance.conftest")]:
+        del sys.modules[name]
