@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -19,6 +19,9 @@ from . import cache as live
 from .cache import LiveCache
 from .layer import Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
 from .static import PlacedStatic, place_static, rotate_static
+
+if TYPE_CHECKING:
+    from .model import JaxEngine
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -103,6 +106,12 @@ class JaxBackend:
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> JaxAttention:
         """One attention layer. `weights` carry Hugging Face names and layouts. Raises InputError."""
         return JaxAttention(spec, weights)
+
+    def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> JaxEngine:
+        """A whole Gemma-3 from a folder in Hugging Face's layout; raises and options as in `JaxEngine.load`."""
+        from .model import JaxEngine  # here, because it imports flax, which the attention level does not need
+
+        return JaxEngine.load(folder, dtype=dtype, device=device)
 
 
 def _live_cache(cache: Any) -> LiveCache:

@@ -19,6 +19,19 @@ from lyra.spec.errors import InputError
 SMALLEST = 16
 
 
+class LiveKeys(NamedTuple):
+    """The live keys that a call attends to: keys [B,Hkv,D,L], values [B,Hkv,L,D], mask and positions [B,L]."""
+
+    keys: Array | np.ndarray
+    values: Array | np.ndarray
+    mask: Array | np.ndarray
+    positions: Array | np.ndarray
+
+
+SLOT_AXES = LiveKeys(keys=3, values=2, mask=1, positions=1)
+"""Where the slots, one for each token, are in each array."""
+
+
 class LiveCache(NamedTuple):
     """Live keys and values of one layer.
 
@@ -45,21 +58,42 @@ class LiveCache(NamedTuple):
         """Slots, used and free."""
         return self.mask.shape[1]
 
+    def append(self, new: LiveKeys) -> tuple[LiveKeys, LiveCache]:
+        """All live keys, old and new, and a new cache that holds them; the old cache stays as it is. Clause LIVE-4.
+
+        There must be free slots for the new ones.
+        """
+        used = LiveKeys(self.keys, self.values, self.mask & (jnp.arange(self.capacity) < self.length), self.positions)
+        live = LiveKeys(*map(self._write, used, new, SLOT_AXES))
+        return live, LiveCache(*live, length=self.length + new.mask.shape[1])
+
+    def _write(self, slots: Array, new: Array, axis: int) -> Array:
+        return lax.dynamic_update_slice_in_dim(slots, new, self.length, axis)
+
+
+def live_keys(k: Array, v: Array, mask: Array, positions: Array) -> LiveKeys:
+    """The tokens of a call as live keys: k, v [B,T,Hkv,D], k rotated; mask and positions [B,T]."""
+    return LiveKeys(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, positions)
+
 
 def bucket(length: int) -> int:
     """The capacity for `length` tokens: the next power of two, at least 16."""
     return max(SMALLEST, 1 << (length - 1).bit_length()) if length > 0 else SMALLEST
 
 
-def empty_cache(batch: int, kv_heads: int, head_dim: int, capacity: int) -> LiveCache:
-    """A cache with nothing in it: NumPy arrays, since making them on the device would compile for every shape."""
-    return LiveCache(
-        keys=np.zeros((batch, kv_heads, head_dim, capacity), np.float32),
-        values=np.zeros((batch, kv_heads, capacity, head_dim), np.float32),
-        mask=np.zeros((batch, capacity), bool),
-        positions=np.zeros((batch, capacity), np.int32),
-        length=0,
+def empty_keys(batch: int, kv_heads: int, head_dim: int, slots: int) -> LiveKeys:
+    """Slots with nothing in them: NumPy arrays, since making them on the device would compile for every shape."""
+    return LiveKeys(
+        keys=np.zeros((batch, kv_heads, head_dim, slots), np.float32),
+        values=np.zeros((batch, kv_heads, slots, head_dim), np.float32),
+        mask=np.zeros((batch, slots), bool),
+        positions=np.zeros((batch, slots), np.int32),
     )
+
+
+def empty_cache(batch: int, kv_heads: int, head_dim: int, capacity: int) -> LiveCache:
+    """A cache with nothing in it, as NumPy arrays."""
+    return LiveCache(*empty_keys(batch, kv_heads, head_dim, capacity), length=0)
 
 
 @partial(jax.jit, static_argnames="capacity")
@@ -78,21 +112,6 @@ def with_room(cache: LiveCache, tokens: int) -> LiveCache:
     """The same cache with free slots for `tokens` more."""
     needed = bucket(cache.length + tokens)
     return cache if needed <= cache.capacity else _pad(cache, needed)._replace(length=cache.length)
-
-
-def append(cache: LiveCache, k: Array, v: Array, mask: Array, positions: Array) -> LiveCache:
-    """A new cache with the tokens of a call behind the old ones; the old cache stays as it is. Clause LIVE-4.
-
-    k, v [B,T,Hkv,D], k rotated; mask and positions [B,T]. The capacity must have room for T more tokens.
-    """
-    used = jnp.arange(cache.capacity) < cache.length
-    return LiveCache(
-        keys=lax.dynamic_update_slice_in_dim(cache.keys, k.transpose(0, 2, 3, 1), cache.length, axis=3),
-        values=lax.dynamic_update_slice_in_dim(cache.values, v.swapaxes(1, 2), cache.length, axis=2),
-        mask=lax.dynamic_update_slice_in_dim(cache.mask & used, mask, cache.length, axis=1),
-        positions=lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.length, axis=1),
-        length=cache.length + mask.shape[1],
-    )
 
 
 def crop(cache: LiveCache, length: int) -> LiveCache:

@@ -18,10 +18,11 @@ from jax import Array
 
 from lyra.spec.attention import TRACES, AttentionSpec
 
-from .cache import LiveCache, append
+from .cache import LiveCache, live_keys
 from .heads import SplitArrays, fold, fold_visible, split_arrays, unfold
 from .norm import rms_norm
 from .partial import HIGHEST, finish, merge, partial_attention
+from .rolling import RollingCache
 from .rope import cos_sin, inverse_frequencies, rotate
 from .static import StaticKV, static_attention
 from .visibility import LiveRule, live_rule, visible_keys
@@ -49,19 +50,24 @@ class Constants(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What one call brings: positions [B,T] int32, mask [B,T] bool, static keys or None, a cache with room for T."""
+    """What one call brings: positions [B,T] int32, mask [B,T] bool, static keys or None, a cache with room for T.
+
+    A RollingCache serves sliding-window layers only. `first` says that the cache is known to be empty, so that the
+    tokens of the call need to look at each other only.
+    """
 
     positions: Array
     mask: Array
     static: StaticKV | None
-    cache: LiveCache
+    cache: LiveCache | RollingCache
+    first: bool = False
 
 
 class Flow(NamedTuple):
     """What passes through the stages: x and output [B,T,E]; q and heads [B,T,Hq,D]; k and v [B,T,Hkv,D]."""
 
     x: Array
-    cache: LiveCache
+    cache: LiveCache | RollingCache
     q: Array | None = None
     k: Array | None = None
     v: Array | None = None
@@ -126,11 +132,13 @@ def rope(flow: Flow, layer: Layer, call: Call) -> Flow:
 def attend(flow: Flow, layer: Layer, call: Call) -> Flow:
     """Every head over the live keys, Lyra heads over the static keys too, with one softmax. Clauses LIVE and STATIC."""
     shape, constants = layer.shape, layer.constants
-    cache = append(call.cache, flow.k, flow.v, call.mask, call.positions)
-    visible = visible_keys(call.positions, cache.positions, cache.mask, constants.window, constants.rule)
+    new = live_keys(flow.k, flow.v, call.mask, call.positions)
+    live, cache = call.cache.append(new)
+    live = new if call.first else live
+    visible = visible_keys(call.positions, live.positions, live.mask, constants.window, constants.rule)
     visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
     query = fold(flow.q, shape.kv_heads)
-    partial = partial_attention(query, cache.keys, cache.values, visible, constants.scale, constants.softcap)
+    partial = partial_attention(query, live.keys, live.values, visible, constants.scale, constants.softcap)
     if call.static is not None:
         tokens = flow.x.shape[1]
         static = static_attention(query, call.static, constants.split, tokens, constants.scale, constants.softcap)
@@ -148,7 +156,7 @@ Stage = Callable[[Flow, Layer, Call], Flow]
 STAGES: dict[str, Stage] = {"project": project, "norm": norm, "rope": rope, "attend": attend, "output": output}
 
 
-def run_layer(x: Array, layer: Layer, call: Call) -> tuple[Array, LiveCache, dict[str, Array]]:
+def run_layer(x: Array, layer: Layer, call: Call) -> tuple[Array, LiveCache | RollingCache, dict[str, Array]]:
     """Run the stages in the spec's order: output [B,T,E], the cache with the call's tokens, every stage's values.
 
     x [B,T,E] float32. Padding enters as zeros: nothing it holds can overflow, and no real token sees it. MASKED-4.

@@ -1,0 +1,43 @@
+"""Capturing keys and values for a static context (clause CAPTURE)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lyra.backends.protocol import CapturedLayer
+
+from .forward import Graph, chunks, open_cache, prefill
+from .tokens import Tokens, pack_left
+
+
+def capture(
+    graph: Graph,
+    ids: np.ndarray,
+    layers: Sequence[int],
+    chunk_size: int,
+    on_chunk: Callable[[int], None] | None = None,
+) -> dict[int, CapturedLayer]:
+    """Run the unmodified model over ids [1,S] in chunks; k (normed, unrotated) and v of `layers`, [1,Hkv,S,D].
+
+    Every chunk has the same shape; the first one is filled up with padding, whose slots are left out. The rings of the
+    sliding-window layers carry them from chunk to chunk. Clauses CAPTURE-1, CAPTURE-2.
+    """
+    packed = pack_left(Tokens(ids, np.ones(ids.shape, bool)), chunk_size)
+    width = packed.ids.shape[1]
+    padding = width - ids.shape[1]
+    found: dict[int, tuple[list[np.ndarray], list[np.ndarray]]] = {layer: ([], []) for layer in layers}
+    cache, wanted = open_cache(graph, 1, width), tuple(sorted(found))
+    for start, stop in chunks(width, chunk_size):
+        part = packed.ids[:, start:stop], packed.mask[:, start:stop]
+        _, cache, captured = prefill(graph, *part, cache, {}, capture=wanted, first=width <= chunk_size)
+        for layer, parts in captured.items():
+            for kept, part in zip(found[layer], parts, strict=True):
+                kept.append(np.asarray(part).swapaxes(1, 2))
+        if on_chunk is not None:
+            on_chunk(stop - padding)
+    return {
+        layer: CapturedLayer(*(np.concatenate(part, axis=2)[:, :, padding:] for part in parts))
+        for layer, parts in found.items()
+    }

@@ -1,0 +1,133 @@
+"""The compiled functions of a whole model. They take a split module, so that they serve every model of its structure.
+
+A cache that goes in is donated: it is used up, and its memory becomes that of the cache that comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from lyra.spec.model import ModelSpec
+
+from .gemma3 import Attached, Forward, Gemma3, ModelCache, empty_model_cache
+from .tokens import CHUNK, Packed
+
+
+class Graph(NamedTuple):
+    """A module, split into its structure and its parameters, and its spec."""
+
+    structure: Any
+    state: Any
+    spec: ModelSpec
+
+
+def split_module(module: Gemma3) -> Graph:
+    """The module as what compiled functions take."""
+    return Graph(*nnx.split(module), module.spec)
+
+
+def prefill(
+    graph: Graph,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    cache: ModelCache,
+    attached: Mapping[int, Attached],
+    *,
+    capture: tuple[int, ...] = (),
+    first: bool = False,
+) -> Forward:
+    """One chunk, ids and mask [B,T], behind what the cache holds; `first` saves work where it is known to be empty."""
+    return _prefill(graph.structure, graph.state, ids, mask, cache, attached, capture=capture, first=first)
+
+
+def prefill_all(
+    graph: Graph, packed: Packed, attached: Mapping[int, Attached], room: int = 0
+) -> Iterator[tuple[Array, ModelCache]]:
+    """All of packed's tokens [B,N], chunk by chunk: hidden [B,T,E] and the cache, with `room` more slots."""
+    batch, width = packed.ids.shape
+    cache = open_cache(graph, batch, width + room)
+    for start, stop in chunks(width, CHUNK):
+        part = packed.ids[:, start:stop], packed.mask[:, start:stop]
+        hidden, cache, _ = prefill(graph, *part, cache, attached, first=width <= CHUNK)
+        yield hidden, cache
+
+
+def next_token(graph: Graph, hidden: Array) -> Array:
+    """The most likely token after the last column of hidden [B,T,E]: int32 [B]."""
+    return _next_token(graph.structure, graph.state, hidden)
+
+
+def decode(
+    graph: Graph, token: np.ndarray, cache: ModelCache, attached: Mapping[int, Attached]
+) -> tuple[Array, ModelCache]:
+    """Feed token [B] and give the most likely next one, int32 [B]."""
+    return _decode(graph.structure, graph.state, token, cache, attached)
+
+
+def logits(graph: Graph, hidden: Array) -> Array:
+    """hidden [rows,E] to logits [rows,V]."""
+    return _logits(graph.structure, graph.state, hidden)
+
+
+def log_probs(graph: Graph, hidden: Array, targets: Array) -> Array:
+    """Log-probability of targets [rows] after hidden [rows,E]: float32 [rows]."""
+    return _log_probs(graph.structure, graph.state, hidden, targets)
+
+
+def open_cache(graph: Graph, batch: int, tokens: int) -> ModelCache:
+    """An empty cache on the device."""
+    return jax.device_put(empty_model_cache(graph.spec, batch, tokens))
+
+
+def chunks(width: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of every chunk of `width` columns, a multiple of `chunk` or less than it."""
+    return ((start, min(start + chunk, width)) for start in range(0, width, chunk))
+
+
+@partial(jax.jit, static_argnames=("structure", "capture", "first"), donate_argnames="cache")
+def _prefill(
+    structure: Any,
+    state: Any,
+    ids: Array,
+    mask: Array,
+    cache: ModelCache,
+    attached: Mapping[int, Attached],
+    *,
+    capture: tuple[int, ...],
+    first: bool,
+) -> Forward:
+    return nnx.merge(structure, state)(ids, mask, cache, attached, capture=capture, first=first)
+
+
+@partial(jax.jit, static_argnames="structure")
+def _next_token(structure: Any, state: Any, hidden: Array) -> Array:
+    return jnp.argmax(nnx.merge(structure, state).logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames="structure", donate_argnames="cache")
+def _decode(
+    structure: Any, state: Any, token: Array, cache: ModelCache, attached: Mapping[int, Attached]
+) -> tuple[Array, ModelCache]:
+    module = nnx.merge(structure, state)
+    made = module(token[:, None], jnp.ones((token.shape[0], 1), bool), cache, attached)
+    return jnp.argmax(module.logits(made.hidden[:, -1]), axis=-1).astype(jnp.int32), made.cache
+
+
+@partial(jax.jit, static_argnames="structure")
+def _logits(structure: Any, state: Any, hidden: Array) -> Array:
+    return nnx.merge(structure, state).logits(hidden)
+
+
+@partial(jax.jit, static_argnames="structure")
+def _log_probs(structure: Any, state: Any, hidden: Array, targets: Array) -> Array:
+    scores = nnx.merge(structure, state).logits(hidden)
+    chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1, mode="clip")[:, 0]
+    return chosen - jax.nn.logsumexp(scores, axis=-1)

@@ -1,0 +1,217 @@
+"""Gemma-3's text model as flax.nnx modules, with the parameter names and layouts of Hugging Face.
+
+Axes: B batch, T tokens, E hidden_size, F intermediate_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.errors import InputError
+from lyra.spec.model import ModelSpec
+
+from .cache import LiveCache, bucket, empty_cache
+from .heads import SplitArrays
+from .layer import Call, Layer, constants_of, run_layer, shape_of
+from .norm import rms_norm
+from .partial import HIGHEST
+from .rolling import RollingCache, empty_ring
+from .static import StaticKV
+from .visibility import LiveRule
+
+GELU_TANH = "gelu_pytorch_tanh"
+
+
+class Attached(NamedTuple):
+    """What a context changes in one layer; every field may be None (no context, every head causal, no Lyra heads)."""
+
+    static: StaticKV | None
+    rule: LiveRule | None
+    split: SplitArrays | None
+
+
+class ModelCache(NamedTuple):
+    """The live cache of every layer, and how many real tokens each row has: int32 [B]."""
+
+    layers: tuple[LiveCache | RollingCache, ...]
+    counts: Array | np.ndarray
+
+
+class Captured(NamedTuple):
+    """K normed and unrotated, and V, of one layer and call: [B,T,Hkv,D]."""
+
+    k: Array
+    v: Array
+
+
+class Forward(NamedTuple):
+    """hidden [B,T,E], after the last norm; the cache with the call's tokens; K and V of the layers asked for."""
+
+    hidden: Array
+    cache: ModelCache
+    captured: dict[int, Captured]
+
+
+class Linear(nnx.Module):
+    """x · Wᵀ (+ bias), W [out,in]: the layout of Hugging Face, which a CPU reads in order when one token is decoded."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(nnx.initializers.lecun_normal(1, 0)(rngs.params(), (outputs, inputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum("bti,oi->bto", x, self.weight[...], precision=HIGHEST)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm over the last axis with weight 1 + w."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.weight = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.weight[...], np.float32(self.eps))
+
+
+class Attention(nnx.Module):
+    """One attention layer: the parameters, and the same stages that the attention level runs."""
+
+    def __init__(self, spec: AttentionSpec, *, rngs: nnx.Rngs) -> None:
+        queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+        self.spec = spec
+        self.q_proj = Linear(spec.hidden_size, queries, bias=spec.bias, rngs=rngs)
+        self.k_proj = Linear(spec.hidden_size, keys, bias=spec.bias, rngs=rngs)
+        self.v_proj = Linear(spec.hidden_size, keys, bias=spec.bias, rngs=rngs)
+        self.o_proj = Linear(queries, spec.hidden_size, bias=spec.bias, rngs=rngs)
+        if spec.qk_norm is not None:
+            self.q_norm = RMSNorm(spec.head_dim, spec.qk_norm.eps)
+            self.k_norm = RMSNorm(spec.head_dim, spec.qk_norm.eps)
+
+    def weights(self) -> dict[str, Array]:
+        """The parameters by their Hugging Face names."""
+        owners = {name: name.split(".") for name in self.spec.weight_shapes()}
+        return {name: getattr(getattr(self, owner), kind)[...] for name, (owner, kind) in owners.items()}
+
+    def __call__(
+        self, x: Array, call: Call, attached: Attached | None
+    ) -> tuple[Array, LiveCache | RollingCache, Captured]:
+        """Output [B,T,E] for x [B,T,E], the cache with the call's tokens, and the call's K and V."""
+        constants = constants_of(self.spec)
+        if attached is not None:
+            constants = constants._replace(rule=attached.rule, split=attached.split)
+            call = call._replace(static=attached.static)
+        output, cache, trace = run_layer(x, Layer(self.weights(), constants, shape_of(self.spec)), call)
+        return output, cache, Captured(trace.get("k_norm", trace["k_proj"]), trace["v_proj"])
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward block: down(gelu(gate(x)) · up(x))."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs) -> None:
+        self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs)
+        self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, rngs=rngs)
+        self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.gelu(self.gate_proj(x), approximate=True) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward block, each between two norms, each added to the residual stream."""
+
+    def __init__(self, spec: ModelSpec, index: int, *, rngs: nnx.Rngs) -> None:
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = Attention(spec.layer(index).replace(split=None), rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.mlp = MLP(spec, rngs=rngs)
+        self.post_feedforward_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+    def __call__(
+        self, x: Array, call: Call, attached: Attached | None
+    ) -> tuple[Array, LiveCache | RollingCache, Captured]:
+        """The residual stream [B,T,E] behind this layer, its cache, and its K and V."""
+        attended, cache, captured = self.self_attn(self.input_layernorm(x), call, attached)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache, captured
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V,E], scaled by √E on the way in."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs) -> None:
+        shape = (spec.vocab_size, spec.hidden_size)
+        self.weight = nnx.Param(nnx.initializers.normal(spec.hidden_size**-0.5)(rngs.params(), shape, jnp.float32))
+        self.scale = spec.hidden_size**0.5
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.weight[...], ids, axis=0, mode="clip") * np.float32(self.scale)
+
+
+class Gemma3(nnx.Module):
+    """A Gemma-3 text model with its language head."""
+
+    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs) -> None:
+        """Random parameters. Raises InputError for another activation than gelu_pytorch_tanh."""
+        if spec.hidden_activation != GELU_TANH:
+            raise InputError(f"hidden_activation is {spec.hidden_activation!r}; this model has {GELU_TANH!r} only")
+        self.spec = spec
+        self.embed_tokens = Embedding(spec, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(spec, index, rngs=rngs) for index in range(spec.num_hidden_layers)])
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.lm_head = None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, rngs=rngs)
+
+    def __call__(
+        self,
+        ids: Array,
+        mask: Array,
+        cache: ModelCache,
+        attached: Mapping[int, Attached],
+        *,
+        capture: Collection[int] = (),
+        first: bool = False,
+    ) -> Forward:
+        """Run the decoder over ids [B,T], mask [B,T]; real tokens stand side by side (clause POSITION-4).
+
+        `capture` names layers whose K and V are returned; `first` says that the cache is empty.
+        """
+        positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        x = self.embed_tokens(ids)
+        caches, captured = [], {}
+        for index, (layer, past) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            x, past, found = layer(x, Call(positions, mask, None, past, first), attached.get(index))
+            caches.append(past)
+            if index in capture:
+                captured[index] = found
+        counts = cache.counts + mask.sum(axis=1, dtype=jnp.int32)
+        return Forward(self.norm(x), ModelCache(tuple(caches), counts), captured)
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden [..., E] to logits [..., V]."""
+        weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        logits = jnp.einsum("...e,ve->...v", hidden, weight, precision=HIGHEST)
+        cap = self.spec.final_softcap
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+
+def empty_model_cache(spec: ModelSpec, batch: int, tokens: int) -> ModelCache:
+    """An empty cache with room for `tokens` tokens a row, as NumPy arrays."""
+
+    def of_layer(layer: AttentionSpec) -> LiveCache | RollingCache:
+        heads = (batch, layer.num_key_value_heads, layer.head_dim)
+        if layer.sliding_window is not None:
+            return empty_ring(*heads, layer.sliding_window)
+        return empty_cache(*heads, bucket(tokens))
+
+    layers = tuple(of_layer(spec.layer(index)) for index in range(spec.num_hidden_layers))
+    return ModelCache(layers, np.zeros(batch, np.int32))

@@ -1,0 +1,41 @@
+"""Greedy generation: a prefill in chunks, then one compiled step a token, whose shapes never change."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from .forward import Graph, decode, next_token, prefill_all
+from .gemma3 import Attached
+from .tokens import Tokens, pack_left
+
+
+def generate(
+    graph: Graph,
+    tokens: Tokens,
+    attached: Mapping[int, Attached],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    on_token: Callable[[np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """The most likely continuation of ids [B,T], int64 [B,N].
+
+    Stops when every row has produced a token of `stop_ids`; rows that stopped earlier repeat theirs.
+    """
+    batch = len(tokens.ids)
+    if max_new_tokens == 0:
+        return np.zeros((batch, 0), np.int64)
+    prefilled = prefill_all(graph, pack_left(tokens), attached, room=max_new_tokens)
+    hidden, cache = deque(prefilled, maxlen=1).pop()
+    made = [np.asarray(next_token(graph, hidden))]
+    stopped = np.zeros(batch, bool)
+    while True:
+        if on_token is not None:
+            on_token(made[-1].astype(np.int64))
+        stopped |= np.isin(made[-1], stop_ids)
+        if stopped.all() or len(made) == max_new_tokens:
+            return np.stack(made, axis=1).astype(np.int64)
+        token, cache = decode(graph, made[-1], cache, attached)
+        made.append(np.where(stopped, made[-1], np.asarray(token)))

@@ -1,0 +1,188 @@
+"""A whole Gemma-3 in JAX, behind the protocol: token ids in, NumPy out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lyra.backends.protocol import CapturedLayer
+from lyra.spec.attention import StaticSpec
+from lyra.spec.errors import InputError
+from lyra.spec.inputs import StaticLayer, check_static
+from lyra.spec.split import HeadSplit
+
+from . import forward
+from .capture import capture
+from .forward import Graph, split_module
+from .gemma3 import Attached, Gemma3
+from .generate import generate
+from .heads import split_arrays
+from .params import load_model
+from .static import prepare_static
+from .tokens import Tokens, check_tokens, pack_left
+from .visibility import live_rule
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits are taken in pieces of about this many (128 MB in float32)."""
+
+
+class JaxEngine:
+    """A Gemma-3 in JAX. Implements `lyra.backends.protocol.Engine`; `module` is the nnx module.
+
+    Changes made to the module's parameters show in the next call.
+    """
+
+    def __init__(self, module: Gemma3) -> None:
+        self.module = module
+        self.spec = module.spec
+        self._attached: dict[int, Attached] = {}
+
+    @classmethod
+    def load(cls, folder: str, *, dtype: str = "float32", device: str | None = None) -> JaxEngine:
+        """The model of a folder with config.json and *.safetensors, on `device` ("cpu", "gpu" ...; JAX's default).
+
+        Of a multimodal Gemma-3 the text model is taken. Raises SpecError for another architecture and InputError for
+        an unknown dtype or device, and for weights that do not fit.
+        """
+        if dtype != "float32":
+            raise InputError(f"dtype is {dtype!r}; the JAX backend's models compute in 'float32'")
+        return cls(load_model(Path(folder), _device(device)))
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """float32 [B,T,V] for ids [B,T]; the logits at padding are finite and mean nothing. Raises InputError."""
+        tokens, graph = self._tokens(ids, mask), split_module(self.module)
+        hidden = self._hidden(graph, tokens).reshape(tokens.ids.size, self.spec.hidden_size)
+        result = np.empty((len(hidden), self.spec.vocab_size), np.float32)
+        for rows in self._pieces(len(hidden)):
+            result[rows] = forward.logits(graph, _filled(hidden, rows))[: len(result[rows])]
+        return result.reshape(*tokens.ids.shape, -1)
+
+    def log_probs(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """float32 [B,T-1]: log-probability of ids[:, 1:], each given all before it. Raises InputError."""
+        tokens, graph = self._tokens(ids, mask), split_module(self.module)
+        batch, length = tokens.ids.shape
+        hidden = self._hidden(graph, tokens)[:, :-1].reshape(batch * (length - 1), self.spec.hidden_size)
+        targets = tokens.ids[:, 1:].ravel()
+        result = np.empty(len(targets), np.float32)
+        for rows in self._pieces(len(targets)):
+            scores = forward.log_probs(graph, _filled(hidden, rows), _filled(targets, rows))
+            result[rows] = scores[: len(result[rows])]
+        return result.reshape(batch, length - 1)
+
+    def generate(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray | None = None,
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int] = (),
+        on_token: Callable[[np.ndarray], None] | None = None,
+    ) -> np.ndarray:
+        """Greedy continuation of ids [B,T], int [B,N]. Padding must be on the left. Raises InputError."""
+        tokens = self._tokens(ids, mask)
+        if not tokens.mask[:, -1].all():
+            raise InputError("generate: a row ends in padding; put the padding on the left")
+        if max_new_tokens < 0:
+            raise InputError(f"generate: max_new_tokens is {max_new_tokens}; expected 0 or more")
+        return generate(split_module(self.module), tokens, self._attached, max_new_tokens, stop_ids, on_token)
+
+    def capture(
+        self,
+        ids: np.ndarray,
+        layers: Sequence[int],
+        *,
+        chunk_size: int = 512,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> dict[int, CapturedLayer]:
+        """K and V of `layers` for ids [1,S], all KV heads, k normed, unrotated. Clause CAPTURE. Raises InputError."""
+        if self._attached:
+            raise InputError("capture: a context is attached; a context is captured by the unmodified model, so detach")
+        tokens = self._tokens(ids, None)
+        if len(tokens.ids) != 1:
+            raise InputError(f"capture: ids has {len(tokens.ids)} rows; a context is captured from one")
+        if chunk_size < 1:
+            raise InputError(f"capture: chunk_size is {chunk_size}; expected 1 or more")
+        outside = [layer for layer in layers if not 0 <= layer < self.spec.num_hidden_layers]
+        if outside:
+            raise InputError(f"capture: there are no layers {outside}; the model has {self.spec.num_hidden_layers}")
+        return capture(split_module(self.module), tokens.ids, layers, chunk_size, on_chunk)
+
+    def attach(self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec) -> None:
+        """Give global layers their static K/V and head split; keys are rotated here, once. Replaces what was attached.
+
+        A layer on which this has no effect (no Lyra heads, or an empty context in live mode "causal") stays an ordinary
+        one (clause IDENTITY). Raises InputError, SpecError; then nothing has changed.
+        """
+        wrong = sorted(set(splits) - set(self.spec.global_layers))
+        if wrong:
+            raise InputError(
+                f"attach: layers {wrong} are not global; the global layers are {list(self.spec.global_layers)}"
+            )
+        idle = sorted(layer for layer in static if layer not in splits or not splits[layer].lyra_q_heads)
+        if idle:
+            raise InputError(f"attach: layers {idle} have a context and no Lyra heads; give them a split")
+        attached = {
+            layer: self._prepared(split, mode, static.get(layer))
+            for layer, split in splits.items()
+            if split.lyra_q_heads
+        }
+        self._attached = {layer: one for layer, one in attached.items() if one is not None}
+
+    def detach(self) -> None:
+        """Back to the unmodified model, bit for bit."""
+        self._attached = {}
+
+    def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
+        """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""
+        self.spec.layer(layer)
+        weights = self.module.layers[layer].self_attn.weights()
+        return {name: np.array(value, np.float32) for name, value in weights.items()}
+
+    def _prepared(self, split: HeadSplit, mode: StaticSpec, static: StaticLayer | None) -> Attached | None:
+        spec = self.spec.attention.replace(split=split, static=mode)
+        kv = None if static is None else prepare_static(spec, check_static(spec, static, len(static.k)))
+        rule = live_rule(spec)
+        if kv is None and rule is None:
+            return None
+        return Attached(*jax.device_put((kv, rule, split_arrays(spec) if kv is not None else None)))
+
+    def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
+        tokens = check_tokens(ids, mask, self.spec.vocab_size)
+        rows = {len(one.static.values) for one in self._attached.values() if one.static is not None} - {1}
+        if rows - {len(tokens.ids)}:
+            raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
+        return tokens
+
+    def _hidden(self, graph: Graph, tokens: Tokens) -> np.ndarray:
+        """The decoder's output for every token, in the caller's order: [B,T,E]."""
+        packed = pack_left(tokens)
+        parts = [np.asarray(hidden) for hidden, _ in forward.prefill_all(graph, packed, self._attached)]
+        whole = np.concatenate(parts, axis=1)
+        return np.take_along_axis(whole, packed.source[:, :, None], axis=1)
+
+    def _pieces(self, rows: int) -> Iterator[slice]:
+        """Slices of `rows` rows whose logits fit in memory; all but the last one of the same length."""
+        step = max(1, LOGITS_AT_ONCE // self.spec.vocab_size)
+        return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _filled(values: np.ndarray, rows: slice) -> np.ndarray:
+    """The named rows, filled up with zeros to the next power of two: few shapes, few compiled functions."""
+    part = values[rows]
+    missing = (1 << (len(part) - 1).bit_length()) - len(part)
+    return np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
+
+
+def _device(name: str | None) -> jax.Device | None:
+    if name is None:
+        return None
+    platform, _, index = name.partition(":")
+    platform = {"cuda": "gpu"}.get(platform, platform)
+    try:
+        return jax.devices(platform)[int(index or 0)]
+    except (RuntimeError, ValueError, IndexError) as error:
+        known = ", ".join(f"{one.platform}:{one.id}" for one in jax.devices())
+        raise InputError(f"device is {name!r}, which JAX does not have ({error}); it has {known}") from None

@@ -1,0 +1,64 @@
+"""The cache of a sliding-window layer in a whole model: a ring of the last W tokens, whatever the length of the text.
+
+It serves callers whose real tokens stand side by side, as they do behind left padding: then the window of W positions
+lies within the last W slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .cache import SLOT_AXES, LiveKeys, empty_keys
+
+
+class RollingCache(NamedTuple):
+    """The last W tokens of one layer, in a ring.
+
+    keys       [B,Hkv,D,W] float32, rotated at their own positions
+    values     [B,Hkv,W,D] float32
+    mask       [B,W] bool; False for padding and for slots never used
+    positions  [B,W] int32
+    oldest     int32, the slot that the next token takes
+    """
+
+    keys: Array | np.ndarray
+    values: Array | np.ndarray
+    mask: Array | np.ndarray
+    positions: Array | np.ndarray
+    oldest: int | Array
+
+    @property
+    def window(self) -> int:
+        """W, slots."""
+        return self.mask.shape[1]
+
+    def append(self, new: LiveKeys) -> tuple[LiveKeys, RollingCache]:
+        """The live keys that a call's tokens may see, and a new cache with the last W of all. Clause SLIDING-1.
+
+        One token replaces the oldest one, which has just left its window; more of them stand behind the ring, put in
+        order, and the window's mask hides what is too old.
+        """
+        ring = LiveKeys(self.keys, self.values, self.mask, self.positions)
+        if new.mask.shape[1] == 1:
+            seen = LiveKeys(*map(self._replace_oldest, ring, new, SLOT_AXES))
+            return seen, RollingCache(*seen, oldest=(self.oldest + 1) % self.window)
+        seen = LiveKeys(*map(self._put_behind, ring, new, SLOT_AXES))
+        latest = (
+            lax.slice_in_dim(part, -self.window, None, axis=axis) for part, axis in zip(seen, SLOT_AXES, strict=True)
+        )
+        return seen, RollingCache(*latest, oldest=jnp.zeros((), jnp.int32))
+
+    def _replace_oldest(self, ring: Array, token: Array, axis: int) -> Array:
+        return lax.dynamic_update_slice_in_dim(ring, token, self.oldest, axis)
+
+    def _put_behind(self, ring: Array, tokens: Array, axis: int) -> Array:
+        return jnp.concatenate([jnp.roll(ring, -self.oldest, axis), tokens], axis)
+
+
+def empty_ring(batch: int, kv_heads: int, head_dim: int, window: int) -> RollingCache:
+    """A ring with nothing in it, as NumPy arrays."""
+    return RollingCache(*empty_keys(batch, kv_heads, head_dim, window), oldest=0)

@@ -1,0 +1,467 @@
+"""Whole models in JAX against Hugging Face's Gemma-3, on a small random model with several layers and window 8."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+pytest.importorskip("flax")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
+
+from lyra.backends.jax_impl import JaxBackend, forward  # noqa: E402
+from lyra.backends.jax_impl.model import JaxEngine  # noqa: E402
+from lyra.backends.jax_impl.params import module_path  # noqa: E402
+from lyra.backends.jax_impl.tokens import Tokens, pack_left  # noqa: E402
+from lyra.backends.protocol import ModelBackend  # noqa: E402
+from lyra.spec import AttentionSpec, HeadSplit, InputError, StaticSpec  # noqa: E402
+from lyra.spec.inputs import StaticLayer  # noqa: E402
+
+VOCAB, WINDOW, LAYERS, GLOBAL = 97, 8, 4, (1, 3)
+CONFIG: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": WINDOW,
+    "layer_types": ["full_attention" if i in GLOBAL else "sliding_attention" for i in range(LAYERS)],
+    "max_position_embeddings": 4096,
+}
+CUT = HeadSplit((1, 2, 3), share_kv=True)
+
+
+def make_model(seed: int = 0, **changes: Any) -> Any:
+    """A Gemma3ForCausalLM with random weights, norms included, and large enough to make peaked distributions."""
+    torch.manual_seed(seed)
+    model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**(CONFIG | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3 if parameter.ndim == 1 else 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def folder(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    reference.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> JaxEngine:
+    return JaxBackend().load(str(folder))
+
+
+@pytest.fixture
+def engine(loaded: JaxEngine) -> Iterator[JaxEngine]:
+    yield loaded
+    loaded.detach()
+
+
+def random_ids(batch: int, tokens: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, (batch, tokens))
+
+
+def left_padding(batch: int, tokens: int) -> np.ndarray:
+    mask = np.ones((batch, tokens), bool)
+    for row in range(1, batch):
+        mask[row, : 3 * row] = False
+    return mask
+
+
+def hf_logits(model: Any, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    with torch.no_grad():
+        given = None if mask is None else torch.tensor(mask.astype(np.int64))
+        places = None if mask is None else torch.tensor(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
+        return model(torch.tensor(ids), attention_mask=given, position_ids=places).logits.numpy()
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def in_chunks(engine: JaxEngine, ids: np.ndarray, mask: np.ndarray, cuts: list[int]) -> np.ndarray:
+    """Logits [B,T,V] of one text fed in the given pieces through the model's cache."""
+    graph = forward.split_module(engine.module)
+    cache, parts = forward.open_cache(graph, len(ids), ids.shape[1]), []
+    for part in zip(np.split(ids, cuts, axis=1), np.split(mask, cuts, axis=1), strict=True):
+        made = forward.prefill(graph, *part, cache, engine._attached)
+        cache = made.cache
+        parts.append(forward.logits(graph, np.asarray(made.hidden).reshape(-1, engine.spec.hidden_size)))
+    return np.concatenate([np.asarray(part).reshape(len(ids), -1, VOCAB) for part in parts], axis=1)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 23, 530])
+def test_logits_equal_hugging_face(engine: JaxEngine, reference: Any, tokens: int) -> None:
+    ids = random_ids(2, tokens)
+    got = engine.logits(ids)
+    assert got.shape == (2, tokens, VOCAB)
+    assert got.dtype == np.float32
+    assert_close(got, hf_logits(reference, ids))
+
+
+def test_logits_of_padded_rows_equal_hugging_face(engine: JaxEngine, reference: Any) -> None:
+    ids, mask = random_ids(3, 21), left_padding(3, 21)
+    got = engine.logits(ids, mask)
+    assert np.isfinite(got).all()
+    assert_close(got[mask], hf_logits(reference, ids, mask)[mask])
+
+
+@pytest.mark.parametrize("padding", ["right", "holes"])
+def test_padding_may_be_anywhere(engine: JaxEngine, padding: str) -> None:
+    ids, mask = random_ids(2, 21), np.ones((2, 21), bool)
+    mask[1, 14:] = False
+    if padding == "holes":
+        mask[1, [0, 4, 5, 6, 7, 8, 9, 12]] = False
+    got = engine.logits(ids, mask)
+    assert_close(got[0], engine.logits(ids[:1])[0])
+    assert_close(got[1][mask[1]], engine.logits(ids[1:, mask[1]])[0])
+
+
+@pytest.mark.parametrize("cuts", [[7, 8, 20], list(range(1, 29)), [1, 2, 12, 13]], ids=["chunks", "single", "mixed"])
+def test_chunks_equal_one_shot(engine: JaxEngine, reference: Any, cuts: list[int]) -> None:
+    ids, mask = random_ids(2, 29), left_padding(2, 29)
+    assert_close(in_chunks(engine, ids, mask, cuts)[mask], hf_logits(reference, ids, mask)[mask])
+
+
+def test_log_probs_equal_hugging_face(engine: JaxEngine, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(2, 23)
+    expected = torch.log_softmax(torch.tensor(hf_logits(reference, ids)), dim=-1)[:, :-1]
+    expected = expected.gather(2, torch.tensor(ids[:, 1:, None]))[:, :, 0].numpy()
+    assert_close(engine.log_probs(ids), expected)
+    monkeypatch.setattr("lyra.backends.jax_impl.model.LOGITS_AT_ONCE", 7 * VOCAB)
+    assert_close(engine.log_probs(ids), expected)
+    assert_close(engine.logits(ids), hf_logits(reference, ids))
+    assert engine.log_probs(ids[:, :1]).shape == (2, 0)
+
+
+def hf_generate(model: Any, ids: np.ndarray, mask: np.ndarray | None, count: int) -> np.ndarray:
+    given = torch.ones(ids.shape, dtype=torch.long) if mask is None else torch.tensor(mask.astype(np.int64))
+    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    return model.generate(torch.tensor(ids), attention_mask=given, **settings)[:, ids.shape[1] :].numpy()
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "left padded"])
+def test_generate_equals_hugging_face(engine: JaxEngine, reference: Any, padded: bool) -> None:
+    ids = random_ids(3, 11)
+    mask = left_padding(3, 11) if padded else None
+    made = engine.generate(ids, mask, max_new_tokens=24)
+    assert np.issubdtype(made.dtype, np.integer)
+    np.testing.assert_array_equal(made, hf_generate(reference, ids, mask, 24))
+
+
+def test_stop_ids_and_on_token(engine: JaxEngine) -> None:
+    ids = random_ids(3, 11)
+    free = engine.generate(ids, max_new_tokens=12)
+    stop = [int(free[0, 3]), int(free[1, 6]), int(free[2, 8])]
+    ends = [int(np.argmax(np.isin(row, stop))) for row in free]
+    steps: list[np.ndarray] = []
+    made = engine.generate(ids, max_new_tokens=12, stop_ids=stop, on_token=steps.append)
+    assert made.shape == (3, max(ends) + 1)
+    for row, end in enumerate(ends):
+        np.testing.assert_array_equal(made[row, : end + 1], free[row, : end + 1])
+        assert (made[row, end:] == free[row, end]).all()
+    np.testing.assert_array_equal(np.stack(steps, axis=1), made)
+    assert engine.generate(ids, max_new_tokens=0).shape == (3, 0)
+
+
+def hf_capture(model: Any, ids: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    attention, found = model.model.layers[layer].self_attn, {}
+    hooks = [
+        attention.k_norm.register_forward_hook(lambda _m, _i, out: found.update(k=out)),
+        attention.v_proj.register_forward_hook(lambda _m, _i, out: found.update(v=out)),
+    ]
+    hf_logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return found["k"].numpy(), found["v"].unflatten(-1, (-1, CONFIG["head_dim"])).transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 512])
+def test_capture_equals_hooks_on_hugging_face(engine: JaxEngine, reference: Any, chunk_size: int) -> None:
+    ids, done = random_ids(1, 45), []
+    found = engine.capture(ids, [3, 0, 1], chunk_size=chunk_size, on_chunk=done.append)
+    assert set(found) == {0, 1, 3}
+    for layer, (k, v) in found.items():
+        expected_k, expected_v = hf_capture(reference, ids, layer)
+        assert k.shape == v.shape == (1, 2, 45, 16)
+        assert_close(k, expected_k)
+        assert_close(v, expected_v)
+    assert done[-1] == 45
+    assert np.diff([0, *done]).max() <= chunk_size
+
+
+def make_context(engine: JaxEngine, tokens: int, split: HeadSplit, rows: int = 1) -> dict[int, StaticLayer]:
+    """A context captured from random tokens, for the Lyra heads of `split`, with some slots masked and poisoned."""
+    kv_heads = list(engine.spec.attention.replace(split=split).lyra_kv_heads)
+    parts = [engine.capture(random_ids(1, tokens, seed=5 + row), GLOBAL) for row in range(rows)]
+    context = {}
+    for layer in GLOBAL:
+        k, v = (np.concatenate([part[layer][i][:, kv_heads] for part in parts]) for i in (0, 1))
+        mask = np.ones((rows, tokens), bool)
+        mask[:, 3] = False
+        k[:, :, 3], v[:, :, 3] = 1e30, -1e30
+        context[layer] = StaticLayer(k, v, mask, np.tile(np.arange(tokens), (rows, 1)))
+    return context
+
+
+def test_attached_layers_equal_the_attention_level(engine: JaxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last global layer's output inside the model is that of the attention level for the same input."""
+    context = make_context(engine, 19, CUT)
+    mode = StaticSpec(live="self", positions="overlay")
+    engine.attach(context, dict.fromkeys(GLOBAL, CUT), mode)
+    ids, width = random_ids(2, 9), 16
+    packed = pack_left(Tokens(ids, np.ones_like(ids, bool)))
+    seen: dict[str, np.ndarray] = {}
+    attention_class = type(engine.module.layers[3].self_attn)
+    original = attention_class.__call__
+
+    def watched(self: Any, x: Any, call: Any, attached: Any) -> Any:
+        made = original(self, x, call, attached)
+        if attached is not None:
+            seen["x"], seen["output"] = np.asarray(x), np.asarray(made[0])
+        return made
+
+    monkeypatch.setattr(attention_class, "__call__", watched)
+    graph = forward.split_module(engine.module)
+    engine.module(packed.ids, packed.mask, forward.open_cache(graph, 2, width), engine._attached)
+    layer = JaxBackend().attention(
+        engine.spec.attention.replace(split=CUT, static=mode), engine.attention_weights(GLOBAL[-1])
+    )
+    real = slice(width - 9, None)
+    positions = np.tile(np.arange(9), (2, 1))
+    alone = layer(seen["x"][:, real], positions=positions, static=context[GLOBAL[-1]])
+    assert_close(seen["output"][:, real], alone.output)
+
+
+@pytest.mark.parametrize(
+    ("live", "positions", "rows"),
+    [("causal", "continue", 1), ("self", "continue", 2), ("none", "overlay", 1), ("causal", "overlay", 2)],
+)
+def test_attached_prefill_equals_token_by_token(engine: JaxEngine, live: Any, positions: Any, rows: int) -> None:
+    engine.attach(
+        make_context(engine, 19, CUT, rows), dict.fromkeys(GLOBAL, CUT), StaticSpec(live=live, positions=positions)
+    )
+    ids, mask = random_ids(2, 13), left_padding(2, 13)
+    one_shot = engine.logits(ids, mask)
+    assert_close(in_chunks(engine, ids, mask, list(range(1, 13)))[mask], one_shot[mask])
+    made = engine.generate(ids, mask, max_new_tokens=3)
+    whole = np.concatenate([ids, made], axis=1)
+    whole_mask = np.concatenate([mask, np.ones_like(made, bool)], axis=1)
+    np.testing.assert_array_equal(engine.logits(whole, whole_mask)[:, 12:-1].argmax(-1), made)
+
+
+def test_all_heads_continuing_equal_an_ordinary_prefix(tmp_path: Path) -> None:
+    """With every layer global and every head Lyra's, a context is the same as its text in front."""
+    make_model(layer_types=["full_attention"] * 2, num_hidden_layers=2).save_pretrained(tmp_path)
+    engine = JaxBackend().load(str(tmp_path))
+    ids = random_ids(1, 30)
+    found = engine.capture(ids[:, :18], [0, 1])
+    places, mask = np.arange(18)[None], np.ones((1, 18), bool)
+    context = {layer: StaticLayer(k, v, mask, places) for layer, (k, v) in found.items()}
+    expected = engine.logits(ids)[:, 18:]
+    engine.attach(context, dict.fromkeys((0, 1), HeadSplit((0, 1, 2, 3))), StaticSpec())
+    assert_close(engine.logits(ids[:, 18:]), expected)
+
+
+def test_attaching_nothing_and_detaching_restore_the_model(engine: JaxEngine) -> None:
+    ids = random_ids(2, 13)
+    plain = engine.logits(ids)
+    engine.attach({}, dict.fromkeys(GLOBAL, HeadSplit.none()), StaticSpec(live="none"))
+    np.testing.assert_array_equal(engine.logits(ids), plain)
+    engine.attach({}, dict.fromkeys(GLOBAL, CUT), StaticSpec())
+    np.testing.assert_array_equal(engine.logits(ids), plain)
+    context = make_context(engine, 19, CUT)
+    engine.attach(context, dict.fromkeys(GLOBAL, CUT), StaticSpec())
+    assert np.abs(engine.logits(ids) - plain).max() > 0.1
+    engine.attach({3: context[3]}, {3: CUT}, StaticSpec())
+    assert np.abs(engine.logits(ids) - plain).max() > 0.1
+    engine.detach()
+    np.testing.assert_array_equal(engine.logits(ids), plain)
+
+
+def test_decoding_with_a_context_compiles_once(engine: JaxEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """Four rows and a context of 21 tokens, which no other test has: nothing is compiled yet."""
+    for split in (CUT, HeadSplit((0, 2), share_kv=True)):
+        engine.attach(make_context(engine, 21, split), dict.fromkeys(GLOBAL, split), StaticSpec(live="self"))
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            engine.generate(random_ids(4, 9), max_new_tokens=20)
+        engine.detach()
+    compiled = [line for line in caplog.messages if "Finished XLA compilation of jit(_" in line]
+    assert sum("jit(_decode)" in line for line in compiled) == 1
+    assert sum("jit(_prefill)" in line for line in compiled) == 1
+
+
+def test_changes_to_the_module_show(folder: Path) -> None:
+    engine = JaxBackend().load(str(folder))
+    ids = random_ids(1, 5)
+    before = engine.logits(ids)
+    weight = engine.module.layers[0].mlp.up_proj.weight
+    weight[...] = weight[...] ** 2
+    assert np.abs(engine.logits(ids) - before).max() > 1e-3
+
+
+def test_attention_weights_are_hugging_faces(engine: JaxEngine, reference: Any) -> None:
+    for layer in (0, 3):
+        weights = engine.attention_weights(layer)
+        assert set(weights) == set(engine.spec.layer(layer).weight_shapes())
+        for name, value in weights.items():
+            expected = reference.model.layers[layer].self_attn.get_parameter(name).detach().numpy()
+            np.testing.assert_array_equal(value, expected)
+            value[...] = 0
+    assert np.abs(engine.attention_weights(0)["q_norm.weight"]).max() > 0
+
+
+def test_the_backend_loads_whole_models(engine: JaxEngine) -> None:
+    assert isinstance(JaxBackend(), ModelBackend)
+    assert engine.spec.global_layers == GLOBAL
+
+
+def rewrite(source: Path, target: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:
+    """A copy of a model's folder with other tensors."""
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text((source / "config.json").read_text())
+    save_file(change(load_file(source / "model.safetensors")), target / "model.safetensors")
+    return target
+
+
+def test_sharded_bfloat16_and_multimodal_checkpoints(
+    folder: Path, reference: Any, engine: JaxEngine, tmp_path: Path
+) -> None:
+    ids = random_ids(1, 6)
+    expected = engine.logits(ids)
+    sharded, outer, half = tmp_path / "sharded", tmp_path / "outer", tmp_path / "half"
+    reference.save_pretrained(sharded, max_shard_size="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    np.testing.assert_array_equal(JaxBackend().load(str(sharded)).logits(ids), expected)
+    for prefix in ("language_model.model.", "model.language_model."):
+        rewrite(
+            folder,
+            outer,
+            lambda tensors, prefix=prefix: (
+                {name.replace("model.", prefix, 1): value for name, value in tensors.items()}
+                | {"vision_tower.x.weight": np.zeros(3, np.float32)}
+            ),
+        )
+        config = {"model_type": "gemma3", "text_config": json.loads((folder / "config.json").read_text())}
+        (outer / "config.json").write_text(json.dumps(config))
+        np.testing.assert_array_equal(JaxBackend().load(str(outer)).logits(ids), expected)
+    make_model().to(torch.bfloat16).save_pretrained(half)
+    rounded = transformers.Gemma3ForCausalLM.from_pretrained(half, dtype=torch.float32)
+    assert_close(JaxBackend().load(str(half)).logits(ids), hf_logits(rounded, ids))
+
+
+def test_untied_head_softcap_and_linear_rope(tmp_path: Path) -> None:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    model = make_model(tie_word_embeddings=False, final_logit_softcapping=3.0, rope_parameters=rope)
+    model.save_pretrained(tmp_path)
+    ids = random_ids(2, 20)
+    assert_close(JaxBackend().load(str(tmp_path)).logits(ids), hf_logits(model, ids))
+
+
+def test_checkpoints_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    def load(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+        JaxBackend().load(str(rewrite(folder, tmp_path / "other", change)))
+
+    q, extra = "model.layers.1.self_attn.q_proj.weight", np.zeros((48, 32), np.float32)
+    with pytest.raises(InputError, match=r"1 tensors are missing, among them layers\.1\.self_attn\.q_proj\.weight"):
+        load(lambda tensors: {name: value for name, value in tensors.items() if name != q})
+    with pytest.raises(InputError, match=r"'model\.layers\.0\.mlp\.side_proj\.weight' has no entry"):
+        load(lambda tensors: tensors | {"model.layers.0.mlp.side_proj.weight": extra})
+    with pytest.raises(InputError, match=r"'model\.layers\.9\.mlp\.up_proj\.weight' has no place"):
+        load(lambda tensors: tensors | {"model.layers.9.mlp.up_proj.weight": extra})
+    with pytest.raises(InputError, match=r"are both the model's 'layers\.0\.mlp\.up_proj\.weight'"):
+        load(lambda tensors: tensors | {"language_model.model.layers.0.mlp.up_proj.weight": extra})
+    with pytest.raises(InputError, match=r"has shape \(3, 32\); the config says \(64, 32\)"):
+        load(lambda tensors: tensors | {q: np.zeros((3, 32), np.float32)})
+    with pytest.raises(InputError, match="dtype is 'int8'"):
+        JaxBackend().load(str(folder), dtype="int8")
+    with pytest.raises(InputError, match="device is 'cpu:7'"):
+        JaxBackend().load(str(folder), device="cpu:7")
+
+
+def test_every_name_has_one_entry(reference: Any) -> None:
+    names = list(reference.state_dict())
+    assert len({module_path(name) for name in names}) == len(names)
+    assert module_path("model.vision_tower.encoder.layers.0.weight") is None
+
+
+def test_refusals(engine: JaxEngine) -> None:
+    ids, context = random_ids(2, 6), make_context(engine, 5, CUT, rows=2)
+    with pytest.raises(InputError, match="the vocabulary has ids 0 to 96"):
+        engine.logits(ids + VOCAB)
+    with pytest.raises(InputError, match="expected integers"):
+        engine.logits(ids[0])
+    with pytest.raises(InputError, match="mask has shape"):
+        engine.logits(ids, np.ones((2, 5), bool))
+    with pytest.raises(InputError, match="put the padding on the left"):
+        engine.generate(ids, np.array([[True] * 6, [True] * 5 + [False]]), max_new_tokens=1)
+    with pytest.raises(InputError, match="max_new_tokens is -1"):
+        engine.generate(ids, max_new_tokens=-1)
+    with pytest.raises(InputError, match="captured from one"):
+        engine.capture(ids, [1])
+    with pytest.raises(InputError, match=r"there are no layers \[4\]"):
+        engine.capture(ids[:1], [4])
+    with pytest.raises(InputError, match="chunk_size is 0"):
+        engine.capture(ids[:1], [1], chunk_size=0)
+    with pytest.raises(InputError, match=r"layers \[2\] are not global"):
+        engine.attach({}, {2: CUT}, StaticSpec())
+    with pytest.raises(InputError, match=r"layers \[1, 3\] have a context and no Lyra heads"):
+        engine.attach(context, {1: HeadSplit.none()}, StaticSpec())
+    with pytest.raises(InputError, match="static k and v hold"):
+        engine.attach(context, dict.fromkeys(GLOBAL, HeadSplit((0, 1))), StaticSpec())
+    engine.attach(context, dict.fromkeys(GLOBAL, CUT), StaticSpec())
+    with pytest.raises(InputError, match="a context is attached"):
+        engine.capture(ids[:1], [1])
+    with pytest.raises(InputError, match="the attached context has 2"):
+        engine.logits(random_ids(3, 4))
+
+
+def test_loads_without_torch_and_transformers(folder: Path, engine: JaxEngine) -> None:
+    ids = random_ids(1, 6)
+    code = f"""
+        import sys
+        for name in ("torch", "transformers", "accelerate"):
+            sys.modules[name] = None
+        import numpy as np
+        from lyra.backends.jax_impl import JaxBackend
+        engine = JaxBackend().load({str(folder)!r})
+        print(*engine.generate(np.array({ids.tolist()}), max_new_tokens=4)[0])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(token) for token in engine.generate(ids, max_new_tokens=4)[0]]
+
+
+def test_specs_of_the_layers_are_the_models(engine: JaxEngine) -> None:
+    for index, layer in enumerate(engine.module.layers):
+        spec: AttentionSpec = layer.self_attn.spec
+        assert (spec.sliding_window is None) == (index in GLOBAL)
+        assert spec == engine.spec.layer(index)
