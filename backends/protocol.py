@@ -141,7 +141,11 @@ class Engine(Protocol):
         ...
 
     def capture(
-        self, ids: np.ndarray, layers: Sequence[int], *, chunk_size: int = 512,
+        self,
+        ids: np.ndarray,
+        layers: Sequence[int],
+        *,
+        chunk_size: int = 512,
         on_chunk: Callable[[int], None] | None = None,
     ) -> dict[int, CapturedLayer]:
         """Run the unmodified model over ids [1,S] in chunks and keep K/V of some layers (clause CAPTURE).
@@ -211,7 +215,9 @@ def check_backend(made: Any) -> Backend:
         raise BackendNotFound(f"{type(made).__name__} is no backend: it lacks {', '.join(missing)}")
     unknown = sorted(set(made.capabilities) - set(CAPABILITIES))
     if unknown:
-        raise BackendNotFound(f"backend {made.name!r} claims unknown capabilities {unknown}; known: {list(CAPABILITIES)}")
+        raise BackendNotFound(
+            f"backend {made.name!r} claims unknown capabilities {unknown}; known: {list(CAPABILITIES)}"
+        )
     return made
 
 

@@ -194,7 +194,7 @@ def _inputs(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> np.
     if case.flavour == "offset":
         x += rng.normal(0.0, 3.0, shape[-1:])
     elif case.flavour == "small":
-        x *= 10.0 ** rng.uniform(-5, -2, shape[:2] + (1,))
+        x *= 10.0 ** rng.uniform(-5, -2, (*shape[:2], 1))
     elif case.flavour == "large":
         x *= 1e3
     return x.astype(np.float32)

@@ -14,14 +14,10 @@ from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec, load_spec
 
 from .replay import Replay
-from .session import PROFILES, Session, start
+from .session import PROFILES, Session, UsageError, start
 
 REPLAY = pytest.StashKey[Replay | None]()
 BEGUN = pytest.StashKey[bool]()
-
-
-class UsageError(ValueError):
-    """An option that cannot be followed: unknown backend, spec or case."""
 
 
 class SessionPlugin:
@@ -60,14 +56,17 @@ def make_session(names: list[str], *, profile: str, seed: int, spec: str | None)
     keep_compiled()
     try:
         return Session(
-            backends=load_backends(names), profile=PROFILES[profile], seed=seed, scope=read_scope(spec) if spec else None
+            backends=load_backends(names),
+            profile=PROFILES[profile],
+            seed=seed,
+            scope=read_scope(spec) if spec else None,
         )
     except (BackendNotFound, SpecError, ImportError) as error:
         raise UsageError(str(error)) from None
 
 
 def load_backends(names: list[str]) -> list[Backend]:
-    """Backends by name. Without names, every installed one whose framework is there. Raises BackendNotFound, ImportError."""
+    """Backends by name; without names, every installed one that loads. Raises BackendNotFound, ImportError."""
     if names:
         return [get_backend(name) for name in dict.fromkeys(names)]
     found, missing = [], []
@@ -93,5 +92,3 @@ def keep_compiled() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-

@@ -1,4 +1,4 @@
-"""pytest options of the conformance suite; loaded by pytest itself (entry point pytest11), so it imports nothing heavy."""
+"""pytest options of the conformance suite. pytest itself loads this (entry point pytest11): nothing heavy in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="backend under test: an entry point's name or package.module:Class; may be repeated (default: all installed)",
+        help="backend under test, by name or package.module:Class; may be repeated (default: all installed)",
     )
     group.addoption("--lyra-profile", default="smoke", choices=["smoke", "ci", "thorough"], help="how much to generate")
     group.addoption("--lyra-seed", type=int, default=0, help="seed of the generated cases")

@@ -12,6 +12,7 @@ from lyra.spec.base import write_atomically
 
 from .case import Case
 from .record import Failure
+from .session import UsageError
 
 FOLDER = Path(".lyra") / "cases"
 """Where failing cases are written, below the working folder."""
@@ -26,14 +27,14 @@ class Replay:
 
     @classmethod
     def read(cls, path: str) -> Replay:
-        """Read a replay file. Raises ValueError with the reason where it is none."""
+        """Read a replay file. Raises UsageError with the reason where it is none."""
         try:
             fields = json.loads(Path(path).read_text())
             name, case = fields["property"], fields["case"]
         except OSError as error:
-            raise ValueError(f"cannot read the case {path!r}: {error.strerror}") from None
+            raise UsageError(f"cannot read the case {path!r}: {error.strerror}") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path!r} is no case file: {error}") from None
+            raise UsageError(f"{path!r} is no case file: {error}") from None
         return cls(name, Case.from_json(json.dumps(case)) if isinstance(case, dict) else None)
 
 

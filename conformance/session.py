@@ -8,9 +8,15 @@ from typing import Literal
 
 from lyra.backends.protocol import Backend
 from lyra.spec.attention import AttentionSpec
+from lyra.spec.errors import InputError
 
 from .frames import Frame, make_frames
 from .record import Record
+
+
+class UsageError(InputError):
+    """An option that cannot be followed: an unknown backend, spec or case."""
+
 
 ProfileName = Literal["smoke", "ci", "thorough"]
 
@@ -30,9 +36,9 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    "smoke": Profile("smoke", examples=12, frames=8),
-    "ci": Profile("ci", examples=120, frames=24),
-    "thorough": Profile("thorough", examples=600, frames=64),
+    "smoke": Profile("smoke", examples=12, frames=4),
+    "ci": Profile("ci", examples=120, frames=12),
+    "thorough": Profile("thorough", examples=600, frames=48),
 }
 
 

@@ -1,10 +1,10 @@
 """Public Hypothesis strategies: splits, specs, contexts and whole cases. Use them in your own tests:
 
-    from hypothesis import given
-    from lyra.conformance import strategies
+from hypothesis import given
+from lyra.conformance import strategies
 
-    @given(case=strategies.cases())
-    def test_mine(case): ...
+@given(case=strategies.cases())
+def test_mine(case): ...
 """
 
 from __future__ import annotations
@@ -47,8 +47,13 @@ def head_splits(draw: st.DrawFn, spec: HasHeads, kv_heads: int | None = None, al
 
 @st.composite
 def attention_specs(
-    draw: st.DrawFn, frame: Frame, *, live: Sequence[str] = LIVE, positions: Sequence[str] = POSITIONS,
-    split: bool = True, window: bool = False,
+    draw: st.DrawFn,
+    frame: Frame,
+    *,
+    live: Sequence[str] = LIVE,
+    positions: Sequence[str] = POSITIONS,
+    split: bool = True,
+    window: bool = False,
 ) -> AttentionSpec:
     """A spec of a frame's shapes and structure, its numbers free. A window excludes a split."""
     scope = current().scope
@@ -127,7 +132,9 @@ def cases(
 
     pool = [frame for frame in current().frames if fits(frame)]
     if not pool:
-        raise ValueError(f"no frame of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens")
+        raise ValueError(
+            f"no frame of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens"
+        )
     frame = draw(st.sampled_from(pool))
     spec = draw(attention_specs(frame, live=live, positions=positions, split=split and not window, window=window))
     with_context = draw(st.booleans()) if context is None else context

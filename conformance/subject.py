@@ -12,7 +12,7 @@ from lyra.spec.uncertain import Uncertain, exact
 
 from .case import Problem
 from .record import Record
-from .tolerance import K, K_PAIR, Distance, distance
+from .tolerance import K_PAIR, Distance, K, distance
 
 
 class Divergence(AssertionError):
@@ -197,5 +197,3 @@ class Subject:
                 if far.ratio > K:
                     return name
         return None
-
-

@@ -227,7 +227,8 @@ class StaticContext:
 
     def _next_position(self) -> np.ndarray:
         """P of every row, int [Bc]: one more than its highest visible position, 0 if none is visible."""
-        return np.where(self.mask, self.positions + 1, 0).max(axis=1, initial=0)
+        highest: np.ndarray = np.where(self.mask, self.positions + 1, 0).max(axis=1, initial=0)
+        return highest
 
     def _check_alike(self, other: StaticContext) -> None:
         found = self.fingerprint.differences(other.fingerprint)
@@ -253,7 +254,9 @@ def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:
     start = 1 if _starts_with_bos(first) and _starts_with_bos(second) else 0
     own = second.positions[:, start:]
     shifted = own - (own.min() if own.size else 0) + first._next_position()[:, None]
-    both = first.tokens is not None and second.tokens is not None
+    tokens = None
+    if first.tokens is not None and second.tokens is not None:
+        tokens = np.concatenate([first.tokens, second.tokens[:, start:]], axis=1)
     return replace(
         first,
         layers={
@@ -266,7 +269,7 @@ def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:
         },
         mask=np.concatenate([first.mask, second.mask[:, start:]], axis=1),
         positions=np.concatenate([first.positions, shifted], axis=1),
-        tokens=np.concatenate([first.tokens, second.tokens[:, start:]], axis=1) if both else None,
+        tokens=tokens,
     )
 
 

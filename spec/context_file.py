@@ -22,7 +22,7 @@ from .errors import ContextError
 from .fingerprint import Fingerprint
 
 FORMAT, VERSION = "lyra-context", "1"
-DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "BOOL": np.dtype("?")}
+DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "BOOL": np.dtype("?")}
 """The safetensors dtypes that a context file uses."""
 
 TABLE_TOLERANCE = 1e-6

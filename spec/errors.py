@@ -15,10 +15,8 @@ class SpecError(ValueError):
         for item in error.errors(include_url=False, include_context=False):
             where = ".".join(str(part) for part in item["loc"])
             message = item["msg"].removeprefix("Value error, ")
-            if item["type"] in {"value_error", "missing", "extra_forbidden"}:
-                got = ""
-            else:
-                got = f", got {item['input']!r}"
+            speaks = item["type"] in {"value_error", "missing", "extra_forbidden"}
+            got = "" if speaks else f", got {item['input']!r}"
             if item["type"] == "value_error" and message.startswith(owner):
                 lines.append(message)
             else:

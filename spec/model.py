@@ -123,9 +123,7 @@ class ModelSpec(SpecModel):
         own = {item.layer: item.split for item in self.splits}
         return self.attention.replace(split=own[index]) if index in own else self.attention
 
-    def with_split(
-        self, split: HeadSplit | Mapping[int, HeadSplit] | None, static: StaticSpec | None = None
-    ) -> Self:
+    def with_split(self, split: HeadSplit | Mapping[int, HeadSplit] | None, static: StaticSpec | None = None) -> Self:
         """The same model with one split for all global layers, or one per layer (layers left out get none)."""
         static = static or self.attention.static
         if isinstance(split, Mapping):

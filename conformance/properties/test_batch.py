@@ -100,7 +100,10 @@ def test_reordering_the_cache(case: Case, judge: Judge) -> None:
         rest = reordered.part(slice(first, None), case.calls[1:])
         went_on = subject.run(rest, cache=cache).output
         subject.expect_close(
-            reordered, np.concatenate([begun.output[rows], went_on], axis=1), subject.run(reordered).output, "rows in that order from the start"
+            reordered,
+            np.concatenate([begun.output[rows], went_on], axis=1),
+            subject.run(reordered).output,
+            "rows in that order from the start",
         )
 
     judge.each(case, check)

@@ -62,7 +62,12 @@ def test_a_call_leaves_its_cache_alone(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("LIVE-5", "SPLIT-4", case=cases(min_tokens=2, padding=False, live=("self", "none"), flavours=("normal",)), needs=("static", "trace"))
+@prop(
+    "LIVE-5",
+    "SPLIT-4",
+    case=cases(min_tokens=2, padding=False, live=("self", "none"), flavours=("normal",)),
+    needs=("static", "trace"),
+)
 def test_vanilla_heads_see_all_live_tokens(case: Case, judge: Judge) -> None:
     """Vanilla heads give the same values in every live mode."""
     problem = case.problem()

@@ -12,9 +12,16 @@ from lyra.conformance.subject import Subject
 from lyra.spec.split import HeadSplit
 
 
-@prop("MASKED-1", "MASKED-4", "STATIC-3", case=cases(context=True, min_context=1, poison=(1e30, 1e9, 3e4)), needs=("static",), weight=2)
+@prop(
+    "MASKED-1",
+    "MASKED-4",
+    "STATIC-3",
+    case=cases(context=True, min_context=1, poison=(1e30, 1e9, 3e4)),
+    needs=("static",),
+    weight=2,
+)
 def test_poison_has_no_influence(case: Case, judge: Judge) -> None:
-    """Padding tokens and hidden static slots full of garbage: the oracle's values, and no bit moves with the garbage."""
+    """Padding tokens and hidden static slots full of garbage: no bit of the output moves with it."""
     context = case.context
     assert context is not None
     case = case.replace(
@@ -43,7 +50,9 @@ def test_a_row_that_sees_nothing_gives_zero(case: Case, judge: Judge) -> None:
     def check(subject: Subject) -> None:
         outcome = subject.run(problem, trace=True)
         heads = outcome.trace["heads"][problem.real][:, lyra]
-        subject.expect(problem, not heads.any(), f"Lyra heads see no key and give {np.abs(heads).max(initial=0):.3g}, not 0")
+        subject.expect(
+            problem, not heads.any(), f"Lyra heads see no key and give {np.abs(heads).max(initial=0):.3g}, not 0"
+        )
         subject.expect_oracle(problem, outcome)
 
     judge.each(case, check)

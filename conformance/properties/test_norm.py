@@ -53,5 +53,3 @@ def test_one_norm_for_both_streams(case: Case, judge: Judge) -> None:
             subject.expect(problem, bool(same), f"{name} differs between a layer with a split and one without")
 
     judge.each(case, check)
-
-

@@ -47,7 +47,10 @@ def test_values_are_neither_normed_nor_rotated(case: Case, judge: Judge) -> None
 
     def check(subject: Subject) -> None:
         subject.expect_equal(
-            problem, subject.run(doubled).output, 2 * subject.run(problem).output, "twice the output for half the values"
+            problem,
+            subject.run(doubled).output,
+            2 * subject.run(problem).output,
+            "twice the output for half the values",
         )
 
     judge.each(case, check)

@@ -10,19 +10,35 @@ from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 
 
-@prop("POSITION-1", "POSITION-3", case=cases(context=True, min_context=1, positions=("continue",)).map(rotated), needs=("static",), weight=2)
+@prop(
+    "POSITION-1",
+    "POSITION-3",
+    case=cases(context=True, min_context=1, positions=("continue",)).map(rotated),
+    needs=("static",),
+    weight=2,
+)
 def test_continue(case: Case, judge: Judge) -> None:
     """positions="continue": the Lyra stream's live tokens follow the highest visible static position, row by row."""
     judge.oracle(case)
 
 
-@prop("POSITION-2", "POSITION-3", case=cases(context=True, min_context=1, positions=("overlay",)).map(rotated), needs=("static",))
+@prop(
+    "POSITION-2",
+    "POSITION-3",
+    case=cases(context=True, min_context=1, positions=("overlay",)).map(rotated),
+    needs=("static",),
+)
 def test_overlay(case: Case, judge: Judge) -> None:
     """positions="overlay": live tokens of the Lyra stream stay at t."""
     judge.oracle(case)
 
 
-@prop("POSITION-1", "STORED-2", case=cases(context=True, min_context=1, positions=("continue",), far=False).map(rotated), needs=("static",))
+@prop(
+    "POSITION-1",
+    "STORED-2",
+    case=cases(context=True, min_context=1, positions=("continue",), far=False).map(rotated),
+    needs=("static",),
+)
 def test_continue_follows_the_context(case: Case, judge: Judge) -> None:
     """Moving the whole context by 1,000 positions moves the Lyra stream with it: nothing changes but rounding."""
     problem = case.problem()
@@ -39,7 +55,16 @@ def test_continue_follows_the_context(case: Case, judge: Judge) -> None:
 @prop(
     "POSITION-2",
     "POSITION-1",
-    case=cases(context=True, min_context=3, positions=("overlay",), live=("none",), far=False, hidden=False, padding=False, flavours=("normal",)).map(rotated),
+    case=cases(
+        context=True,
+        min_context=3,
+        positions=("overlay",),
+        live=("none",),
+        far=False,
+        hidden=False,
+        padding=False,
+        flavours=("normal",),
+    ).map(rotated),
     needs=("static",),
 )
 def test_overlay_does_not_follow(case: Case, judge: Judge) -> None:

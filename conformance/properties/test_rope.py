@@ -20,7 +20,9 @@ def rotated(case: Case) -> Case:
 @prop(
     "ROPE-3",
     "ROPE-2",
-    case=st.builds(lambda case, back: case.replace(start=FAR - back - case.tokens), cases().map(rotated), st.integers(0, 99)),
+    case=st.builds(
+        lambda case, back: case.replace(start=FAR - back - case.tokens), cases().map(rotated), st.integers(0, 99)
+    ),
     needs=("static",),
 )
 def test_far_positions(case: Case, judge: Judge) -> None:
@@ -53,7 +55,12 @@ def test_only_distances_matter(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("ROPE-2", case=cases(context=False, far=False, min_tokens=4, padding=False, flavours=("normal",), live=("causal",)).map(rotated))
+@prop(
+    "ROPE-2",
+    case=cases(context=False, far=False, min_tokens=4, padding=False, flavours=("normal",), live=("causal",)).map(
+        rotated
+    ),
+)
 def test_distances_do_matter(case: Case, judge: Judge) -> None:
     """Stretching the distances between tokens changes every row that sees more than itself."""
     case = case.respec(rope=RopeSpec(theta=1e4), softcap=None)

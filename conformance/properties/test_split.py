@@ -20,9 +20,14 @@ def test_any_split_equals_oracle(case: Case, judge: Judge) -> None:
     judge.oracle(case)
 
 
-@prop("SPLIT-1", "SPLIT-2", case=cases(flavours=("normal",), far=False).map(lambda c: c.respec(softcap=None)), needs=("static", "trace"))
+@prop(
+    "SPLIT-1",
+    "SPLIT-2",
+    case=cases(flavours=("normal",), far=False).map(lambda c: c.respec(softcap=None)),
+    needs=("static", "trace"),
+)
 def test_heads_read_their_own_kv_head(case: Case, judge: Judge) -> None:
-    """Query head h reads KV head h // R: its output lies among the values of that head, bit for bit with one visible key."""
+    """Query head h reads KV head h // R: with one visible key its output is that head's value, bit for bit."""
     case = case.replace(calls=(1,), padding=(), context=None)
     if case.spec.static.live == "none":
         case = case.respec(static=case.spec.static.replace(live="self"))
@@ -32,7 +37,9 @@ def test_heads_read_their_own_kv_head(case: Case, judge: Judge) -> None:
         trace = subject.run(problem, trace=True).trace
         own = np.repeat(trace["v_proj"], problem.spec.group_size, axis=2)
         subject.expect(
-            problem, np.array_equal(trace["heads"], own), "with one visible key a head must give the value of KV head h // R"
+            problem,
+            np.array_equal(trace["heads"], own),
+            "with one visible key a head must give the value of KV head h // R",
         )
 
     judge.each(case, check)
@@ -54,7 +61,11 @@ def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> Non
     judge.each(case, check)
 
 
-@prop("SPLIT-5", case=cases(context=True, min_context=1, flavours=("normal",), hidden=False).map(lambda c: c.respec(softcap=None)), needs=("static", "trace"))
+@prop(
+    "SPLIT-5",
+    case=cases(context=True, min_context=1, flavours=("normal",), hidden=False).map(lambda c: c.respec(softcap=None)),
+    needs=("static", "trace"),
+)
 def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
     """Axis G of the static values belongs to the Lyra KV heads in ascending order: a constant per head comes out."""
     case = case.respec(static=case.spec.static.replace(live="none"))
@@ -72,7 +83,9 @@ def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
             wanted = constant[problem.spec.lyra_kv_heads.index(head // problem.spec.group_size)]
             got = outcome.trace["heads"][problem.real][:, head]
             nearest = np.round(got)
-            subject.expect(problem, bool((nearest == wanted).all()), f"head {head} read {got.flat[0]}, expected {wanted}")
+            subject.expect(
+                problem, bool((nearest == wanted).all()), f"head {head} read {got.flat[0]}, expected {wanted}"
+            )
 
     judge.each(case, check)
 
@@ -85,11 +98,11 @@ def test_a_shared_kv_head_is_a_replicated_one(case: Case, judge: Judge) -> None:
     spec = problem.spec
     weights = dict(problem.weights)
     for name in ["k_proj.weight", "v_proj.weight"] + (["k_proj.bias", "v_proj.bias"] if spec.bias else []):
-        by_head = problem.weights[name].reshape(spec.num_key_value_heads, spec.head_dim, *problem.weights[name].shape[1:])
+        by_head = problem.weights[name].reshape(
+            spec.num_key_value_heads, spec.head_dim, *problem.weights[name].shape[1:]
+        )
         weights[name] = np.repeat(by_head, spec.group_size, axis=0).reshape(-1, *problem.weights[name].shape[1:])
-    wide = spec.replace(
-        num_key_value_heads=spec.num_attention_heads, split=HeadSplit(lyra_q_heads=spec.lyra_q_heads)
-    )
+    wide = spec.replace(num_key_value_heads=spec.num_attention_heads, split=HeadSplit(lyra_q_heads=spec.lyra_q_heads))
     group = [spec.lyra_kv_heads.index(head // spec.group_size) for head in spec.lyra_q_heads]
     static = problem.static._replace(k=problem.static.k[:, group], v=problem.static.v[:, group])
     replicated = problem.replace(spec=wide, weights=weights, static=static)
@@ -123,9 +136,10 @@ def test_the_split_has_no_effect_without_context(case: Case, judge: Judge) -> No
 
     def check(subject: Subject) -> None:
         subject.expect_close(
-            problem, subject.run(problem).output, subject.run(problem.with_split(None)).output, "the layer without a split"
+            problem,
+            subject.run(problem).output,
+            subject.run(problem.with_split(None)).output,
+            "the layer without a split",
         )
 
     judge.each(case, check)
-
-

@@ -15,13 +15,31 @@ from lyra.spec.inputs import StaticLayer
 from lyra.spec.split import HeadSplit
 
 
-@prop("STATIC-1", "STATIC-2", "STATIC-3", "LIVE-1", case=cases(context=True, live=("causal",)), needs=("static",), weight=3)
+@prop(
+    "STATIC-1",
+    "STATIC-2",
+    "STATIC-3",
+    "LIVE-1",
+    case=cases(context=True, live=("causal",)),
+    needs=("static",),
+    weight=3,
+)
 def test_one_softmax_over_static_and_live(case: Case, judge: Judge) -> None:
     """Lyra heads attend to static and live keys together, as the oracle does."""
     judge.oracle(case)
 
 
-@prop("STATIC-1", "SPLIT-2", "LIVE-2", "LIVE-3", "POSITION-1", "POSITION-2", case=cases(context=True, poison=(1e2,)).map(gemma), needs=("static",), weight=2)
+@prop(
+    "STATIC-1",
+    "SPLIT-2",
+    "LIVE-2",
+    "LIVE-3",
+    "POSITION-1",
+    "POSITION-2",
+    case=cases(context=True, poison=(1e2,)).map(gemma),
+    needs=("static",),
+    weight=2,
+)
 def test_equals_hugging_face_per_head(case: Case, judge: Judge) -> None:
     """Splits with contexts, in every mode, equal Hugging Face's own attention run with a mask per head."""
     problem = case.problem()
@@ -37,7 +55,20 @@ def test_equals_hugging_face_per_head(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("STATIC-2", case=cases(context=True, min_context=1, min_tokens=2, padding=False, hidden=False, flavours=("normal",), live=("none",), positions=("overlay",)), needs=("static", "trace"))
+@prop(
+    "STATIC-2",
+    case=cases(
+        context=True,
+        min_context=1,
+        min_tokens=2,
+        padding=False,
+        hidden=False,
+        flavours=("normal",),
+        live=("none",),
+        positions=("overlay",),
+    ),
+    needs=("static", "trace"),
+)
 def test_the_static_part_is_never_causal(case: Case, judge: Judge) -> None:
     """Every live token sees every static token: equal queries give equal rows, the first token's like the last's."""
     case = case.respec(rope=None, static=case.spec.static.replace(live="none"))
@@ -56,7 +87,12 @@ def test_the_static_part_is_never_causal(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("STATIC-2", "STATIC-3", case=cases(context=True, min_context=1, hidden=False, flavours=("normal",), live=("none",), positions=("overlay",)), needs=("static",))
+@prop(
+    "STATIC-2",
+    "STATIC-3",
+    case=cases(context=True, min_context=1, hidden=False, flavours=("normal",), live=("none",), positions=("overlay",)),
+    needs=("static",),
+)
 def test_every_static_token_counts(case: Case, judge: Judge) -> None:
     """Changing the value of any one visible static token changes every row."""
     case = case.respec(softcap=None, static=case.spec.static.replace(live="none"))
@@ -83,7 +119,10 @@ def test_a_context_may_be_permuted_and_padded(case: Case, judge: Judge) -> None:
     assert static is not None
     order = np.random.default_rng(case.seed).permutation(static.mask.shape[1])
     shuffled = StaticLayer(
-        k=static.k[:, :, order], v=static.v[:, :, order], mask=static.mask[:, order], positions=static.positions[:, order]
+        k=static.k[:, :, order],
+        v=static.v[:, :, order],
+        mask=static.mask[:, order],
+        positions=static.positions[:, order],
     )
 
     def check(subject: Subject) -> None:
@@ -95,13 +134,19 @@ def test_a_context_may_be_permuted_and_padded(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("STATIC-4", case=cases(context=True, min_context=1, hidden=False, positions=("overlay",), live=("causal", "none")), needs=("static",))
+@prop(
+    "STATIC-4",
+    case=cases(context=True, min_context=1, hidden=False, positions=("overlay",), live=("causal", "none")),
+    needs=("static",),
+)
 def test_a_doubled_context_weighs_twice(case: Case, judge: Judge) -> None:
     """A context given twice equals the oracle's, and without live keys it equals the context given once."""
     problem = case.problem()
     static = problem.static
     assert static is not None
-    double = StaticLayer(*(np.concatenate([part, part], axis=axis) for part, axis in zip(static, (2, 2, 1, 1), strict=True)))
+    double = StaticLayer(
+        *(np.concatenate([part, part], axis=axis) for part, axis in zip(static, (2, 2, 1, 1), strict=True))
+    )
     doubled = problem.replace(static=double)
 
     def check(subject: Subject) -> None:
@@ -113,9 +158,15 @@ def test_a_doubled_context_weighs_twice(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("STATIC-1", "POSITION-1", "COMPOSE-1", case=cases(context=False, min_tokens=2, padding=False, live=("causal",)), needs=("static", "trace"))
+@prop(
+    "STATIC-1",
+    "POSITION-1",
+    "COMPOSE-1",
+    case=cases(context=False, min_tokens=2, padding=False, live=("causal",)),
+    needs=("static", "trace"),
+)
 def test_a_context_equals_the_same_tokens_as_prefix(case: Case, judge: Judge) -> None:
-    """All heads to Lyra, context = a layer's own normed keys and values: the layer run over prefix and rest together."""
+    """All heads to Lyra, the context being a layer's own keys and values: the layer over prefix and rest together."""
     case = case.respec(
         split=HeadSplit.all(case.spec), static=case.spec.static.replace(live="causal", positions="continue")
     ).replace(start=0)

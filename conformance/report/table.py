@@ -73,7 +73,9 @@ def closing(record: Record, backends: list[str], *, profile: str, seconds: float
     for backend in backends:
         ratios = record.distances.get((backend, "output"))
         if ratios:
-            lines.append(Text(f"largest |Δ|/σ of an output, {backend}: {max(ratios):.2f} in {len(ratios):,} comparisons"))
+            lines.append(
+                Text(f"largest |Δ|/σ of an output, {backend}: {max(ratios):.2f} in {len(ratios):,} comparisons")
+            )
     counts = ", ".join(f"{record.count(status)} {status}" for status in ("passed", "failed", "errored", "unsupported"))
     verdict = "conforms" if record.ok else "does not conform"
     lines.append(Text(f"{' and '.join(backends)} {verdict}: {counts}", style="bold green" if record.ok else "bold red"))
