@@ -108,9 +108,29 @@ class Model:
         return Score(-self.engine.log_probs(self._rows(ids))[0])
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = ...,
+        *,
+        on_text: Callable[[str], None] | None = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+    ) -> str: ...
     @overload
-    def generate(self, prompt: list[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
+    def generate(
+        self,
+        prompt: list[str],
+        max_new_tokens: int = ...,
+        *,
+        on_text: Callable[[str], None] | None = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+    ) -> list[str]: ...
     def generate(
         self,
         prompt: str | list[str],
