@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-from lyra.backends.protocol import Backend
+from lyra.backends.protocol import Backend, ModelBackend
 from lyra.spec.uncertain import Uncertain
 
 from .case import Case, Problem
@@ -22,7 +22,7 @@ class Judge:
         self.property = prop
         self.subjects: list[Subject] = []
         for backend in backends:
-            missing = [need for need in needs if need not in backend.capabilities]
+            missing = [need for need in needs if not has(backend, need)]
             tally = prop.tally(backend.name)
             if missing:
                 tally.why_unsupported = f"lacks {', '.join(missing)}"
@@ -91,3 +91,8 @@ class Judge:
                 case=case.to_json() if isinstance(case, Case) else case,
             )
         )
+
+
+def has(backend: Backend, need: str) -> bool:
+    """Whether a backend has a capability, or, for "model", loads whole models."""
+    return isinstance(backend, ModelBackend) if need == "model" else need in backend.capabilities

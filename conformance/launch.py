@@ -53,7 +53,7 @@ def begin(config: pytest.Config) -> None:
 
 def make_session(names: list[str], *, profile: str, seed: int, spec: str | None) -> Session:
     """A session for backends by name, all installed ones if none is named. Raises UsageError."""
-    keep_compiled()
+    prepare_environment()
     try:
         return Session(
             backends=load_backends(names),
@@ -86,8 +86,13 @@ def read_scope(source: str) -> AttentionSpec:
     return spec.attention if isinstance(spec, ModelSpec) else spec
 
 
-def keep_compiled() -> None:
-    """Let a compiling backend keep what it compiled between runs, unless the user has decided otherwise."""
+def prepare_environment() -> None:
+    """Settings that backends read when they are imported, unless the user has decided otherwise.
+
+    What a backend compiles is kept between runs. One thread: in arrays this small the barrier of a second one costs
+    more than it brings, many times more on a busy machine.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = Path(os.environ.get("LYRA_CACHE") or platformdirs.user_cache_dir("lyra")) / "compiled"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

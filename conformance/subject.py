@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from lyra.backends.protocol import Attention, Backend
+from lyra.backends.protocol import Attention, Backend, Engine, ModelBackend
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
 
 from .case import Problem
 from .record import Record
-from .tolerance import K_PAIR, Distance, K, distance
+from .tolerance import K_PAIR, MODEL, Distance, K, distance, model_distance
+
+Answer = TypeVar("Answer")
 
 
 class Divergence(AssertionError):
@@ -71,10 +75,7 @@ class Subject:
 
     def layer(self, problem: Problem) -> Attention:
         """The backend's layer for a problem's spec and weights. Raises BackendError."""
-        try:
-            return self.backend.attention(problem.spec, problem.weights)
-        except Exception as error:
-            raise BackendError(self.name, error) from error
+        return self.attempt(lambda: self.backend.attention(problem.spec, problem.weights))
 
     def run(
         self, problem: Problem, calls: tuple[int, ...] | None = None, *, trace: bool = False, cache: object = None
@@ -134,7 +135,7 @@ class Subject:
         if (ratio[problem.real] <= K).any():
             raise Divergence(self.name, f"{what} made no difference where it must make one", problem)
 
-    def expect(self, problem: Problem, condition: bool, message: str) -> None:
+    def expect(self, problem: Problem | None, condition: bool, message: str) -> None:
         """A plain fact. Raises Divergence with the message where it does not hold."""
         if not condition:
             raise Divergence(self.name, message, problem)
@@ -158,6 +159,28 @@ class Subject:
                 if far.ratio > K:
                     message = f"{far.describe(name, K)} against the oracle on the stage before"
                     raise Divergence(self.name, message, problem, name)
+
+    def load(self, folder: str) -> Engine:
+        """The backend's engine for a folder with a model. Raises BackendError."""
+        backend = self.backend
+        assert isinstance(backend, ModelBackend)
+        return self.attempt(lambda: backend.load(folder))
+
+    def attempt(self, call: Callable[[], Answer]) -> Answer:
+        """Call into the backend; what it raises is its own error. Raises BackendError."""
+        try:
+            return call()
+        except Exception as error:
+            raise BackendError(self.name, error) from error
+
+    def expect_model(self, got: np.ndarray, wanted: np.ndarray, what: str, against: str) -> None:
+        """Values of a whole model agree within MODEL of the largest. Raises Divergence."""
+        off = model_distance(got, wanted)
+        self.record.saw(self.name, f"{what}, whole model", off / MODEL)
+        if off > MODEL:
+            raise Divergence(
+                self.name, f"{what}: |Δ| is {off:.3g} of the largest value (limit {MODEL}) against {against}"
+            )
 
     def stage_distances(self, problem: Problem, trace: dict[str, np.ndarray]) -> dict[str, Distance]:
         """Each traced stage against the oracle run on this backend's own previous stage (TOLERANCE-2)."""

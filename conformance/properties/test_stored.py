@@ -1,0 +1,132 @@
+"""Clauses STORED, COMPOSE and FINGERPRINT: what a context holds, how it moves and joins, whose it is."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lyra.conformance.case import Case, Problem
+from lyra.conformance.judge import Judge
+from lyra.conformance.properties.test_rope import rotated
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import cases
+from lyra.conformance.subject import Subject
+from lyra.spec.context import ContextLayer, StaticContext
+from lyra.spec.errors import ContextError
+from lyra.spec.fingerprint import Fingerprint, hash_weights
+
+LAYER = 0
+BOS = 2
+
+
+def context_of(problem: Problem) -> StaticContext:
+    """The static layer of a problem as a whole context, with made-up tokens of which the first is BOS."""
+    static = problem.static
+    assert static is not None
+    weights = {name: value for name, value in problem.weights.items() if name[0] in "kv"}
+    attention = problem.spec.replace(split=None)
+    mark = Fingerprint("a layer", attention, ((LAYER, hash_weights(weights)),), tokenizer="made up", bos=BOS)
+    ids = np.broadcast_to(BOS + np.arange(static.mask.shape[1]), static.mask.shape)
+    layer = ContextLayer(problem.spec.lyra_kv_heads, static.k, static.v)
+    return StaticContext({LAYER: layer}, static.mask, static.positions, mark, ids)
+
+
+def with_context(problem: Problem, context: StaticContext) -> Problem:
+    """The problem with another context."""
+    return problem.replace(static=context.static_layer(LAYER, problem.spec.lyra_kv_heads))
+
+
+@prop("STORED-2", "STORED-1", case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated), needs=("static",))
+def test_a_context_survives_its_file(case: Case, judge: Judge) -> None:
+    """A context written to a file and read back gives the same bits, and moving it away and back changes none."""
+    problem = case.problem()
+    context = context_of(problem)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "context.safetensors"
+        context.save(path)
+        again = StaticContext.load(path)
+        moved = with_context(problem, again.moved(1000).moved(-1000))
+
+        def check(subject: Subject) -> None:
+            subject.expect_equal(
+                problem, subject.run(moved).output, subject.run(problem).output, "the context before it was saved"
+            )
+
+        judge.each(case, check)
+
+
+@prop("STORED-3", case=cases(context=True, min_context=1).map(rotated), needs=("static",), weight=0.5)
+def test_the_file_holds_its_rotation(case: Case, judge: Judge) -> None:
+    """Keys turned by the stored cosines and sines meet queries as the backend's own keys do: live="none", overlay."""
+    case = case.respec(static=case.spec.static.replace(live="none", positions="overlay"))
+    problem = case.problem()
+    assert problem.static is not None
+    rotation = context_of(problem).rotation()
+    assert rotation is not None
+    cos, sin = (part[:, None].astype(np.float64) for part in rotation)
+    k = problem.static.k.astype(np.float64)
+    half = k.shape[-1] // 2
+    turned = k * cos + np.concatenate([-k[..., half:], k[..., :half]], axis=-1) * sin
+    zero = np.zeros_like(problem.static.positions)
+    at_rest = problem.replace(static=problem.static._replace(k=turned.astype(np.float32), positions=zero))
+
+    def check(subject: Subject) -> None:
+        subject.expect_close(
+            problem, subject.run(at_rest).output, subject.run(problem).output, "keys that the backend turned itself"
+        )
+
+    judge.each(case, check)
+
+
+@prop(
+    "COMPOSE-1",
+    "COMPOSE-2",
+    "STATIC-4",
+    case=cases(context=True, min_context=3, hidden=False, far=False).map(rotated),
+    needs=("static",),
+)
+def test_composition_is_concatenation(case: Case, judge: Judge) -> None:
+    """A context cut in two and composed is the whole one: positions follow on, a repeated BOS goes."""
+    assert case.context is not None
+    case = case.replace(context=case.context.replace(start=0, gaps=False))
+    problem = case.problem()
+    whole = context_of(problem)
+    static = problem.static
+    assert static is not None
+    assert whole.tokens is not None
+    cut = 1 + case.seed % (static.mask.shape[1] - 1)
+
+    def part(slots: list[int], start: int) -> StaticContext:
+        layer = ContextLayer(problem.spec.lyra_kv_heads, static.k[:, :, slots], static.v[:, :, slots])
+        ids = np.array(whole.tokens)[:, slots]
+        positions = np.broadcast_to(start + np.arange(len(slots)), (static.mask.shape[0], len(slots)))
+        return StaticContext({LAYER: layer}, static.mask[:, slots], positions, whole.fingerprint, ids)
+
+    slots = list(range(static.mask.shape[1]))
+    second = part([0, *slots[cut:]], start=0)  # its own BOS in front, its positions from 0, as capturing gives it
+    composed = with_context(problem, part(slots[:cut], start=0) + second)
+
+    def check(subject: Subject) -> None:
+        subject.expect(problem, composed.static.k.shape == static.k.shape, "the repeated BOS was kept")  # type: ignore[union-attr]
+        subject.expect_close(problem, subject.run(composed).output, subject.run(problem).output, "the whole context")
+
+    judge.each(case, check)
+
+
+@prop("FINGERPRINT-1", "FINGERPRINT-2", case=cases(context=True, min_context=1).map(rotated), weight=0.5)
+def test_a_context_knows_its_model(case: Case, judge: Judge) -> None:
+    """Other k, v or k_norm weights, another eps or theta: the difference is named, and such contexts do not compose."""
+    problem = case.problem()
+    context = context_of(problem)
+    assert not context.fingerprint.differences(context_of(problem).fingerprint)
+    for name in ("k_proj.weight", "v_proj.weight"):
+        other = problem.replace(weights=problem.weights | {name: problem.weights[name] * 1.5})
+        with pytest.raises(ContextError, match="do not go together"):
+            context.compose(context_of(other))
+    assert problem.spec.rope is not None
+    stranger = problem.respec(rope=problem.spec.rope.replace(theta=problem.spec.rope.theta * 2))
+    assert any("rope" in one for one in context.fingerprint.differences(context_of(stranger).fingerprint))
+    judge.each(case, lambda subject: None)
