@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from lyra.conformance import session as sessions
-from lyra.conformance.judge import BackendError, Divergence, Judge
+from lyra.conformance.judge import Judge
 from lyra.conformance.launch import REPLAY, begin
 from lyra.conformance.registry import Declaration
 from lyra.conformance.replay import describe, write_replay
+from lyra.conformance.subject import BackendError, Divergence
 
 
 def declaration_of(item: pytest.Item) -> Declaration | None:

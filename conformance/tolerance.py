@@ -18,14 +18,14 @@ class Distance(NamedTuple):
     """The largest |Δ|/σ between two arrays, where it is, and what stands there."""
 
     ratio: float
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     got: float
     expected: float
     sigma: float
 
     def describe(self, name: str, limit: float) -> str:
         """One line for a failure message."""
-        place = ", ".join(map(str, self.index))
+        place = ", ".join(map(str, self.place))
         return (
             f"|Δ|/σ = {self.ratio:.3g} at {name}[{place}] (limit {limit:.3g}): "
             f"got {self.got:.9g}, expected {self.expected:.9g}, σ {self.sigma:.3g}"

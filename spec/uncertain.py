@@ -6,7 +6,7 @@ table in SPEC.md, section TOLERANCE.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,9 +28,9 @@ class Uncertain(NamedTuple):
         """The standard deviation of the rounding error."""
         return np.sqrt(self.variance)
 
-    def pick(self, index: object) -> Uncertain:
+    def pick(self, index: Any) -> Uncertain:
         """The same selection of value and variance."""
-        return Uncertain(self.value[index], self.variance[index])  # type: ignore[index]
+        return Uncertain(self.value[index], self.variance[index])
 
 
 def exact(value: np.ndarray) -> Uncertain:

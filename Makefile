@@ -1,0 +1,54 @@
+# Everything happens in .venv; nothing is assumed but Python 3.11 or newer with pip.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+EXTRAS := torch,jax,conformance,gemma-270m,studies,dev
+PACKAGES := api spec backends conformance studies
+
+# The strict editable install links files one by one, so another set of files is another install.
+FILES := $(shell { cat pyproject.toml constraints.txt; find $(PACKAGES) -type f -not -name '*.pyc' | sort; } | cksum | cut -d' ' -f1)
+INSTALLED := .venv/.installed-$(FILES)
+
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
+
+.PHONY: demo test test-suite test-harness lint format faults bench clean
+
+demo: $(INSTALLED)  ## the spec held by both backends, then one context in two frameworks
+	$(BIN)/lyra conform --profile smoke
+	$(BIN)/python examples/two_backends.py
+
+test: $(INSTALLED)  ## the conformance suite's ci profile and the harness's own tests, side by side on two cores
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-suite test-harness
+
+test-suite: $(INSTALLED)
+	$(BIN)/lyra conform --profile ci --json build/conformance.json --report build/conformance.html
+
+test-harness: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest tests -q -p no:cacheprovider --durations=10
+
+lint: $(INSTALLED)  ## style, types of the public surface, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+faults: $(INSTALLED)  ## every catalogued fault, injected into each backend: killed or survived
+	$(BIN)/lyra faults --profile ci
+
+bench: $(INSTALLED)  ## what a context is worth on the real model, on both backends
+	$(BIN)/python bench/context_value.py --backend torch
+	$(BIN)/python bench/context_value.py --backend jax
+
+$(INSTALLED):
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--config-settings editable_mode=strict --editable '.[$(EXTRAS)]'
+	rm -f .venv/.installed-*
+	touch $@
+
+clean:
+	rm -rf .venv build .hypothesis .lyra
