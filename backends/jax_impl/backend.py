@@ -17,7 +17,7 @@ from lyra.spec.inputs import StaticLayer, check_call, check_weights
 
 from . import cache as live
 from .cache import LiveCache
-from .layer import Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
+from .layer import Cache, Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
 from .static import PlacedStatic, place_static, rotate_static
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def call_layer(
     cache: LiveCache,
     *,
     shape: Shape,
-) -> tuple[Array, LiveCache, dict[str, Array]]:
+) -> tuple[Array, Cache, dict[str, Array]]:
     """A whole layer call in one compiled function, see `run_layer`; the cache must have room for the call's tokens."""
     rotated = None if static is None else rotate_static(static, constants.frequencies)
     return run_layer(x, Layer(weights, constants, shape), Call(positions, mask, rotated, cache))

@@ -7,7 +7,7 @@ function, only when it doubles. Slots from `length` on are free: whatever they h
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,14 @@ SMALLEST = 16
 class LiveKeys(NamedTuple):
     """The live keys that a call attends to: keys [B,Hkv,D,L], values [B,Hkv,L,D], mask and positions [B,L]."""
 
-    keys: Array | np.ndarray
-    values: Array | np.ndarray
-    mask: Array | np.ndarray
-    positions: Array | np.ndarray
+    keys: Array
+    values: Array
+    mask: Array
+    positions: Array
 
 
-SLOT_AXES = LiveKeys(keys=3, values=2, mask=1, positions=1)
-"""Where the slots, one for each token, are in each array."""
+SLOT_AXES = (3, 2, 1, 1)
+"""Where the slots, one for each token, are in each array of LiveKeys."""
 
 
 class LiveCache(NamedTuple):
@@ -42,10 +42,10 @@ class LiveCache(NamedTuple):
     length     slots in use, the same for all rows: an int outside compiled code, int32 inside
     """
 
-    keys: Array | np.ndarray
-    values: Array | np.ndarray
-    mask: Array | np.ndarray
-    positions: Array | np.ndarray
+    keys: Array
+    values: Array
+    mask: Array
+    positions: Array
     length: int | Array
 
     @property
@@ -82,17 +82,21 @@ def bucket(length: int) -> int:
 
 
 def empty_keys(batch: int, kv_heads: int, head_dim: int, slots: int) -> LiveKeys:
-    """Slots with nothing in them: NumPy arrays, since making them on the device would compile for every shape."""
+    """Slots with nothing in them: NumPy arrays, which the first compiled call takes to the device.
+
+    Making them with jnp.zeros would compile for every shape.
+    """
+    zeros: Any = np.zeros
     return LiveKeys(
-        keys=np.zeros((batch, kv_heads, head_dim, slots), np.float32),
-        values=np.zeros((batch, kv_heads, slots, head_dim), np.float32),
-        mask=np.zeros((batch, slots), bool),
-        positions=np.zeros((batch, slots), np.int32),
+        keys=zeros((batch, kv_heads, head_dim, slots), np.float32),
+        values=zeros((batch, kv_heads, slots, head_dim), np.float32),
+        mask=zeros((batch, slots), bool),
+        positions=zeros((batch, slots), np.int32),
     )
 
 
 def empty_cache(batch: int, kv_heads: int, head_dim: int, capacity: int) -> LiveCache:
-    """A cache with nothing in it, as NumPy arrays."""
+    """A cache with nothing in it."""
     return LiveCache(*empty_keys(batch, kv_heads, head_dim, capacity), length=0)
 
 
@@ -110,8 +114,11 @@ def _pad(cache: LiveCache, capacity: int) -> LiveCache:
 
 def with_room(cache: LiveCache, tokens: int) -> LiveCache:
     """The same cache with free slots for `tokens` more."""
-    needed = bucket(cache.length + tokens)
-    return cache if needed <= cache.capacity else _pad(cache, needed)._replace(length=cache.length)
+    needed = bucket(int(cache.length) + tokens)
+    if needed <= cache.capacity:
+        return cache
+    wider: LiveCache = _pad(cache, needed)
+    return wider._replace(length=cache.length)
 
 
 def crop(cache: LiveCache, length: int) -> LiveCache:
@@ -125,8 +132,8 @@ def crop(cache: LiveCache, length: int) -> LiveCache:
 
 @jax.jit
 def _take_rows(cache: LiveCache, rows: Array) -> LiveCache:
-    parts = (jnp.take(part, rows, axis=0, mode="clip") for part in cache[:-1])
-    return LiveCache(*parts, length=cache.length)
+    keys, values, mask, positions = (jnp.take(part, rows, axis=0, mode="clip") for part in cache[:4])
+    return LiveCache(keys, values, mask, positions, cache.length)
 
 
 def reorder(cache: LiveCache, rows: np.ndarray) -> LiveCache:
@@ -135,4 +142,5 @@ def reorder(cache: LiveCache, rows: np.ndarray) -> LiveCache:
         raise InputError(f"reorder: rows has shape {rows.shape} and dtype {rows.dtype}; expected integers [rows]")
     if rows.size and (rows.min() < 0 or rows.max() >= cache.batch):
         raise InputError(f"reorder: rows are {rows.tolist()}; the cache has rows 0 to {cache.batch - 1}")
-    return _take_rows(cache, rows)._replace(length=cache.length)
+    taken: LiveCache = _take_rows(cache, rows)
+    return taken._replace(length=cache.length)

@@ -33,8 +33,8 @@ def capture(
         part = packed.ids[:, start:stop], packed.mask[:, start:stop]
         _, cache, captured = prefill(graph, *part, cache, {}, capture=wanted, first=width <= chunk_size)
         for layer, parts in captured.items():
-            for kept, part in zip(found[layer], parts, strict=True):
-                kept.append(np.asarray(part).swapaxes(1, 2))
+            for kept, made in zip(found[layer], parts, strict=True):
+                kept.append(np.asarray(made).swapaxes(1, 2))
         if on_chunk is not None:
             on_chunk(stop - padding)
     return {

@@ -45,7 +45,8 @@ def prefill(
     first: bool = False,
 ) -> Forward:
     """One chunk, ids and mask [B,T], behind what the cache holds; `first` saves work where it is known to be empty."""
-    return _prefill(graph.structure, graph.state, ids, mask, cache, attached, capture=capture, first=first)
+    made: Forward = _prefill(graph.structure, graph.state, ids, mask, cache, attached, capture=capture, first=first)
+    return made
 
 
 def prefill_all(
@@ -62,29 +63,34 @@ def prefill_all(
 
 def next_token(graph: Graph, hidden: Array) -> Array:
     """The most likely token after the last column of hidden [B,T,E]: int32 [B]."""
-    return _next_token(graph.structure, graph.state, hidden)
+    made: Array = _next_token(graph.structure, graph.state, hidden)
+    return made
 
 
 def decode(
     graph: Graph, token: np.ndarray, cache: ModelCache, attached: Mapping[int, Attached]
 ) -> tuple[Array, ModelCache]:
     """Feed token [B] and give the most likely next one, int32 [B]."""
-    return _decode(graph.structure, graph.state, token, cache, attached)
+    made: tuple[Array, ModelCache] = _decode(graph.structure, graph.state, token, cache, attached)
+    return made
 
 
-def logits(graph: Graph, hidden: Array) -> Array:
+def logits(graph: Graph, hidden: np.ndarray) -> Array:
     """hidden [rows,E] to logits [rows,V]."""
-    return _logits(graph.structure, graph.state, hidden)
+    made: Array = _logits(graph.structure, graph.state, hidden)
+    return made
 
 
-def log_probs(graph: Graph, hidden: Array, targets: Array) -> Array:
+def log_probs(graph: Graph, hidden: np.ndarray, targets: np.ndarray) -> Array:
     """Log-probability of targets [rows] after hidden [rows,E]: float32 [rows]."""
-    return _log_probs(graph.structure, graph.state, hidden, targets)
+    made: Array = _log_probs(graph.structure, graph.state, hidden, targets)
+    return made
 
 
 def open_cache(graph: Graph, batch: int, tokens: int) -> ModelCache:
     """An empty cache on the device."""
-    return jax.device_put(empty_model_cache(graph.spec, batch, tokens))
+    cache: ModelCache = jax.device_put(empty_model_cache(graph.spec, batch, tokens))
+    return cache
 
 
 def chunks(width: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -104,7 +110,8 @@ def _prefill(
     capture: tuple[int, ...],
     first: bool,
 ) -> Forward:
-    return nnx.merge(structure, state)(ids, mask, cache, attached, capture=capture, first=first)
+    module: Gemma3 = nnx.merge(structure, state)
+    return module(ids, mask, cache, attached, capture=capture, first=first)
 
 
 @partial(jax.jit, static_argnames="structure")
@@ -123,7 +130,8 @@ def _decode(
 
 @partial(jax.jit, static_argnames="structure")
 def _logits(structure: Any, state: Any, hidden: Array) -> Array:
-    return nnx.merge(structure, state).logits(hidden)
+    module: Gemma3 = nnx.merge(structure, state)
+    return module.logits(hidden)
 
 
 @partial(jax.jit, static_argnames="structure")

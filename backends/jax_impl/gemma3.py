@@ -18,12 +18,12 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
-from .cache import LiveCache, bucket, empty_cache
+from .cache import bucket, empty_cache
 from .heads import SplitArrays
-from .layer import Call, Layer, constants_of, run_layer, shape_of
+from .layer import Cache, Call, Layer, constants_of, run_layer, shape_of
 from .norm import rms_norm
 from .partial import HIGHEST
-from .rolling import RollingCache, empty_ring
+from .rolling import empty_ring
 from .static import StaticKV
 from .visibility import LiveRule
 
@@ -41,8 +41,8 @@ class Attached(NamedTuple):
 class ModelCache(NamedTuple):
     """The live cache of every layer, and how many real tokens each row has: int32 [B]."""
 
-    layers: tuple[LiveCache | RollingCache, ...]
-    counts: Array | np.ndarray
+    layers: tuple[Cache, ...]
+    counts: Array
 
 
 class Captured(NamedTuple):
@@ -80,7 +80,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return rms_norm(x, self.weight[...], np.float32(self.eps))
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 class Attention(nnx.Module):
@@ -102,9 +102,7 @@ class Attention(nnx.Module):
         owners = {name: name.split(".") for name in self.spec.weight_shapes()}
         return {name: getattr(getattr(self, owner), kind)[...] for name, (owner, kind) in owners.items()}
 
-    def __call__(
-        self, x: Array, call: Call, attached: Attached | None
-    ) -> tuple[Array, LiveCache | RollingCache, Captured]:
+    def __call__(self, x: Array, call: Call, attached: Attached | None) -> tuple[Array, Cache, Captured]:
         """Output [B,T,E] for x [B,T,E], the cache with the call's tokens, and the call's K and V."""
         constants = constants_of(self.spec)
         if attached is not None:
@@ -137,9 +135,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(spec, rngs=rngs)
         self.post_feedforward_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
-    def __call__(
-        self, x: Array, call: Call, attached: Attached | None
-    ) -> tuple[Array, LiveCache | RollingCache, Captured]:
+    def __call__(self, x: Array, call: Call, attached: Attached | None) -> tuple[Array, Cache, Captured]:
         """The residual stream [B,T,E] behind this layer, its cache, and its K and V."""
         attended, cache, captured = self.self_attn(self.input_layernorm(x), call, attached)
         x = x + self.post_attention_layernorm(attended)
@@ -205,13 +201,13 @@ class Gemma3(nnx.Module):
 
 
 def empty_model_cache(spec: ModelSpec, batch: int, tokens: int) -> ModelCache:
-    """An empty cache with room for `tokens` tokens a row, as NumPy arrays."""
+    """An empty cache with room for `tokens` tokens a row."""
 
-    def of_layer(layer: AttentionSpec) -> LiveCache | RollingCache:
+    def of_layer(layer: AttentionSpec) -> Cache:
         heads = (batch, layer.num_key_value_heads, layer.head_dim)
         if layer.sliding_window is not None:
             return empty_ring(*heads, layer.sliding_window)
         return empty_cache(*heads, bucket(tokens))
 
     layers = tuple(of_layer(spec.layer(index)) for index in range(spec.num_hidden_layers))
-    return ModelCache(layers, np.zeros(batch, np.int32))
+    return ModelCache(layers, jnp.asarray(np.zeros(batch, np.int32)))

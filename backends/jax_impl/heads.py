@@ -21,9 +21,9 @@ class SplitArrays(NamedTuple):
     slots    [Hkv] int32 where a KV head stands on axis G; 0 for KV heads that are not there
     """
 
-    lyra: Array | np.ndarray
-    readers: Array | np.ndarray
-    slots: Array | np.ndarray
+    lyra: Array
+    readers: Array
+    slots: Array
 
 
 def split_arrays(spec: AttentionSpec) -> SplitArrays | None:
@@ -35,7 +35,7 @@ def split_arrays(spec: AttentionSpec) -> SplitArrays | None:
     readers = np.array(spec.lyra_kv_heads, dtype=np.int32)
     slots = np.zeros(spec.num_key_value_heads, dtype=np.int32)
     slots[readers] = np.arange(len(readers))
-    return SplitArrays(lyra, readers, slots)
+    return SplitArrays(jnp.asarray(lyra), jnp.asarray(readers), jnp.asarray(slots))
 
 
 def fold(heads: Array, kv_heads: int) -> Array:

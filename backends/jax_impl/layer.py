@@ -27,6 +27,10 @@ from .rope import cos_sin, inverse_frequencies, rotate
 from .static import StaticKV, static_attention
 from .visibility import LiveRule, live_rule, visible_keys
 
+Cache = LiveCache | RollingCache
+WIDEST = 1 << 30
+"""A window as wide as this hides nothing, and a position minus it still fits in an int32."""
+
 
 class Shape(NamedTuple):
     """What compiled code is specialised to, besides array shapes."""
@@ -40,11 +44,11 @@ class Shape(NamedTuple):
 class Constants(NamedTuple):
     """The numbers of a spec, as float32 and bool arrays; None for a part that the layer does not have."""
 
-    scale: np.ndarray | Array
-    eps: np.ndarray | Array | None
-    frequencies: np.ndarray | Array | None
-    softcap: np.ndarray | Array | None
-    window: np.ndarray | Array | None
+    scale: Array
+    eps: Array | None
+    frequencies: Array | None
+    softcap: Array | None
+    window: Array | None
     rule: LiveRule | None
     split: SplitArrays | None
 
@@ -59,20 +63,21 @@ class Call(NamedTuple):
     positions: Array
     mask: Array
     static: StaticKV | None
-    cache: LiveCache | RollingCache
+    cache: Cache
     first: bool = False
 
 
 class Flow(NamedTuple):
-    """What passes through the stages: x and output [B,T,E]; q and heads [B,T,Hq,D]; k and v [B,T,Hkv,D]."""
+    """What passes through the stages: the cache, and by name x and output [B,T,E], q and heads [B,T,Hq,D], k and v
+    [B,T,Hkv,D].
+    """
 
-    x: Array
-    cache: LiveCache | RollingCache
-    q: Array | None = None
-    k: Array | None = None
-    v: Array | None = None
-    heads: Array | None = None
-    output: Array | None = None
+    cache: Cache
+    values: dict[str, Array]
+
+    def add(self, **values: Array) -> Flow:
+        """The same with some values new or replaced."""
+        return self._replace(values=self.values | values)
 
 
 class Layer(NamedTuple):
@@ -91,11 +96,11 @@ def shape_of(spec: AttentionSpec) -> Shape:
 def constants_of(spec: AttentionSpec) -> Constants:
     """The part of a spec that travels as arrays."""
     return Constants(
-        scale=np.float32(spec.scale),
-        eps=None if spec.qk_norm is None else np.float32(spec.qk_norm.eps),
+        scale=jnp.asarray(np.float32(spec.scale)),
+        eps=None if spec.qk_norm is None else jnp.asarray(np.float32(spec.qk_norm.eps)),
         frequencies=inverse_frequencies(spec),
-        softcap=None if spec.softcap is None else np.float32(spec.softcap),
-        window=None if spec.sliding_window is None else np.int32(min(spec.sliding_window, 2**30)),
+        softcap=None if spec.softcap is None else jnp.asarray(np.float32(spec.softcap)),
+        window=None if spec.sliding_window is None else jnp.asarray(np.int32(min(spec.sliding_window, WIDEST))),
         rule=live_rule(spec),
         split=split_arrays(spec),
     )
@@ -103,11 +108,11 @@ def constants_of(spec: AttentionSpec) -> Constants:
 
 def project(flow: Flow, layer: Layer, call: Call) -> Flow:
     """Queries, keys and values by head. Clause ORDER-1."""
-    shape = layer.shape
-    return flow._replace(
-        q=_heads(_linear(flow.x, layer.weights, "q_proj"), shape.query_heads),
-        k=_heads(_linear(flow.x, layer.weights, "k_proj"), shape.kv_heads),
-        v=_heads(_linear(flow.x, layer.weights, "v_proj"), shape.kv_heads),
+    x, shape = flow.values["x"], layer.shape
+    return flow.add(
+        q=_heads(_linear(x, layer.weights, "q_proj"), shape.query_heads),
+        k=_heads(_linear(x, layer.weights, "k_proj"), shape.kv_heads),
+        v=_heads(_linear(x, layer.weights, "v_proj"), shape.kv_heads),
     )
 
 
@@ -116,8 +121,9 @@ def norm(flow: Flow, layer: Layer, call: Call) -> Flow:
     eps = layer.constants.eps
     if eps is None:
         return flow
-    return flow._replace(
-        q=rms_norm(flow.q, layer.weights["q_norm.weight"], eps), k=rms_norm(flow.k, layer.weights["k_norm.weight"], eps)
+    return flow.add(
+        q=rms_norm(flow.values["q"], layer.weights["q_norm.weight"], eps),
+        k=rms_norm(flow.values["k"], layer.weights["k_norm.weight"], eps),
     )
 
 
@@ -126,30 +132,30 @@ def rope(flow: Flow, layer: Layer, call: Call) -> Flow:
     if layer.constants.frequencies is None:
         return flow
     cos, sin = (part[:, :, None] for part in cos_sin(call.positions, layer.constants.frequencies))
-    return flow._replace(q=rotate(flow.q, cos, sin), k=rotate(flow.k, cos, sin))
+    return flow.add(q=rotate(flow.values["q"], cos, sin), k=rotate(flow.values["k"], cos, sin))
 
 
 def attend(flow: Flow, layer: Layer, call: Call) -> Flow:
     """Every head over the live keys, Lyra heads over the static keys too, with one softmax. Clauses LIVE and STATIC."""
     shape, constants = layer.shape, layer.constants
-    new = live_keys(flow.k, flow.v, call.mask, call.positions)
-    live, cache = call.cache.append(new)
+    new = live_keys(flow.values["k"], flow.values["v"], call.mask, call.positions)
+    live, cache = flow.cache.append(new)
     live = new if call.first else live
     visible = visible_keys(call.positions, live.positions, live.mask, constants.window, constants.rule)
     visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
-    query = fold(flow.q, shape.kv_heads)
+    query = fold(flow.values["q"], shape.kv_heads)
     partial = partial_attention(query, live.keys, live.values, visible, constants.scale, constants.softcap)
-    if call.static is not None:
-        tokens = flow.x.shape[1]
+    if call.static is not None and constants.split is not None:
+        tokens = call.mask.shape[1]
         static = static_attention(query, call.static, constants.split, tokens, constants.scale, constants.softcap)
         partial = merge(partial, static)
-    return flow._replace(heads=unfold(finish(partial), shape.query_heads), cache=cache)
+    return flow.add(heads=unfold(finish(partial), shape.query_heads))._replace(cache=cache)
 
 
 def output(flow: Flow, layer: Layer, call: Call) -> Flow:
     """Concatenate the heads in their original order and project. Clause ORDER-1."""
-    batch, tokens, heads, head_dim = flow.heads.shape
-    return flow._replace(output=_linear(flow.heads.reshape(batch, tokens, heads * head_dim), layer.weights, "o_proj"))
+    heads = flow.values["heads"]
+    return flow.add(output=_linear(heads.reshape(*heads.shape[:2], -1), layer.weights, "o_proj"))
 
 
 Stage = Callable[[Flow, Layer, Call], Flow]
@@ -161,12 +167,12 @@ def run_layer(x: Array, layer: Layer, call: Call) -> tuple[Array, LiveCache | Ro
 
     x [B,T,E] float32. Padding enters as zeros: nothing it holds can overflow, and no real token sees it. MASKED-4.
     """
-    flow = Flow(x=jnp.where(call.mask[:, :, None], x, 0.0), cache=call.cache)
+    flow = Flow(call.cache, {"x": jnp.where(call.mask[:, :, None], x, 0.0)})
     trace: dict[str, Array] = {}
     for stage in layer.shape.order:
         flow = STAGES[stage](flow, layer, call)
-        trace |= {name: getattr(flow, name.split("_")[0]) for name in TRACES[stage]}
-    return flow.output, flow.cache, trace
+        trace |= {name: flow.values[name.split("_")[0]] for name in TRACES[stage]}
+    return flow.values["output"], flow.cache, trace
 
 
 def _linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:

@@ -25,11 +25,11 @@ class RollingCache(NamedTuple):
     oldest     int32, the slot that the next token takes
     """
 
-    keys: Array | np.ndarray
-    values: Array | np.ndarray
-    mask: Array | np.ndarray
-    positions: Array | np.ndarray
-    oldest: int | Array
+    keys: Array
+    values: Array
+    mask: Array
+    positions: Array
+    oldest: Array
 
     @property
     def window(self) -> int:
@@ -47,18 +47,19 @@ class RollingCache(NamedTuple):
             seen = LiveKeys(*map(self._replace_oldest, ring, new, SLOT_AXES))
             return seen, RollingCache(*seen, oldest=(self.oldest + 1) % self.window)
         seen = LiveKeys(*map(self._put_behind, ring, new, SLOT_AXES))
-        latest = (
-            lax.slice_in_dim(part, -self.window, None, axis=axis) for part, axis in zip(seen, SLOT_AXES, strict=True)
-        )
+        latest = LiveKeys(*map(self._last, seen, SLOT_AXES))
         return seen, RollingCache(*latest, oldest=jnp.zeros((), jnp.int32))
 
     def _replace_oldest(self, ring: Array, token: Array, axis: int) -> Array:
         return lax.dynamic_update_slice_in_dim(ring, token, self.oldest, axis)
+
+    def _last(self, slots: Array, axis: int) -> Array:
+        return lax.slice_in_dim(slots, -self.window, None, axis=axis)
 
     def _put_behind(self, ring: Array, tokens: Array, axis: int) -> Array:
         return jnp.concatenate([jnp.roll(ring, -self.oldest, axis), tokens], axis)
 
 
 def empty_ring(batch: int, kv_heads: int, head_dim: int, window: int) -> RollingCache:
-    """A ring with nothing in it, as NumPy arrays."""
-    return RollingCache(*empty_keys(batch, kv_heads, head_dim, window), oldest=0)
+    """A ring with nothing in it."""
+    return RollingCache(*empty_keys(batch, kv_heads, head_dim, window), oldest=jnp.asarray(np.int32(0)))

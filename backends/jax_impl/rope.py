@@ -9,12 +9,12 @@ from jax import Array
 from lyra.spec.attention import AttentionSpec
 
 
-def inverse_frequencies(spec: AttentionSpec) -> np.ndarray | None:
+def inverse_frequencies(spec: AttentionSpec) -> Array | None:
     """theta^(−2i/D) / factor for pair i: float32 [D/2], rounded once from float64; None where the spec has no RoPE."""
     if spec.rope is None:
         return None
     exponents = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
-    return (spec.rope.theta**-exponents / spec.rope.factor).astype(np.float32)
+    return jnp.asarray((spec.rope.theta**-exponents / spec.rope.factor).astype(np.float32))
 
 
 def cos_sin(positions: Array, frequencies: Array) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -54,11 +55,12 @@ def place_static(spec: AttentionSpec, static: StaticLayer) -> PlacedStatic | Non
 
 def rotate_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
     """Rotate static keys from their stored values. Clause STORED-2."""
-    k = placed.k
+    k = jnp.asarray(placed.k)
     if frequencies is not None:
-        cos, sin = cos_sin(placed.positions, frequencies)
+        cos, sin = cos_sin(jnp.asarray(placed.positions), frequencies)
         k = rotate(k, cos[:, None], sin[:, None])
-    return StaticKV(k.swapaxes(2, 3), placed.v, placed.mask)
+    mask = None if placed.mask is None else jnp.asarray(placed.mask)
+    return StaticKV(k.swapaxes(2, 3), jnp.asarray(placed.v), mask)
 
 
 _rotate_static = jax.jit(rotate_static)

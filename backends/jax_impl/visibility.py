@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -17,8 +18,8 @@ class LiveRule(NamedTuple):
     own      its own token
     """
 
-    earlier: Array | np.ndarray
-    own: Array | np.ndarray
+    earlier: Array
+    own: Array
 
 
 def live_rule(spec: AttentionSpec) -> LiveRule | None:
@@ -28,7 +29,7 @@ def live_rule(spec: AttentionSpec) -> LiveRule | None:
     vanilla = np.ones(spec.num_attention_heads, dtype=bool)
     vanilla[list(spec.lyra_q_heads)] = False
     own = np.ones_like(vanilla) if spec.static.live == "self" else vanilla
-    return LiveRule(earlier=vanilla, own=own)
+    return LiveRule(earlier=jnp.asarray(vanilla), own=jnp.asarray(own))
 
 
 def visible_keys(
