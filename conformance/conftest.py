@@ -14,7 +14,6 @@ from lyra.conformance.judge import Judge
 from lyra.conformance.launch import REPLAY, begin
 from lyra.conformance.registry import Declaration
 from lyra.conformance.replay import describe, write_replay
-from lyra.conformance.subject import BackendError, Divergence
 
 
 def declaration_of(item: pytest.Item) -> Declaration | None:
@@ -75,16 +74,34 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[Any]:
         case = replay.case
         item.obj = lambda judge: declaration.check(case=case, judge=judge)  # type: ignore[attr-defined]
     started = time.perf_counter()
+    name, record = property_name(item), session.record
     try:
         return (yield)
-    except (Divergence, BackendError) as error:
-        explain(property_name(item), error)
+    except pytest.skip.Exception as skipped:
+        record.left_out(name, str(skipped))
+        raise
+    except pytest.exit.Exception:
+        raise
+    except Exception as error:
+        if not any(failed == name for failed, _ in record.failures):
+            record.broke(name, error)
+        explain(name, error)
         raise
     finally:
-        session.record.seconds += time.perf_counter() - started
+        record.seconds += time.perf_counter() - started
 
 
-def explain(name: str, error: Divergence | BackendError) -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """How many properties are to run."""
+    sessions.current().record.planned += sum(declaration_of(item) is not None for item in session.items)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """One more property is done, whatever came of it."""
+    sessions.current().record.finished += declaration_of(item) is not None
+
+
+def explain(name: str, error: Exception) -> None:
     """Write the replay file of every backend that failed in a property, and say so on the error."""
     record = sessions.current().record
     for key, failure in record.failures.items():

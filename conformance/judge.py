@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
+from hypothesis.errors import HypothesisException
+
 from lyra.backends.protocol import Backend, ModelBackend
 from lyra.spec.uncertain import Uncertain
 
@@ -30,7 +32,11 @@ class Judge:
                 self.subjects.append(Subject(backend, record))
 
     def each(self, case: Case | str, check: Callable[[Subject], None]) -> None:
-        """Run a check on every backend. Counts one compared case; raises the first failure, the others as notes."""
+        """Run a check on every backend. Counts one compared case; raises the first failure, the others as notes.
+
+        Whatever else a check raises on a backend's answer (a missing method, an array that cannot be indexed) counts
+        as that backend's error: it never passes, and never ends the run for the others.
+        """
         self.record.cases += 1
         caught: list[Divergence | BackendError] = []
         for subject in self.subjects:
@@ -42,6 +48,13 @@ class Judge:
             except (Divergence, BackendError) as error:
                 self._keep(case, subject, error)
                 caught.append(error)
+            except HypothesisException:
+                raise
+            except Exception as error:
+                wrapped = BackendError(subject.name, error)
+                wrapped.__cause__ = error
+                self._keep(case, subject, wrapped)
+                caught.append(wrapped)
         if caught:
             for other in caught[1:]:
                 caught[0].add_note(f"{other.backend}: {other}")

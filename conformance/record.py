@@ -55,13 +55,18 @@ class Property:
 
 @dataclass
 class Record:
-    """Everything a run saw. `distances` are the largest |Δ|/σ of single comparisons, by backend and stage."""
+    """Everything a run saw. `distances` are the largest |Δ|/σ of single comparisons, by backend and stage.
+
+    planned and finished count properties: a run that ended before all were done was cut short.
+    """
 
     properties: dict[str, Property] = field(default_factory=dict)
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
     distances: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     cases: int = 0
     seconds: float = 0.0
+    planned: int = 0
+    finished: int = 0
 
     def register(self, name: str, statements: Iterable[str], summary: str) -> Property:
         """The record of a property, made on first use."""
@@ -72,14 +77,33 @@ class Record:
         self.failures[failure.property, failure.backend] = failure
         self.properties[failure.property].tally(failure.backend).mark(failure.kind)
 
+    def broke(self, name: str, error: BaseException) -> None:
+        """A property raised by itself, outside every backend: an error of all backends that it was to judge."""
+        prop = self.properties[name]
+        for backend, tally in prop.tallies.items():
+            if not tally.why_unsupported:
+                message = f"the property itself raised {type(error).__name__}: {error}"
+                self.fail(Failure(name, backend, prop.statements, "errored", message, stage=None, case=None))
+
+    def left_out(self, name: str, reason: str) -> None:
+        """A property was skipped: keep why, for every backend that had nothing compared."""
+        for tally in self.properties[name].tallies.values():
+            if tally.status == "unsupported":
+                tally.why_unsupported = tally.why_unsupported or reason
+
     def saw(self, backend: str, stage: str, ratio: float) -> None:
         """Keep one |Δ|/σ."""
         self.distances.setdefault((backend, stage), []).append(ratio)
 
     @property
+    def complete(self) -> bool:
+        """Whether every property that was to run has run."""
+        return self.finished == self.planned
+
+    @property
     def ok(self) -> bool:
-        """Whether something was compared and nothing failed or errored."""
-        return not self.failures and self.cases > 0
+        """Whether something was compared, nothing failed or errored, and the run was not cut short."""
+        return not self.failures and self.cases > 0 and self.complete
 
     def count(self, status: Status) -> int:
         """How many pairs of property and backend ended with a status."""

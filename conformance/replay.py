@@ -68,11 +68,12 @@ def describe(failure: Failure) -> str:
     """The failure as a person reads it: clause, backend, values, stage, case and the command that replays it."""
     stage = failure.stage or "unknown (no stage is off by itself, or the backend gives no trace)"
     case = _case(failure.case)
-    picture = Case.from_json(json.dumps(case)).describe() if isinstance(case, dict) else str(case)
+    picture = Case.from_json(json.dumps(case)).describe() if isinstance(case, dict) else case or "none was compared"
+    raised = "  the backend raised" if failure.case is not None else "  the property raised, not the backend"
     lines = [
         f"{', '.join(failure.statements)} {failure.kind} on backend {failure.backend!r} in {failure.property}",
         f"  {failure.message}",
-        f"  first diverging stage: {stage}" if failure.kind == "failed" else "  the backend raised",
+        f"  first diverging stage: {stage}" if failure.kind == "failed" else raised,
         f"  case: {picture}",
     ]
     if failure.replay:

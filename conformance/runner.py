@@ -27,8 +27,12 @@ class Run:
 
     @property
     def broke(self) -> bool:
-        """Whether pytest itself could not run the suite (no property found, an error outside all properties)."""
-        return self.exit_code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        """Whether pytest itself could not run the suite (no property found, an error outside all properties).
+
+        A run that somebody interrupted after the first property has something to report: it did not break.
+        """
+        cut_short = self.exit_code == pytest.ExitCode.INTERRUPTED and self.record.finished > 0
+        return not cut_short and self.exit_code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
 
 
 class Progress:

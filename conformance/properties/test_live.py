@@ -58,6 +58,7 @@ def test_a_call_leaves_its_cache_alone(case: Case, judge: Judge) -> None:
         before = subject.run(tail, cache=cache).output
         subject.run(other, cache=cache)
         subject.expect_equal(tail, subject.run(tail, cache=cache).output, before, "the first continuation")
+        subject.expect_oracle(problem, subject.run(problem))
 
     judge.each(case, check)
 
@@ -92,8 +93,9 @@ def test_later_tokens_have_no_influence(case: Case, judge: Judge) -> None:
     poisoned = problem.replace(x=x)
 
     def check(subject: Subject) -> None:
-        clean, other = subject.run(problem).output, subject.run(poisoned).output
+        clean, other = subject.run(problem), subject.run(poisoned).output
         earlier = problem.replace(mask=problem.mask & (np.arange(case.tokens) < case.tokens - 1))
-        subject.expect_equal(earlier, other, clean, "the same tokens with another one behind them")
+        subject.expect_equal(earlier, other, clean.output, "the same tokens with another one behind them")
+        subject.expect_oracle(problem, clean)
 
     judge.each(case, check)

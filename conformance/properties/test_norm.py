@@ -51,5 +51,6 @@ def test_one_norm_for_both_streams(case: Case, judge: Judge) -> None:
         for name in ("q_norm", "k_norm"):
             same = (split.trace[name] == whole.trace[name])[problem.real].all()
             subject.expect(problem, bool(same), f"{name} differs between a layer with a split and one without")
+            subject.expect_oracle(problem, split, name)
 
     judge.each(case, check)

@@ -38,6 +38,8 @@ def test_stages_of_the_rotation(case: Case, judge: Judge) -> None:
     def check(subject: Subject) -> None:
         outcome = subject.run(problem, trace=True)
         subject.expect_stages(problem, outcome, ("q_rope", "k_rope"))
+        for name in ("q_rope", "k_rope"):
+            subject.expect_oracle(problem, outcome, name)
 
     judge.each(case, check)
 
@@ -68,8 +70,9 @@ def test_distances_do_matter(case: Case, judge: Judge) -> None:
     stretched = problem.replace(positions=problem.positions * 3)
 
     def check(subject: Subject) -> None:
-        near, far = subject.run(problem).output, subject.run(stretched).output
+        near, far = subject.run(problem), subject.run(stretched).output
         later = problem.replace(mask=problem.mask & (problem.positions > problem.positions[:, :1]))
-        subject.expect_different(later, far, near, "tripling all distances")
+        subject.expect_different(later, far, near.output, "tripling all distances")
+        subject.expect_oracle(problem, near)
 
     judge.each(case, check)

@@ -35,8 +35,9 @@ def test_huge_scores_stay_finite(case: Case, judge: Judge) -> None:
     problem = case.respec(qk_norm=None, softcap=None, scale=1e-2).problem()
 
     def check(subject: Subject) -> None:
-        output = subject.run(problem).output
-        subject.expect(problem, bool(np.isfinite(output).all()), "the output is not finite")
+        outcome = subject.run(problem)
+        subject.expect(problem, bool(np.isfinite(outcome.output).all()), "the output is not finite")
+        subject.expect_oracle(problem, outcome)
 
     judge.each(case, check)
 

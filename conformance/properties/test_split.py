@@ -34,13 +34,14 @@ def test_heads_read_their_own_kv_head(case: Case, judge: Judge) -> None:
     problem = case.problem()
 
     def check(subject: Subject) -> None:
-        trace = subject.run(problem, trace=True).trace
-        own = np.repeat(trace["v_proj"], problem.spec.group_size, axis=2)
+        outcome = subject.run(problem, trace=True)
+        own = np.repeat(outcome.trace["v_proj"], problem.spec.group_size, axis=2)
         subject.expect(
             problem,
-            np.array_equal(trace["heads"], own),
+            np.array_equal(outcome.trace["heads"], own),
             "with one visible key a head must give the value of KV head h // R",
         )
+        subject.expect_oracle(problem, outcome, "heads")
 
     judge.each(case, check)
 
@@ -57,6 +58,7 @@ def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> Non
         one, two = subject.run(problem, trace=True), subject.run(other, trace=True)
         same = np.array_equal(one.trace["heads"][problem.real][:, heads], two.trace["heads"][problem.real][:, heads])
         subject.expect(problem, same, f"vanilla heads {heads} changed with the context")
+        subject.expect_oracle(problem, one, "heads")
 
     judge.each(case, check)
 

@@ -105,8 +105,9 @@ def test_every_static_token_counts(case: Case, judge: Judge) -> None:
     problem = problem.replace(static=problem.static._replace(k=np.zeros_like(problem.static.k)))
 
     def check(subject: Subject) -> None:
-        one, two = subject.run(problem).output, subject.run(changed).output
-        subject.expect_different(problem, two, one, f"the value of static token {slot}")
+        one, two = subject.run(problem), subject.run(changed).output
+        subject.expect_different(problem, two, one.output, f"the value of static token {slot}")
+        subject.expect_oracle(problem, one)
 
     judge.each(case, check)
 

@@ -51,9 +51,9 @@ def test_a_context_survives_its_file(case: Case, judge: Judge) -> None:
         moved = with_context(problem, again.moved(1000).moved(-1000))
 
         def check(subject: Subject) -> None:
-            subject.expect_equal(
-                problem, subject.run(moved).output, subject.run(problem).output, "the context before it was saved"
-            )
+            first = subject.run(problem)
+            subject.expect_equal(problem, subject.run(moved).output, first.output, "the context before it was saved")
+            subject.expect_oracle(problem, first)
 
         judge.each(case, check)
 
@@ -116,7 +116,13 @@ def test_composition_is_concatenation(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("FINGERPRINT-1", "FINGERPRINT-2", case=cases(context=True, min_context=1).map(rotated), weight=0.5)
+@prop(
+    "FINGERPRINT-1",
+    "FINGERPRINT-2",
+    case=cases(context=True, min_context=1).map(rotated),
+    needs=("static",),
+    weight=0.5,
+)
 def test_a_context_knows_its_model(case: Case, judge: Judge) -> None:
     """Other k, v or k_norm weights, another eps or theta: the difference is named, and such contexts do not compose."""
     problem = case.problem()
@@ -129,4 +135,4 @@ def test_a_context_knows_its_model(case: Case, judge: Judge) -> None:
     assert problem.spec.rope is not None
     stranger = problem.respec(rope=problem.spec.rope.replace(theta=problem.spec.rope.theta * 2))
     assert any("rope" in one for one in context.fingerprint.differences(context_of(stranger).fingerprint))
-    judge.each(case, lambda subject: None)
+    judge.each(case, lambda subject: subject.expect_oracle(problem, subject.run(problem)))

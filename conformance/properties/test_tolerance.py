@@ -21,6 +21,8 @@ def test_the_same_bits_twice(case: Case, judge: Judge) -> None:
     problem = case.problem()
 
     def check(subject: Subject) -> None:
-        subject.expect_equal(problem, subject.run(problem).output, subject.run(problem).output, "its own first answer")
+        first = subject.run(problem)
+        subject.expect_equal(problem, subject.run(problem).output, first.output, "its own first answer")
+        subject.expect_oracle(problem, first)
 
     judge.each(case, check)
