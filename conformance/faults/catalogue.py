@@ -19,34 +19,42 @@ import tomllib
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lyra.spec.base import SpecModel
 from lyra.spec.clauses import clauses, statements
 from lyra.spec.errors import InputError, SpecError
+
+STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
 class FaultError(InputError):
     """A fault that cannot be made: an unknown name, a malformed entry, or an anchor that the source has not once."""
 
 
-class Edit(SpecModel):
+class Edit(BaseModel):
     """Replace the one place where `find` stands."""
+
+    model_config = STRICT
 
     find: str = Field(min_length=1)
     replace: str
 
 
-class Patch(SpecModel):
+class Patch(BaseModel):
     """Edits of one file of a backend; `file` is relative to the backend's folder."""
+
+    model_config = STRICT
 
     file: str
     edits: tuple[Edit, ...] = Field(min_length=1)
 
 
-class Fault(SpecModel):
+class Fault(BaseModel):
     """One fault. `breaks` are statements of SPEC.md, the one it is listed under first; `does` says what goes wrong."""
+
+    model_config = STRICT
 
     id: str
     breaks: tuple[str, ...] = Field(min_length=1)
@@ -86,14 +94,23 @@ def parse(text: str, source: str) -> list[Fault]:
     """The faults of one TOML text. Raises FaultError."""
     try:
         tables = tomllib.loads(text)
-        found = [Fault.from_dict({"id": name} | table) for name, table in tables.items()]
-    except (tomllib.TOMLDecodeError, SpecError, TypeError) as error:
-        raise FaultError(f"{source}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise FaultError(f"{source}: not TOML ({error})") from None
+    found = [_fault(name, table, source) for name, table in tables.items()]
     for fault in found:
         unknown = [one for one in fault.breaks if one not in statements()]
         if unknown:
             raise FaultError(f"{source}: fault {fault.id!r} breaks {unknown}, which SPEC.md does not have")
     return found
+
+
+def _fault(name: str, table: Any, source: str) -> Fault:
+    if not isinstance(table, dict):
+        raise FaultError(f"{source}: {name!r} is {table!r}; expected a table [{name}]")
+    try:
+        return Fault(**({"id": name} | table))
+    except ValidationError as error:
+        raise FaultError(f"{source}: {SpecError.from_validation(f'fault {name!r}', error)}") from None
 
 
 def select(only: list[str]) -> list[Fault]:

@@ -1,7 +1,7 @@
 """Put a fault into a backend: a second copy of its modules, imported in this process from patched source.
 
-The real backend stays as it is. Its modules step aside while the faulty copy is in use and come back afterwards; nothing
-is written to disk, no byte code either.
+The real backend stays as it is. Its modules step aside while the faulty copy is in use and come back afterwards;
+nothing is written to disk, no byte code either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .catalogue import Fault, FaultError, backend_package, patched_source
 
 
 class PatchedLoader(importlib.machinery.SourceFileLoader):
-    """Loads one module from patched source. A traceback shows the patched lines, under the file's name and the fault's."""
+    """Loads one module from patched source. A traceback quotes it, under the file's name and the fault's."""
 
     def __init__(self, fullname: str, path: str, source: str, fault: str) -> None:
         super().__init__(fullname, path)
@@ -73,7 +73,9 @@ def injected(fault: Fault, backend: str) -> Iterator[Backend]:
             except Exception as error:
                 raise FaultError(f"fault {fault.id!r}, backend {backend!r}: cannot be imported ({error})") from error
             if module not in sys.modules:
-                raise FaultError(f"fault {fault.id!r}, backend {backend!r}: {module} takes no part in an attention call")
+                raise FaultError(
+                    f"fault {fault.id!r}, backend {backend!r}: {module} takes no part in an attention call"
+                )
             yield made
         finally:
             sys.meta_path.remove(finder)

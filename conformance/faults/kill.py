@@ -7,19 +7,18 @@ killed early, by a property that says what is wrong. The first failing case sett
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import pytest
 from hypothesis import settings
 
+from lyra.backends.protocol import Backend, get_backend
 from lyra.conformance import properties
-from lyra.conformance.launch import keep_compiled
+from lyra.conformance.launch import prepare_environment
 from lyra.conformance.record import Failure, Record
 from lyra.conformance.registry import Declaration
 from lyra.conformance.runner import forget_properties, run
@@ -68,67 +67,97 @@ class FirstFailure(Record):
 
 
 def kill(fault: Fault, backend: str, profile: str = "smoke", seed: int = 0) -> Verdict:
-    """Run the suite against one faulty backend. Raises FaultError for a dead anchor or a suite that cannot run."""
-    prepare()
+    """Run the suite against one faulty backend, at most until the first failure.
+
+    Raises FaultError for a dead anchor, for a suite that cannot run, and where the property that fails does so on the
+    unchanged backend too.
+    """
+    prepare_environment()
     record = FirstFailure()
     started = time.perf_counter()
-    with injected(fault, backend) as faulty, _no_example_database():
+    with injected(fault, backend) as faulty:
         for only in stages_of(fault):
-            session = Session(backends=[faulty], profile=PROFILES[profile], seed=seed, record=record)
-            outcome = run(session, fail_fast=True, only=only)
+            _run(faulty, profile, seed, only, record)
             if record.failures:
                 break
-            if outcome.broke and outcome.exit_code != pytest.ExitCode.NO_TESTS_COLLECTED:
-                raise FaultError(f"fault {fault.id!r}, backend {backend!r}: the suite cannot run\n{outcome.log}")
-    return _verdict(fault, backend, record, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    failure = next(iter(record.failures.values()), None)
+    if failure is not None and not holds(failure.property, backend, profile, seed):
+        raise FaultError(
+            f"{failure.property} fails on the unchanged backend {backend!r} too, so it says nothing about fault "
+            f"{fault.id!r}: run `lyra conform --backend {backend} --profile {profile} --seed {seed}` first"
+        )
+    return _verdict(fault, backend, record.cases, failure, seconds)
 
 
-def prepare() -> None:
-    """Settings that must stand before a framework is imported: kept compilations, and one thread for tiny products."""
-    keep_compiled()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+@cache
+def holds(property_name: str, backend: str, profile: str, seed: int) -> bool:
+    """The control: whether a property that killed a fault passes on the backend without the fault."""
+    record = FirstFailure()
+    module, _, function = property_name.partition("::")
+    _run(get_backend(backend), profile, seed, f"test_{module} and test_{function.partition('[')[0]}", record)
+    return not record.failures
 
 
-def stages_of(fault: Fault) -> list[str]:
-    """The two halves of the suite as pytest -k expressions: properties that cite what the fault breaks, and the rest."""
-    citing = " or ".join(name for name, declared in declarations().items() if set(declared.statements) & set(fault.breaks))
-    return [citing, f"not ({citing})"] if citing else ["test"]
-
-
-def declarations() -> dict[str, Declaration]:
-    """What every property of the suite says of itself, by the name of its function."""
-    found = {}
-    for info in pkgutil.iter_modules(properties.__path__, f"{properties.__name__}."):
-        for name, function in vars(importlib.import_module(info.name)).items():
-            marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "lyra"]
-            found |= {name: mark.args[0] for mark in marks}
-    forget_properties()
-    return found
-
-
-@contextmanager
-def _no_example_database() -> Iterator[None]:
-    """Hypothesis without its database: a case that killed one fault must not be the first one tried on another."""
+def _run(backend: Backend, profile: str, seed: int, only: str, record: Record) -> None:
+    """Run some of the properties, in this process, without Hypothesis's database of failing examples: a case that
+    killed one fault must not be the first one tried on another.
+    """
     before = settings.get_current_profile_name()
     settings.register_profile(SETTINGS, database=None)
     settings.load_profile(SETTINGS)
     try:
-        yield
+        session = Session(backends=[backend], profile=PROFILES[profile], seed=seed, record=record)
+        outcome = run(session, fail_fast=True, only=only)
     finally:
         settings.load_profile(before)
+    if outcome.broke and outcome.exit_code != pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise FaultError(f"backend {backend.name!r}: the suite cannot run (pytest -k {only!r})\n{outcome.log}")
 
 
-def _verdict(fault: Fault, backend: str, record: Record, seconds: float) -> Verdict:
+def stages_of(fault: Fault) -> list[str]:
+    """The suite in three parts, as pytest -k expressions, the likeliest to kill a fault first.
+
+    The properties of the fault's own clause that cite a statement it breaks, others that cite one, all others.
+    """
+    citing = {name for name, declared in declarations().items() if set(declared.statements) & set(fault.breaks)}
+    home = f"test_{fault.clause.lower()}"
+    first = sorted(name for module, name in citing if module == home)
+    then = sorted(name for module, name in citing if module != home)
+    found: list[str] = []
+    for names in (first, then):
+        if names:
+            found.append(_but(" or ".join(names), found))
+    return [*found, _but("test", found)]
+
+
+def _but(wanted: str, without: list[str]) -> str:
+    """A -k expression of what `wanted` matches and none of the others does."""
+    return " and ".join([f"({wanted})", *(f"not ({one})" for one in without)])
+
+
+@cache
+def declarations() -> dict[tuple[str, str], Declaration]:
+    """What every property of the suite says of itself, by the names of its module and its function."""
+    found: dict[tuple[str, str], Declaration] = {}
+    for info in pkgutil.iter_modules(properties.__path__, f"{properties.__name__}."):
+        for name, function in vars(importlib.import_module(info.name)).items():
+            marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "lyra"]
+            found |= {(info.name.rpartition(".")[2], name): mark.args[0] for mark in marks}
+    forget_properties()
+    return found
+
+
+def _verdict(fault: Fault, backend: str, cases: int, failure: Failure | None, seconds: float) -> Verdict:
     common: dict[str, Any] = {
         "fault": fault.id,
         "clause": fault.clause,
         "backend": backend,
-        "cases": record.cases,
+        "cases": cases,
         "seconds": round(seconds, 2),
     }
-    if not record.failures:
+    if failure is None:
         return Verdict(status="survived", **common)
-    failure = next(iter(record.failures.values()))
     cited = [one for one in failure.statements if one in fault.breaks] or list(failure.statements)
     return Verdict(
         status="killed" if failure.kind == "failed" else "broken",

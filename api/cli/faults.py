@@ -1,0 +1,136 @@
+"""`lyra faults`: does the suite notice mistakes that are put into a backend on purpose?"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lyra.backends.protocol import import_extra
+from lyra.spec.base import write_atomically
+
+from .conform import ProfileName
+
+if TYPE_CHECKING:
+    from lyra.conformance.faults.catalogue import Fault
+    from lyra.conformance.faults.kill import Verdict
+
+
+class FaultyBackend(StrEnum):
+    """The backends that the catalogue has faults for."""
+
+    torch = "torch"
+    jax = "jax"
+
+
+COLOURS = {"killed": "green", "survived": "bold red", "broken": "bold yellow"}
+
+
+def faults(
+    backend: Annotated[
+        list[FaultyBackend] | None, typer.Option(help="Backend to put faults into; may be repeated (default: both).")
+    ] = None,
+    profile: Annotated[ProfileName, typer.Option(help="How much the suite generates.")] = ProfileName.smoke,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A fault, a clause or a statement; may be repeated (default: all).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the generated cases.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the verdicts as JSON.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Print the catalogue and stop.")] = False,
+) -> None:
+    """Put each catalogued fault into each backend and run the suite: killed or survived.
+
+    Exit code 0: the suite killed all of them; 1: a fault survived; 2: usage, or a fault that cannot be made.
+    """
+    import_extra("hypothesis", "conformance")
+    import_extra("pytest", "conformance")
+    from lyra.conformance.faults.catalogue import select
+    from lyra.conformance.faults.kill import kill
+    from lyra.conformance.launch import prepare_environment
+
+    prepare_environment()
+    console = Console()
+    chosen = select(only or [])
+    if list_only:
+        console.print(_list(chosen))
+        return
+    names = [one.value for one in backend or FaultyBackend]
+    work = [(fault, name) for name in names for fault in chosen]
+    verdicts: list[Verdict] = []
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(work))
+        for fault, name in work:
+            bar.update(task, description=f"{name}: {fault.id}")
+            verdicts.append(kill(fault, name, profile.value, seed))
+            bar.advance(task)
+    _report(console, chosen, verdicts, names)
+    if json_path is not None:
+        data = {"format": 1, "profile": profile.value, "seed": seed, "faults": [one.to_dict() for one in verdicts]}
+        write_atomically(json_path, json.dumps(data, indent=2, ensure_ascii=False).encode())
+    if any(one.status == "broken" for one in verdicts):
+        raise typer.Exit(2)
+    raise typer.Exit(1 if any(one.status == "survived" for one in verdicts) else 0)
+
+
+def _list(chosen: list[Fault]) -> Table:
+    table = Table(title="Catalogue of faults", title_justify="left")
+    for name in ("fault", "breaks", "what goes wrong"):
+        table.add_column(name, overflow="fold")
+    clause = ""
+    for fault in chosen:
+        if clause and fault.clause != clause:
+            table.add_section()
+        clause = fault.clause
+        table.add_row(fault.id, ", ".join(fault.breaks), fault.does)
+    return table
+
+
+def _report(console: Console, chosen: list[Fault], verdicts: list[Verdict], names: list[str]) -> None:
+    """The kill table, clause by clause, then what survived, then one line per backend."""
+    found = {(one.fault, one.backend): one for one in verdicts}
+    table = Table(title="Faults by clause", title_justify="left")
+    table.add_column("fault", overflow="fold")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    clause = ""
+    for fault in chosen:
+        if fault.clause != clause:
+            table.add_section()
+            table.add_row(f"[bold]{fault.clause}[/bold]")
+            clause = fault.clause
+        table.add_row(fault.id, *(_cell(found[fault.id, name]) for name in names))
+    console.print(table)
+    does = {fault.id: fault.does for fault in chosen}
+    for one in verdicts:
+        if one.status != "killed":
+            colour = COLOURS[one.status]
+            console.print(f"[{colour}]{one.status}[/{colour}] {one.backend}: {one.fault}: {does[one.fault]}")
+            if one.message:
+                console.print(f"  {one.message}", markup=False)
+    for name in names:
+        mine = [one for one in verdicts if one.backend == name]
+        killed = sum(one.status == "killed" for one in mine)
+        console.print(f"{name}: {killed} of {len(mine)} killed in {sum(one.seconds for one in mine):.0f} s")
+
+
+def _cell(verdict: Verdict) -> str:
+    """`killed by static::one_softmax (STATIC-1) at heads, 3 cases, 0.8 s`."""
+    text = f"[{COLOURS[verdict.status]}]{verdict.status}[/]"
+    if verdict.property:
+        text += f" by {verdict.property} ({verdict.statement})".replace("[", r"\[")
+    if verdict.stage:
+        text += f" at {verdict.stage}"
+    return f"{text}, {verdict.cases} cases, {verdict.seconds:.1f} s"
