@@ -1,0 +1,135 @@
+"""Loading checkpoints into JAX: shards, dtypes, multimodal folders, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax")
+pytest.importorskip("flax")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
+from tiny_gemma import assert_close, hf_logits, make_model, random_ids  # noqa: E402
+
+from lyra.backends.jax_impl import JaxBackend  # noqa: E402
+from lyra.backends.jax_impl.model import JaxEngine  # noqa: E402
+from lyra.backends.jax_impl.params import module_path  # noqa: E402
+from lyra.spec import InputError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def folder(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    reference.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> JaxEngine:
+    return JaxBackend().load(str(folder))
+
+
+def rewrite(source: Path, target: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:
+    """A copy of a model's folder with other tensors."""
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text((source / "config.json").read_text())
+    save_file(change(load_file(source / "model.safetensors")), target / "model.safetensors")
+    return target
+
+
+def test_sharded_bfloat16_and_multimodal_checkpoints(
+    folder: Path, reference: Any, engine: JaxEngine, tmp_path: Path
+) -> None:
+    ids = random_ids(1, 6)
+    expected = engine.logits(ids)
+    sharded, outer, half = tmp_path / "sharded", tmp_path / "outer", tmp_path / "half"
+    reference.save_pretrained(sharded, max_shard_size="40KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    np.testing.assert_array_equal(JaxBackend().load(str(sharded)).logits(ids), expected)
+    for prefix in ("language_model.model.", "model.language_model."):
+        rewrite(
+            folder,
+            outer,
+            lambda tensors, prefix=prefix: (
+                {name.replace("model.", prefix, 1): value for name, value in tensors.items()}
+                | {"vision_tower.x.weight": np.zeros(3, np.float32)}
+            ),
+        )
+        config = {"model_type": "gemma3", "text_config": json.loads((folder / "config.json").read_text())}
+        (outer / "config.json").write_text(json.dumps(config))
+        np.testing.assert_array_equal(JaxBackend().load(str(outer)).logits(ids), expected)
+    make_model().to(torch.bfloat16).save_pretrained(half)
+    rounded = transformers.Gemma3ForCausalLM.from_pretrained(half, dtype=torch.float32)
+    assert_close(JaxBackend().load(str(half)).logits(ids), hf_logits(rounded, ids))
+
+
+def test_untied_head_softcap_and_linear_rope(tmp_path: Path) -> None:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    model = make_model(tie_word_embeddings=False, final_logit_softcapping=3.0, rope_parameters=rope)
+    model.save_pretrained(tmp_path)
+    ids = random_ids(2, 20)
+    assert_close(JaxBackend().load(str(tmp_path)).logits(ids), hf_logits(model, ids))
+
+
+def test_checkpoints_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    def load(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+        JaxBackend().load(str(rewrite(folder, tmp_path / "other", change)))
+
+    q, extra = "model.layers.1.self_attn.q_proj.weight", np.zeros((48, 32), np.float32)
+    with pytest.raises(InputError, match=r"1 tensors are missing, among them layers\.1\.self_attn\.q_proj\.weight"):
+        load(lambda tensors: {name: value for name, value in tensors.items() if name != q})
+    with pytest.raises(InputError, match=r"'model\.layers\.0\.mlp\.side_proj\.weight' has no entry"):
+        load(lambda tensors: tensors | {"model.layers.0.mlp.side_proj.weight": extra})
+    with pytest.raises(InputError, match=r"'model\.layers\.9\.mlp\.up_proj\.weight' has no place"):
+        load(lambda tensors: tensors | {"model.layers.9.mlp.up_proj.weight": extra})
+    with pytest.raises(InputError, match=r"are both the model's 'layers\.0\.mlp\.up_proj\.weight'"):
+        load(lambda tensors: tensors | {"language_model.model.layers.0.mlp.up_proj.weight": extra})
+    with pytest.raises(InputError, match=r"has shape \(3, 32\); the config says \(64, 32\)"):
+        load(lambda tensors: tensors | {q: np.zeros((3, 32), np.float32)})
+    with pytest.raises(InputError, match="dtype is 'int8'"):
+        JaxBackend().load(str(folder), dtype="int8")
+    with pytest.raises(InputError, match="device is 'cpu:7'"):
+        JaxBackend().load(str(folder), device="cpu:7")
+
+
+def test_every_name_has_one_entry(reference: Any) -> None:
+    names = list(reference.state_dict())
+    assert len({module_path(name) for name in names}) == len(names)
+    assert module_path("model.vision_tower.encoder.layers.0.weight") is None
+
+
+def test_loads_without_torch_and_transformers(folder: Path, engine: JaxEngine) -> None:
+    ids = random_ids(1, 6)
+    code = f"""
+        import sys
+        for name in ("torch", "transformers", "accelerate"):
+            sys.modules[name] = None
+        import numpy as np
+        from lyra.backends.jax_impl import JaxBackend
+        engine = JaxBackend().load({str(folder)!r})
+        print(*engine.generate(np.array({ids.tolist()}), max_new_tokens=4)[0])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(token) for token in engine.generate(ids, max_new_tokens=4)[0]]
