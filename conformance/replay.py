@@ -35,7 +35,10 @@ class Replay:
             raise UsageError(f"cannot read the case {path!r}: {error.strerror}") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UsageError(f"{path!r} is no case file: {error}") from None
-        return cls(name, Case.from_json(json.dumps(case)) if isinstance(case, dict) else None)
+        try:
+            return cls(name, Case.from_json(json.dumps(case)) if isinstance(case, dict) else None)
+        except ValueError as error:
+            raise UsageError(f"{path!r} holds no case of this version: {error}") from None
 
 
 def write_replay(failure: Failure) -> Path:

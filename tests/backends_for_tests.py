@@ -223,7 +223,7 @@ class SlightlyOff(Wrapped):
     name = "off"
 
     def change(self, result: Result) -> Result:
-        """The later rows of the output, a little larger."""
+        """The later rows of the output, a little larger, in the trace too."""
         output = result.output.copy()
         output[:, 2:] *= 1.001
-        return result._replace(output=output)
+        return result._replace(output=output, trace={**result.trace, "output": output} if result.trace else {})
