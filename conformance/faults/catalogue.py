@@ -108,7 +108,7 @@ def _fault(name: str, table: Any, source: str) -> Fault:
     if not isinstance(table, dict):
         raise FaultError(f"{source}: {name!r} is {table!r}; expected a table [{name}]")
     try:
-        return Fault(**({"id": name} | table))
+        return Fault.model_validate({"id": name} | table)
     except ValidationError as error:
         raise FaultError(f"{source}: {SpecError.from_validation(f'fault {name!r}', error)}") from None
 

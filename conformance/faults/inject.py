@@ -61,7 +61,8 @@ class PatchedFinder(importlib.abc.MetaPathFinder):
 def injected(fault: Fault, backend: str) -> Iterator[Backend]:
     """A fresh backend of this name with the fault in it, as long as the block runs.
 
-    Raises FaultError for a dead or ambiguous anchor and for a fault that keeps the backend from being imported.
+    Raises FaultError for a dead or ambiguous anchor, for a fault that keeps the backend from being imported and, at the
+    end of the block, for one in a module that nothing has imported.
     """
     module, source = patched_source(fault, backend)
     finder = PatchedFinder(module, source, fault.id)
@@ -72,11 +73,9 @@ def injected(fault: Fault, backend: str) -> Iterator[Backend]:
                 made = get_backend(backend)
             except Exception as error:
                 raise FaultError(f"fault {fault.id!r}, backend {backend!r}: cannot be imported ({error})") from error
-            if module not in sys.modules:
-                raise FaultError(
-                    f"fault {fault.id!r}, backend {backend!r}: {module} takes no part in an attention call"
-                )
             yield made
+            if module not in sys.modules:
+                raise FaultError(f"fault {fault.id!r}, backend {backend!r}: nothing that was run needs {module}")
         finally:
             sys.meta_path.remove(finder)
 
