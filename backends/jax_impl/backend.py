@@ -18,6 +18,7 @@ from lyra.spec.inputs import StaticLayer, check_call, check_weights
 from . import cache as live
 from .cache import LiveCache
 from .layer import Cache, Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
+from .shapes import general, pad_slots, pad_tokens
 from .static import PlacedStatic, place_static, rotate_static
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class JaxAttention:
         self.spec = spec
         self._shape = shape_of(spec)
         self._weights: dict[str, Array] = jax.device_put(check_weights(spec, weights))
-        self._constants: Constants = jax.device_put(constants_of(spec))
+        self._constants: Constants = jax.device_put(general(constants_of(spec), spec.num_attention_heads))
         self._trace_names = spec.trace_names()
 
     def __call__(
@@ -68,7 +69,9 @@ class JaxAttention:
         """
         inputs = check_call(self.spec, x, positions, mask, static)
         batch, tokens = inputs.mask.shape
-        past = self._empty_cache(batch, tokens) if cache is None else _live_cache(cache)
+        inputs = pad_tokens(inputs)
+        padded = inputs.mask.shape[1]
+        past = self._empty_cache(batch, padded) if cache is None else _live_cache(cache)
         if past.batch != batch:
             raise InputError(f"the cache has {past.batch} rows, x has {batch}; reorder the cache or give matching rows")
         placed = None if inputs.static is None else place_static(self.spec, inputs.static)
@@ -78,12 +81,12 @@ class JaxAttention:
             inputs.mask,
             self._weights,
             self._constants if placed is not None else self._constants._replace(split=None),
-            placed,
-            live.with_room(past, tokens),
+            None if placed is None else pad_slots(placed),
+            live.with_room(past, padded),
             shape=self._shape,
         )
-        values = {name: np.asarray(stages[name]) for name in self._trace_names} if trace else {}
-        return Result(np.asarray(output), cache_after._replace(length=past.length + tokens), values)
+        values = {name: np.asarray(stages[name])[:, :tokens] for name in self._trace_names} if trace else {}
+        return Result(np.asarray(output)[:, :tokens], cache_after._replace(length=past.length + tokens), values)
 
     def reorder(self, cache: object, rows: Sequence[int] | np.ndarray) -> LiveCache:
         """The given rows of a live cache, repeats allowed. Raises InputError."""

@@ -1,0 +1,59 @@
+"""Few shapes for many calls: what JAX compiles is one function a shape, so calls are rounded up to common ones.
+
+A layer called through the protocol meets any number of tokens and slots and any mixture of modes. Tokens and slots are
+padded to powers of two, the padding masked; a rule or window that a layer lacks is replaced by one that hides nothing.
+A whole model does neither: it knows its own few shapes.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from lyra.spec.inputs import CallInputs
+
+from .layer import WIDEST, Constants
+from .static import PlacedStatic
+from .visibility import LiveRule
+
+SMALLEST_TOKENS, SMALLEST_SLOTS = 4, 16
+
+
+def round_up(count: int, smallest: int) -> int:
+    """The next power of two, at least `smallest`; 1 stays 1, since single tokens are what decoding is made of."""
+    return count if count <= 1 else max(smallest, 1 << (count - 1).bit_length())
+
+
+def pad_tokens(inputs: CallInputs) -> CallInputs:
+    """The call with its tokens padded, behind the real ones, to a common number."""
+    tokens = inputs.mask.shape[1]
+    extra = ((0, 0), (0, round_up(tokens, SMALLEST_TOKENS) - tokens))
+    return inputs._replace(
+        x=np.pad(inputs.x, (*extra, (0, 0))),
+        positions=np.pad(inputs.positions, extra),
+        mask=np.pad(inputs.mask, extra),
+    )
+
+
+def pad_slots(static: PlacedStatic) -> PlacedStatic:
+    """The context with its slots padded to a common number, and a mask even where all of its own are visible."""
+    k, v, positions, mask = (None if part is None else np.asarray(part) for part in static)
+    mask = np.ones(positions.shape, dtype=bool) if mask is None else mask
+    slots = mask.shape[1]
+    extra = (0, max(SMALLEST_SLOTS, round_up(slots, SMALLEST_SLOTS)) - slots)
+    rows, heads = (0, 0), (0, 0)
+    return PlacedStatic(
+        k=np.pad(k, (rows, heads, extra, (0, 0))),
+        v=np.pad(v, (rows, heads, extra, (0, 0))),
+        positions=np.pad(positions, (rows, extra)),
+        mask=np.pad(mask, (rows, extra)),
+    )
+
+
+def general(constants: Constants, query_heads: int) -> Constants:
+    """The same numbers with a live rule and a window in any case; those that were absent hide nothing."""
+    every = jnp.ones(query_heads, dtype=bool)
+    return constants._replace(
+        window=jnp.asarray(np.int32(WIDEST)) if constants.window is None else constants.window,
+        rule=LiveRule(earlier=every, own=every) if constants.rule is None else constants.rule,
+    )
