@@ -27,6 +27,12 @@ BACKENDS = ("torch", "jax")
 prepare_environment()
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the suite write failing cases below the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def a_fault(find: str, replace: str = "", file: str = "norm.py", backend: str = "torch") -> Fault:
     patch = Patch(file=file, edits=(Edit(find=find, replace=replace),))
     return Fault(id="made-up", breaks=("NORM-1",), does="something", backends={backend: patch})
