@@ -6,7 +6,9 @@ while everything else (which heads, eps, theta, scale, positions, masks, data) s
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +54,10 @@ class Frame:
     rope: bool = True
     bias: bool = False
     softcap: bool = False
+
+    def replace(self, **changes: Any) -> Frame:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
 
 
 SMALLEST = Frame((2, 1), 8, 12, 1, (3, 1), 1, 3, 1)

@@ -119,6 +119,12 @@ class Subject:
         if not np.isfinite(outcome.output).all():
             raise Divergence(self.name, "the output is not finite at a padding position (MASKED-4)", problem)
 
+    def expect_last(self, problem: Problem, got: np.ndarray) -> None:
+        """The output of the last call [B,T,E] is within K·σ of the oracle's last T tokens. Raises Divergence."""
+        last = slice(problem.x.shape[1] - got.shape[1], None)
+        wanted = expected(problem)["output"].pick((slice(None), last))
+        self._hold(problem.part(last, (got.shape[1],)), got, wanted, K, "output", "the oracle")
+
     def expect_close(self, problem: Problem, got: np.ndarray, other: np.ndarray, against: str) -> None:
         """Two outputs [B,T,E] that should be equal up to rounding differ by at most K·√2·σ. Raises Divergence.
 
