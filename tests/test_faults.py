@@ -225,6 +225,12 @@ def test_what_changes_nothing_survives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict.cases > 50
 
 
+def test_a_suite_that_compares_nothing_lets_nothing_survive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lyra.conformance.faults.kill.stages_of", lambda fault: ["no_property_has_this_name"])
+    with pytest.raises(FaultError, match="the suite compared nothing"):
+        kill(catalogue()["weight-without-one"], "torch")
+
+
 def test_the_command(tmp_path: Path) -> None:
     runner = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"})
     listed = runner.invoke(application(), ["faults", "--list", "--only", "ORDER"])

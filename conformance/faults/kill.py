@@ -81,6 +81,10 @@ def kill(fault: Fault, backend: str, profile: str = "smoke", seed: int = 0) -> V
             if record.failures:
                 break
     seconds = time.perf_counter() - started
+    if not record.cases:
+        raise FaultError(
+            f"fault {fault.id!r}, backend {backend!r}: the suite compared nothing, so nothing has survived"
+        )
     failure = next(iter(record.failures.values()), None)
     if failure is not None and not holds(failure.property, backend, profile, seed):
         raise FaultError(
@@ -111,7 +115,8 @@ def _run(backend: Backend, profile: str, seed: int, only: str, record: Record) -
         outcome = run(session, fail_fast=True, only=only)
     finally:
         settings.load_profile(before)
-    if outcome.broke and outcome.exit_code != pytest.ExitCode.NO_TESTS_COLLECTED:
+    unexplained = outcome.exit_code == pytest.ExitCode.TESTS_FAILED and not record.failures
+    if unexplained or (outcome.broke and outcome.exit_code != pytest.ExitCode.NO_TESTS_COLLECTED):
         raise FaultError(f"backend {backend.name!r}: the suite cannot run (pytest -k {only!r})\n{outcome.log}")
 
 
