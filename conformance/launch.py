@@ -55,11 +55,13 @@ def make_session(names: list[str], *, profile: str, seed: int, spec: str | None)
     """A session for backends by name, all installed ones if none is named. Raises UsageError."""
     prepare_environment()
     try:
+        backends = load_backends(names)
         return Session(
-            backends=load_backends(names),
+            backends=backends,
             profile=PROFILES[profile],
             seed=seed,
             scope=read_scope(spec) if spec else None,
+            asked=dict(zip((backend.name for backend in backends), dict.fromkeys(names), strict=False)),
         )
     except (BackendNotFound, SpecError, ImportError) as error:
         raise UsageError(str(error)) from None

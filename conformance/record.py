@@ -102,9 +102,16 @@ class Record:
 
     @property
     def ok(self) -> bool:
-        """Whether something was compared, nothing failed or errored, and the run was not cut short."""
-        return not self.failures and self.cases > 0 and self.complete
+        """Whether every backend had something compared, nothing failed or errored, and the run was not cut short."""
+        backends = {backend for prop in self.properties.values() for backend in prop.tallies}
+        compared = bool(backends) and all(self.count("passed", backend) for backend in backends)
+        return not self.failures and compared and self.complete
 
-    def count(self, status: Status) -> int:
-        """How many pairs of property and backend ended with a status."""
-        return sum(tally.status == status for prop in self.properties.values() for tally in prop.tallies.values())
+    def count(self, status: Status, backend: str | None = None) -> int:
+        """How many properties ended with a status on a backend; on all of them together without one."""
+        return sum(
+            tally.status == status
+            for prop in self.properties.values()
+            for name, tally in prop.tallies.items()
+            if backend in (None, name)
+        )

@@ -12,7 +12,7 @@ from lyra.spec.base import write_atomically
 
 from .case import Case
 from .record import Failure
-from .session import UsageError
+from .session import UsageError, current
 
 FOLDER = Path(".lyra") / "cases"
 """Where failing cases are written, below the working folder."""
@@ -67,6 +67,12 @@ def _case(text: str | None) -> Any:
         return text
 
 
+def command(failure: Failure) -> str:
+    """The command that runs a failure's case again."""
+    backend = current().asked.get(failure.backend, failure.backend)
+    return f"lyra conform --backend {backend} --replay {failure.replay}"
+
+
 def describe(failure: Failure) -> str:
     """The failure as a person reads it: clause, backend, values, stage, case and the command that replays it."""
     stage = failure.stage or "unknown (no stage is off by itself, or the backend gives no trace)"
@@ -80,5 +86,5 @@ def describe(failure: Failure) -> str:
         f"  case: {picture}",
     ]
     if failure.replay:
-        lines.append(f"  replay: lyra conform --backend {failure.backend} --replay {failure.replay}")
+        lines.append(f"  replay: {command(failure)}")
     return "\n".join(lines)

@@ -26,6 +26,11 @@ class Run:
     record: Record
 
     @property
+    def found_nothing(self) -> bool:
+        """Whether no property is named so, or none of this profile."""
+        return self.exit_code == pytest.ExitCode.NO_TESTS_COLLECTED
+
+    @property
     def broke(self) -> bool:
         """Whether pytest itself could not run the suite (no property found, an error outside all properties).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -44,7 +44,7 @@ PROFILES: dict[str, Profile] = {
 
 @dataclass
 class Session:
-    """One run of the suite."""
+    """One run of the suite. `asked` is how a backend was asked for, where that is not its name."""
 
     backends: Sequence[Backend] = ()
     profile: Profile = PROFILES["smoke"]
@@ -52,6 +52,7 @@ class Session:
     scope: AttentionSpec | None = None
     record: Record = field(default_factory=Record)
     frames: tuple[Frame, ...] = ()
+    asked: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.frames:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from lyra.backends.protocol import import_extra
 from lyra.spec.base import write_atomically
+from lyra.spec.errors import InputError
+
+from .output import show
 
 
 class ProfileName(StrEnum):
@@ -38,21 +40,29 @@ def conform(
     only: Annotated[
         str | None, typer.Option("--only", help="Properties whose names match a pytest -k expression.")
     ] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="Print clause → properties and stop.")] = False,
+    report: Annotated[Path | None, typer.Option(metavar="PATH.html", help="Write the report as one HTML page.")] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Print statement → properties → faults and stop.")] = False,
 ) -> None:
     """Hold backends to the spec: against Hugging Face, the float64 oracle and each other.
 
-    Exit code 0: all passed; 1: something failed or errored; 2: usage.
+    Exit code 0: all passed; 1: something failed or errored, or the run was cut short; 2: usage.
     """
     import_extra("hypothesis", "conformance")
     import_extra("pytest", "conformance")
+    if list_only:
+        _list(json_path)
+        return
     from lyra.conformance.launch import make_session
     from lyra.conformance.replay import Replay
     from lyra.conformance.report.data import report_data
+    from lyra.conformance.report.markdown import append_summary
+    from lyra.conformance.report.page import html
     from lyra.conformance.report.table import print_report
     from lyra.conformance.runner import run
 
     console = Console()
+    for path in (json_path, junit, report):
+        _refuse_missing_folder(path)
     if replay is not None:
         Replay.read(str(replay))
     session = make_session(backend or [], profile=profile.value, seed=seed, spec=spec)
@@ -76,10 +86,33 @@ def conform(
             progress=lambda name, done, total: bar.update(task, completed=done, total=total, description=name or None),
         )
     seconds = time.perf_counter() - started
+    if outcome.found_nothing:
+        asked = f"--replay {replay}" if replay else f"--only {only!r}"
+        raise InputError(f"{asked} names no property of profile {profile.value}; `lyra conform --list` names them all")
     if outcome.broke:
         console.print(outcome.log, markup=False, highlight=False)
         raise typer.Exit(2)
     print_report(console, session.record, names, profile=profile.value, seconds=seconds)
+    found = report_data(session, seconds)
     if json_path is not None:
-        write_atomically(json_path, json.dumps(report_data(session, seconds), indent=2, ensure_ascii=False).encode())
+        write_atomically(json_path, (found.model_dump_json(indent=2) + "\n").encode())
+    if report is not None:
+        write_atomically(report, html(found).encode())
+    append_summary(found)
     raise typer.Exit(0 if session.record.ok and outcome.exit_code == 0 else 1)
+
+
+def _list(json_path: Path | None) -> None:
+    from lyra.conformance.launch import prepare_environment
+
+    prepare_environment()
+    from lyra.conformance.report.traceability import listing, listing_table
+
+    found = listing()
+    show(found.model_dump(), json_path, listing_table(found))
+
+
+def _refuse_missing_folder(path: Path | None) -> None:
+    """A report that cannot be written is refused before the run, not after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")

@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lyra.conformance.record import SEVERITY, Record, Status
+from lyra.conformance.record import Record, Status
 from lyra.conformance.replay import describe
-from lyra.spec.clauses import clauses
+
+from .data import STATUSES, backend_part, by_clause
 
 STYLE: dict[Status, str] = {"passed": "green", "failed": "bold red", "errored": "bold magenta", "unsupported": "yellow"}
 
 
-def clause_status(record: Record, backends: list[str]) -> dict[str, dict[str, tuple[Status, int]]]:
-    """Per clause and backend the gravest status of its properties, and how many cases they compared.
-
-    A property counts for every clause it cites.
-    """
-    found: dict[str, dict[str, tuple[Status, int]]] = defaultdict(dict)
-    for prop in record.properties.values():
-        for clause in dict.fromkeys(one.rpartition("-")[0] for one in prop.statements):
-            for backend in backends:
-                tally = prop.tally(backend)
-                before, cases = found[clause].get(backend, ("unsupported", 0))
-                worst = max(before, tally.status, key=SEVERITY.index)
-                found[clause][backend] = (worst, cases + tally.cases)
-    return found
-
-
 def conformance_table(record: Record, backends: list[str]) -> Table:
-    """Clause × backend, in the order of SPEC.md."""
+    """Clause × backend, in the order of SPEC.md: the gravest status of the properties that cite it, and their cases."""
     table = Table(title="Conformance by clause", title_justify="left")
     table.add_column("clause", style="bold")
     table.add_column("says", style="dim", overflow="ellipsis", no_wrap=True, max_width=46)
     table.add_column("properties", justify="right")
     for backend in backends:
         table.add_column(backend, justify="right")
-    status = clause_status(record, backends)
-    for clause in clauses().values():
-        if clause.name not in status:
-            continue
-        citing = sum(any(s.startswith(f"{clause.name}-") for s in p.statements) for p in record.properties.values())
-        cells = [_cell(*status[clause.name][backend]) for backend in backends]
-        table.add_row(clause.name, clause.title, str(citing), *cells)
+    for clause in by_clause(record, backends):
+        cells = [_cell(clause.status[backend], clause.cases[backend]) for backend in backends]
+        table.add_row(clause.name, clause.title, str(clause.properties), *cells)
     return table
 
 
@@ -60,6 +39,11 @@ def print_report(console: Console, record: Record, backends: list[str], *, profi
     for failure in record.failures.values():
         console.print(Panel(Text(describe(failure)), border_style=STYLE[failure.kind], title=failure.statements[0]))
     console.print(closing(record, backends, profile=profile, seconds=seconds))
+
+
+def counted(counts: dict[Status, int]) -> str:
+    """All four counts in words, zeros too."""
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES)
 
 
 def closing(record: Record, backends: list[str], *, profile: str, seconds: float) -> RenderableType:
@@ -76,7 +60,10 @@ def closing(record: Record, backends: list[str], *, profile: str, seconds: float
             lines.append(
                 Text(f"largest |Δ|/σ of an output, {backend}: {max(ratios):.2f} in {len(ratios):,} comparisons")
             )
-    counts = ", ".join(f"{record.count(status)} {status}" for status in ("passed", "failed", "errored", "unsupported"))
-    verdict = "conforms" if record.ok else "does not conform"
-    lines.append(Text(f"{' and '.join(backends)} {verdict}: {counts}", style="bold green" if record.ok else "bold red"))
+    if not record.complete:
+        cut = f"Cut short: {record.finished} of {record.planned} properties ran"
+        lines.append(Text(cut, style="bold yellow"))
+    for part in (backend_part(record, name) for name in backends):
+        style = "bold green" if part.verdict == "conforms" else "bold red"
+        lines.append(Text(f"{part.name}: {part.verdict}. {counted(part.counts)}", style=style))
     return Group(*lines)

@@ -1,0 +1,133 @@
+"""Which property holds which statement, and which fault would break it: SPEC.md to the suite and back."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Literal
+
+from pydantic import Field
+from rich.table import Table
+from rich.text import Text
+
+from lyra.conformance import properties
+from lyra.conformance.faults.catalogue import catalogue
+from lyra.conformance.registry import Declaration
+from lyra.conformance.runner import forget_properties
+from lyra.spec.clauses import clauses
+
+from .data import Part
+
+NOT_HELD = {
+    "BATCH-4": "says how fast, not what: benchmarks measure it",
+    "SEQUENTIAL-1": "no backend has the capability 'sequential' yet",
+    "SEQUENTIAL-2": "no backend has the capability 'sequential' yet",
+    "GRAD-1": "no backend has the capability 'grad' yet",
+}
+"""Statements that no property holds, and why. The harness's own tests refuse any other one, and a stale entry here."""
+
+
+class HoldingPart(Part):
+    """A property: its name in reports, what must hold, the capabilities it needs, the smallest profile it runs in."""
+
+    name: str
+    summary: str
+    needs: list[str]
+    profile: str
+
+
+class FaultPart(Part):
+    """A fault of the catalogue: what goes wrong with it."""
+
+    id: str
+    does: str
+
+
+class StatementPart(Part):
+    """A statement of SPEC.md, the properties that hold it and the faults that break it."""
+
+    id: str
+    level: str
+    text: str
+    properties: list[HoldingPart]
+    faults: list[FaultPart]
+    not_held: str | None = Field(description="why no property holds it")
+
+
+class ListedClause(Part):
+    """A clause of SPEC.md."""
+
+    name: str
+    title: str
+    statements: list[StatementPart]
+
+
+class Listing(Part):
+    """What `lyra conform --list --json` writes."""
+
+    format: Literal[1]
+    clauses: list[ListedClause]
+
+
+def declared() -> dict[str, Declaration]:
+    """Every property of the suite by its name in reports, without parameters: `static::one_softmax`."""
+    found = {}
+    for info in pkgutil.iter_modules(properties.__path__, f"{properties.__name__}."):
+        short = info.name.rpartition(".")[2].removeprefix("test_")
+        for name, function in vars(importlib.import_module(info.name)).items():
+            for mark in getattr(function, "pytestmark", []):
+                if mark.name == "lyra" and function.__module__ == info.name:
+                    found[f"{short}::{name.removeprefix('test_')}"] = mark.args[0]
+    forget_properties()
+    return found
+
+
+def listing() -> Listing:
+    """Every clause, in the order of SPEC.md."""
+    holding: dict[str, list[HoldingPart]] = {}
+    for name, declaration in declared().items():
+        summary = (inspect.getdoc(declaration.check) or "").splitlines()[0]
+        part = HoldingPart(name=name, summary=summary, needs=list(declaration.needs), profile=declaration.profile)
+        for statement in declaration.statements:
+            holding.setdefault(statement, []).append(part)
+    breaking: dict[str, list[FaultPart]] = {}
+    for fault in catalogue().values():
+        for statement in fault.breaks:
+            breaking.setdefault(statement, []).append(FaultPart(id=fault.id, does=fault.does))
+    listed = [
+        ListedClause(
+            name=clause.name,
+            title=clause.title,
+            statements=[
+                StatementPart(
+                    id=one.id,
+                    level=one.level,
+                    text=one.text,
+                    properties=holding.get(one.id, []),
+                    faults=breaking.get(one.id, []),
+                    not_held=NOT_HELD.get(one.id),
+                )
+                for one in clause.statements
+            ],
+        )
+        for clause in clauses().values()
+    ]
+    return Listing(format=1, clauses=listed)
+
+
+def listing_table(found: Listing) -> Table:
+    """Clause → statement → properties → faults, one row a statement."""
+    table = Table(title="What holds each statement of SPEC.md", title_justify="left", show_lines=True)
+    table.add_column("statement", no_wrap=True)
+    table.add_column("says", style="dim", max_width=48)
+    table.add_column("properties", overflow="fold")
+    table.add_column("faults", overflow="fold")
+    for clause in found.clauses:
+        for one in clause.statements:
+            name = Text(f"{one.id}\n", style="bold").append(one.level, style="not bold dim")
+            held = Text("\n".join(part.name for part in one.properties))
+            if not one.properties:
+                held = Text(f"none: {one.not_held}", style="yellow")
+            table.add_row(name, Text(one.text), held, Text("\n".join(part.id for part in one.faults)))
+    return table
