@@ -24,6 +24,7 @@ __all__ = [
     "Backend",
     "BackendNotFound",
     "CapturedLayer",
+    "DifferentiableAttention",
     "Engine",
     "Gradients",
     "ModelBackend",
@@ -89,6 +90,26 @@ class Attention(Protocol):
         cache: object | None = None,
         trace: bool = False,
     ) -> Result: ...
+
+
+@runtime_checkable
+class DifferentiableAttention(Attention, Protocol):
+    """What an attention layer is with the capability "grad" (clause GRAD)."""
+
+    def vjp(
+        self,
+        cotangent: np.ndarray,
+        x: np.ndarray,
+        *,
+        positions: np.ndarray,
+        mask: np.ndarray | None = None,
+        static: StaticLayer | None = None,
+    ) -> Gradients:
+        """Gradients of sum(cotangent * output), in the shapes of what they belong to; cotangent [B,T,E] float32.
+
+        The cotangent at padding counts as 0; gradients of padding inputs and of masked static slots are exactly 0.
+        """
+        ...
 
 
 @runtime_checkable

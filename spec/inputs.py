@@ -112,6 +112,17 @@ def check_visible_finite(name: str, values: np.ndarray, mask: np.ndarray) -> Non
     raise InputError(f"{name} is not finite in masked slots; fill them with any finite value, for example 0")
 
 
+def check_cotangent(cotangent: np.ndarray, inputs: CallInputs) -> np.ndarray:
+    """The cotangent of an output [B,T,E] as float32, 0 at padding, whose output nobody specified. Raises InputError."""
+    cotangent = np.asarray(cotangent)
+    if cotangent.shape != inputs.x.shape or not np.issubdtype(cotangent.dtype, np.floating):
+        raise InputError(
+            f"cotangent has shape {cotangent.shape} and dtype {cotangent.dtype}; "
+            f"expected float32 {inputs.x.shape}, the shape of the output"
+        )
+    return np.where(inputs.mask[:, :, None], cotangent, 0.0).astype(np.float32)
+
+
 def check_weights(spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights the spec asks for, as float32; missing, unknown and misshapen ones are refused. Raises InputError."""
     shapes = spec.weight_shapes()

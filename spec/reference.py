@@ -65,10 +65,10 @@ def reference(
     lyra_q, lyra_k = q, k
     if spec.rope is not None:
         own = positions + context_end(spec, static)[:, None]
-        lyra_q, lyra_k = stored(_at(spec, q, own), unit), stored(_at(spec, k, own), unit)
-        q = stages["q_rope"] = stored(_at(spec, q, positions), unit)
-        k = stages["k_rope"] = stored(_at(spec, k, positions), unit)
-    vanilla, lyra = Stream(q, k, None), Stream(lyra_q, lyra_k, _static_keys(spec, static, 0))
+        lyra_q, lyra_k = stored(at(spec, q, own), unit), stored(at(spec, k, own), unit)
+        q = stages["q_rope"] = stored(at(spec, q, positions), unit)
+        k = stages["k_rope"] = stored(at(spec, k, positions), unit)
+    vanilla, lyra = Stream(q, k, None), Stream(lyra_q, lyra_k, static_keys(spec, static, 0))
     stages["heads"] = stored(_attend(spec, vanilla, lyra, stages["v_proj"], positions, mask, static), unit)
     stages["output"] = stored(_output(spec, weights, stages["heads"]), unit)
     return stages
@@ -99,11 +99,11 @@ def stage_from_trace(
         return rms_norm(before[f"{kind}_proj"], weights[f"{kind}_norm.weight"], spec.qk_norm.eps)
     normed = "norm" if spec.qk_norm is not None else "proj"
     if stage == "rope":
-        return _at(spec, before[f"{kind}_{normed}"], positions)
+        return at(spec, before[f"{kind}_{normed}"], positions)
     if name == "heads":
         last = "rope" if spec.rope is not None else normed
         # A trace is rotated at t in every mode, so here static keys move to j − P instead (SPEC.md, POSITION).
-        own = Stream(before[f"q_{last}"], before[f"k_{last}"], _static_keys(spec, static, context_end(spec, static)))
+        own = Stream(before[f"q_{last}"], before[f"k_{last}"], static_keys(spec, static, context_end(spec, static)))
         return _attend(spec, own, own, before["v_proj"], positions, mask, static)
     if name == "output":
         return _output(spec, weights, before["heads"])
@@ -123,25 +123,26 @@ def _project(spec: AttentionSpec, weights: Mapping[str, np.ndarray], kind: str, 
     return Uncertain(flat.value.reshape(shape), flat.variance.reshape(shape))
 
 
-def _at(spec: AttentionSpec, y: Uncertain, positions: np.ndarray) -> Uncertain:
-    """y [B,T,H,D] rotated at positions [B,T]."""
-    return rotate(y, _angles(spec, positions)[:, :, None, :])
+def at(spec: AttentionSpec, y: Uncertain, positions: np.ndarray) -> Uncertain:
+    """y [B,T,H,D] rotated at positions [B,T]; y itself where the spec has no RoPE."""
+    return y if spec.rope is None else rotate(y, angles(spec, positions)[:, :, None, :])
 
 
-def _angles(spec: AttentionSpec, positions: np.ndarray) -> np.ndarray:
+def angles(spec: AttentionSpec, positions: np.ndarray) -> np.ndarray:
+    """The angles [..., D/2] of positions [...] (ROPE-2)."""
     assert spec.rope is not None
     exponent = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
     return positions[..., None] * (spec.rope.theta**-exponent / spec.rope.factor)
 
 
-def _static_keys(spec: AttentionSpec, static: StaticLayer | None, back: np.ndarray | int) -> Uncertain | None:
+def static_keys(spec: AttentionSpec, static: StaticLayer | None, back: np.ndarray | int) -> Uncertain | None:
     """Static keys [Bc,G,S,D], rotated at their positions less `back` (a number, or one per context row)."""
     if static is None:
         return None
     if spec.rope is None:
         return exact(static.k)
     positions = static.positions - np.reshape(back, (-1, 1))
-    return rotate(exact(static.k), _angles(spec, positions)[:, None])
+    return rotate(exact(static.k), angles(spec, positions)[:, None])
 
 
 def _attend(
@@ -157,15 +158,11 @@ def _attend(
     batch, tokens = positions.shape
     shape = (batch, tokens, spec.num_attention_heads, spec.head_dim)
     out = Uncertain(np.zeros(shape), np.zeros(shape))
-    causal = positions[:, None, :] <= positions[:, :, None]
-    if spec.sliding_window is not None:
-        causal &= positions[:, None, :] > positions[:, :, None] - spec.sliding_window
-    causal = causal & mask[:, None, :]
-    live = {"causal": causal, "self": causal & np.eye(tokens, dtype=bool), "none": np.zeros_like(causal)}
+    live = visible_live(spec, positions, mask)
     lyra_heads = np.array(spec.lyra_q_heads, dtype=int)
     vanilla_heads = np.setdiff1d(np.arange(spec.num_attention_heads), lyra_heads)
     for heads, stream, visible, context in (
-        (vanilla_heads, vanilla, causal, None),
+        (vanilla_heads, vanilla, live["causal"], None),
         (lyra_heads, lyra, live[spec.static.live], static),
     ):
         keys = tokens + (context.k.shape[2] if context is not None else 0)
@@ -178,6 +175,16 @@ def _attend(
     return out
 
 
+def visible_live(spec: AttentionSpec, positions: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Which live keys a query sees, bool [B,T,T], by live mode; vanilla heads are "causal" (LIVE, SLIDING, MASKED)."""
+    causal = positions[:, None, :] <= positions[:, :, None]
+    if spec.sliding_window is not None:
+        causal &= positions[:, None, :] > positions[:, :, None] - spec.sliding_window
+    causal = causal & mask[:, None, :]
+    own = causal & np.eye(positions.shape[1], dtype=bool)
+    return {"causal": causal, "self": own, "none": np.zeros_like(causal)}
+
+
 def _heads(
     spec: AttentionSpec,
     heads: np.ndarray,
@@ -187,13 +194,29 @@ def _heads(
     static: StaticLayer | None,
 ) -> Uncertain:
     """[B,h,T,D] for some query heads of one stream: one softmax over static keys, then live keys."""
+    query, key, value, seen = by_head(spec, heads, stream, v, visible, static)
+    return softmax_average(scores(query, key, spec.scale, spec.softcap, seen), value)
+
+
+def by_head(
+    spec: AttentionSpec,
+    heads: np.ndarray,
+    stream: Stream,
+    v: Uncertain,
+    visible: np.ndarray,
+    static: StaticLayer | None,
+) -> tuple[Uncertain, Uncertain, Uncertain, np.ndarray]:
+    """What some query heads of a stream attend with: query [B,h,T,D], key and value [B,h,S+T,D], visible [B,1,T,S+T].
+
+    Static keys stand before live ones. visible [B,T,T] is what the heads see of the live ones.
+    """
     batch, tokens = visible.shape[:2]
     kv_heads = heads // spec.group_size
 
-    def by_head(y: Uncertain, index: np.ndarray) -> Uncertain:
+    def pick(y: Uncertain, index: np.ndarray) -> Uncertain:
         return Uncertain(y.value[:, :, index].swapaxes(1, 2), y.variance[:, :, index].swapaxes(1, 2))
 
-    query, key, value = by_head(stream.q, heads), by_head(stream.k, kv_heads), by_head(v, kv_heads)
+    query, key, value = pick(stream.q, heads), pick(stream.k, kv_heads), pick(v, kv_heads)
     visible = visible[:, None]
     if static is not None and stream.static_k is not None:
         group = np.searchsorted(spec.lyra_kv_heads, kv_heads)
@@ -201,7 +224,7 @@ def _heads(
         value = _before(exact(static.v[:, group]), value)
         seen = np.broadcast_to(static.mask[:, None, None, :], (batch, 1, tokens, static.mask.shape[1]))
         visible = np.concatenate([seen, visible], axis=-1)
-    return softmax_average(scores(query, key, spec.scale, spec.softcap, visible), value)
+    return query, key, value, visible
 
 
 def _before(static: Uncertain, live: Uncertain) -> Uncertain:

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from jax import Array
 
-from lyra.backends.protocol import Result
+from lyra.backends.protocol import Gradients, Result
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import StaticLayer, check_call, check_weights
+from lyra.spec.inputs import StaticLayer, check_call, check_cotangent, check_weights
 
 from . import cache as live
 from .cache import LiveCache
+from .gradients import complete, layer_gradients
 from .layer import Cache, Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
 from .shapes import general, pad_slots, pad_tokens
 from .static import PlacedStatic, place_static, rotate_static
@@ -88,6 +89,22 @@ class JaxAttention:
         values = {name: np.asarray(stages[name])[:, :tokens] for name in self._trace_names} if trace else {}
         return Result(np.asarray(output)[:, :tokens], cache_after._replace(length=past.length + tokens), values)
 
+    def vjp(
+        self,
+        cotangent: np.ndarray,
+        x: np.ndarray,
+        *,
+        positions: np.ndarray,
+        mask: np.ndarray | None = None,
+        static: StaticLayer | None = None,
+    ) -> Gradients:
+        """Gradients of sum(cotangent * output); cotangent [B,T,E], the rest as in a call. Raises InputError."""
+        inputs = check_call(self.spec, x, positions, mask, static)
+        found = layer_gradients(
+            self.spec, self._weights, self._constants, self._shape, inputs, check_cotangent(cotangent, inputs)
+        )
+        return complete(found, static)
+
     def reorder(self, cache: object, rows: Sequence[int] | np.ndarray) -> LiveCache:
         """The given rows of a live cache, repeats allowed. Raises InputError."""
         return live.reorder(_live_cache(cache), np.asarray(rows))
@@ -104,7 +121,7 @@ class JaxBackend:
     """Attention layers and whole Gemma-3 models in JAX (protocols `Backend` and `ModelBackend`)."""
 
     name = "jax"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop"})
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad"})
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> JaxAttention:
         """One attention layer. `weights` carry Hugging Face names and layouts. Raises InputError."""

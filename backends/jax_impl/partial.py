@@ -42,6 +42,8 @@ def partial_attention(
     if visible is not None:
         scores = jnp.where(visible, scores, -jnp.inf)
     maximum = jnp.max(scores, axis=-1, keepdims=True)
+    # The largest score cancels out of the result, so no gradient has to flow through it.
+    maximum = lax.stop_gradient(maximum)
     weights = jnp.exp(scores - _finite(maximum))
     out = jnp.matmul(weights, values, precision=HIGHEST, preferred_element_type=jnp.float32)
     return Partial(out, maximum, jnp.sum(weights, axis=-1, keepdims=True))

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lyra.backends.protocol import Result
+from lyra.backends.protocol import Gradients, Result
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import StaticLayer, check_call, check_weights
+from lyra.spec.inputs import StaticLayer, check_call, check_cotangent, check_weights
 
 from .cache import LiveCache
+from .gradients import complete, layer_gradients
 from .heads import lyra_heads
 from .layer import Call, run
 from .static import prepare_static
@@ -60,6 +61,20 @@ class TorchAttention:
             traced = {name: value.numpy() for name, value in stages.items()} if trace else {}
             return Result(output.numpy(), live, traced)
 
+    def vjp(
+        self,
+        cotangent: np.ndarray,
+        x: np.ndarray,
+        *,
+        positions: np.ndarray,
+        mask: np.ndarray | None = None,
+        static: StaticLayer | None = None,
+    ) -> Gradients:
+        """Gradients of sum(cotangent * output); cotangent [B,T,E], the rest as in a call. Raises InputError."""
+        inputs = check_call(self.spec, x, positions, mask, static)
+        found = layer_gradients(self.spec, self.weights, self.lyra, inputs, check_cotangent(cotangent, inputs))
+        return complete(found, static)
+
     def reorder(self, cache: object, rows: Sequence[int]) -> LiveCache:
         """A new cache whose row i is row rows[i] of `cache` (beam search). Raises InputError for a foreign cache."""
         return self._own(cache).reorder([int(row) for row in rows])
@@ -84,7 +99,7 @@ class TorchBackend:
     """PyTorch. Implements `lyra.backends.protocol.ModelBackend`."""
 
     name = "torch"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop"})
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad"})
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> TorchAttention:
         """One attention layer with its weights (Hugging Face names and layouts). Raises InputError."""

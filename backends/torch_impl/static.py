@@ -27,15 +27,19 @@ def prepare_static(spec: AttentionSpec, static: StaticLayer | None) -> PreparedS
     A context shared by all rows keeps its visible slots only. None where no slot is visible. `static` must have
     passed `check_static`. Clauses STORED-2, POSITION-1, POSITION-2.
     """
-    if static is None or not static.mask.any():
+    return None if static is None else place_static(spec, static, torch.tensor(static.k), torch.tensor(static.v))
+
+
+def place_static(spec: AttentionSpec, static: StaticLayer, k: torch.Tensor, v: torch.Tensor) -> PreparedStatic | None:
+    """The same from k and v [Bc,G,S,D] of `static` as tensors, through which gradients flow (clause GRAD)."""
+    if not static.mask.any():
         return None
     shift = past(static) if spec.static.positions == "continue" else np.zeros((len(static.mask), 1), dtype=np.int64)
     if len(static.mask) == 1 and not static.mask.all():
         slots = static.mask[0]
-        static = StaticLayer(
-            static.k[:, :, slots], static.v[:, :, slots], static.mask[:, slots], static.positions[:, slots]
-        )
-    k, v, mask, positions = (torch.tensor(part) for part in static)
+        k, v = k[:, :, torch.tensor(slots)], v[:, :, torch.tensor(slots)]
+        static = static._replace(mask=static.mask[:, slots], positions=static.positions[:, slots])
+    mask, positions = torch.tensor(static.mask), torch.tensor(static.positions)
     if spec.rope is not None:
         cos, sin = cos_sin(positions - torch.tensor(shift), inverse_frequencies(spec.rope, spec.head_dim))
         k = rotate(k, cos[:, None], sin[:, None])
