@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
+from lyra.spec.attention import AttentionSpec, Live, Positions, QKNormSpec, RopeSpec, StaticSpec
 from lyra.spec.split import HasHeads, HeadSplit
 
 from .case import FLAVOURS, Case, Context, Flavour
@@ -24,8 +24,8 @@ from .session import current
 FAR = 131_072
 """The highest position that cases reach (ROPE-3)."""
 
-LIVE = ("causal", "self", "none")
-POSITIONS = ("continue", "overlay")
+LIVE: tuple[Live, ...] = ("causal", "self", "none")
+POSITIONS: tuple[Positions, ...] = ("continue", "overlay")
 
 
 @st.composite
@@ -50,8 +50,8 @@ def attention_specs(
     draw: st.DrawFn,
     frame: Frame,
     *,
-    live: Sequence[str] = LIVE,
-    positions: Sequence[str] = POSITIONS,
+    live: Sequence[Live] = LIVE,
+    positions: Sequence[Positions] = POSITIONS,
     split: bool = True,
     window: bool = False,
 ) -> AttentionSpec:
@@ -110,8 +110,8 @@ def seeds() -> st.SearchStrategy[int]:
 def cases(
     draw: st.DrawFn,
     *,
-    live: Sequence[str] = LIVE,
-    positions: Sequence[str] = POSITIONS,
+    live: Sequence[Live] = LIVE,
+    positions: Sequence[Positions] = POSITIONS,
     context: bool | None = None,
     split: bool = True,
     window: bool = False,

@@ -37,8 +37,8 @@ def pad_tokens(inputs: CallInputs) -> CallInputs:
 
 def pad_slots(static: PlacedStatic) -> PlacedStatic:
     """The context with its slots padded to a common number, and a mask even where all of its own are visible."""
-    k, v, positions, mask = (None if part is None else np.asarray(part) for part in static)
-    mask = np.ones(positions.shape, dtype=bool) if mask is None else mask
+    k, v, positions = (np.asarray(part) for part in static[:3])
+    mask = np.ones(positions.shape, dtype=bool) if static.mask is None else np.asarray(static.mask)
     slots = mask.shape[1]
     extra = (0, max(SMALLEST_SLOTS, round_up(slots, SMALLEST_SLOTS)) - slots)
     rows, heads = (0, 0), (0, 0)

@@ -25,7 +25,7 @@ from lyra.spec.split import HeadSplit
 
 from .hf_real import load_model, model_spec
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
     "intermediate_size": 48,

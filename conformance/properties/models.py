@@ -48,7 +48,7 @@ _engines: dict[tuple[int, str], Engine] = {}
 
 def tokens(count: int, seed: int = 0, rows: int = 1) -> np.ndarray:
     """Random ids [rows, count] for the small model, BOS in front."""
-    ids = np.random.default_rng(seed).integers(4, SMALL["vocab_size"], (rows, count))  # type: ignore[call-overload]
+    ids = np.random.default_rng(seed).integers(4, SMALL["vocab_size"], (rows, count))
     ids[:, 0] = 2
     return ids.astype(np.int64)
 
