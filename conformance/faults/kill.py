@@ -127,8 +127,8 @@ def stages_of(fault: Fault) -> list[str]:
     """
     citing = {name for name, declared in declarations().items() if set(declared.statements) & set(fault.breaks)}
     home = f"test_{fault.clause.lower()}"
-    first = sorted(name for module, name in citing if module == home)
-    then = sorted(name for module, name in citing if module != home)
+    first = sorted(f"({module} and {name})" for module, name in citing if module == home)
+    then = sorted(f"({module} and {name})" for module, name in citing if module != home)
     found: list[str] = []
     for names in (first, then):
         if names:
