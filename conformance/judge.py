@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
+import numpy as np
 from hypothesis.errors import HypothesisException
 
 from lyra.backends.protocol import Backend, ModelBackend
@@ -75,14 +76,25 @@ class Judge:
 
     def agree(self, case: Case | str, problem: Problem, outcomes: dict[str, Outcome]) -> None:
         """Any two of the outcomes differ by at most K·√2·σ. The one farther from the oracle is blamed."""
-        wanted = expected(problem)["output"]
-        for one, other in combinations(outcomes, 2):
-            between = Uncertain(outcomes[other].output.astype(float), wanted.variance)
-            far = distance(outcomes[one].output, between, problem.real)
-            self.record.saw(f"{one} ↔ {other}", "output", far.ratio)
+        outputs = {name: outcome.output for name, outcome in outcomes.items()}
+        self.agree_on(case, problem, "output", outputs, expected(problem)["output"], problem.real)
+
+    def agree_on(
+        self,
+        case: Case | str,
+        problem: Problem,
+        what: str,
+        values: Mapping[str, np.ndarray],
+        wanted: Uncertain,
+        where: np.ndarray | None = None,
+    ) -> None:
+        """The same for any value, by backend; `where` [B,T] shows the rows to compare."""
+        for one, other in combinations(values, 2):
+            far = distance(values[one], Uncertain(values[other].astype(float), wanted.variance), where)
+            self.record.saw(f"{one} ↔ {other}", what, far.ratio)
             if far.ratio > K_PAIR:
-                blamed = max((one, other), key=lambda name: distance(outcomes[name].output, wanted, problem.real).ratio)
-                error = Divergence(blamed, f"{far.describe('output', K_PAIR)} between {one} and {other}", problem)
+                blamed = max((one, other), key=lambda name: distance(values[name], wanted, where).ratio)
+                error = Divergence(blamed, f"{far.describe(what, K_PAIR)} between {one} and {other}", problem)
                 self._keep(case, next(s for s in self.subjects if s.name == blamed), error)
                 raise error
 

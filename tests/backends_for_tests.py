@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lyra.backends.protocol import CAPABILITIES, CapturedLayer, Result, get_backend
+from lyra.backends.protocol import CAPABILITIES, CapturedLayer, Gradients, Result, get_backend
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
@@ -61,6 +61,20 @@ class NullAttention:
     ) -> Result:
         shapes = stage_shapes(self.spec, *x.shape[:2]) if trace else {}
         return Result(self.make(x, x.shape), (), {name: self.make(x, shape) for name, shape in shapes.items()})
+
+    def vjp(
+        self,
+        cotangent: np.ndarray,
+        x: np.ndarray,
+        *,
+        positions: np.ndarray,
+        mask: np.ndarray | None = None,
+        static: StaticLayer | None = None,
+    ) -> Gradients:
+        """Gradients in the right shapes."""
+        weights = {name: self.make(x, shape) for name, shape in self.spec.weight_shapes().items()}
+        of_k, of_v = (None, None) if static is None else (self.make(x, part.shape) for part in (static.k, static.v))
+        return Gradients(self.make(x, x.shape), weights, of_k, of_v)
 
     def reorder(self, cache: object, rows: Sequence[int]) -> object:
         """A cache with other rows."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from lyra.backends.protocol import DifferentiableAttention, get_backend
+from lyra.backends.protocol import DifferentiableAttention, Gradients, get_backend
 from lyra.conformance.case import Case, Context, Problem
 from lyra.conformance.tolerance import K, distance
 from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
@@ -114,7 +116,7 @@ def difference(problem: Problem, cotangent: np.ndarray, name: str, direction: np
     return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * STEP)
 
 
-def named(found: object) -> dict[str, object]:
+def named(found: OracleGradients | Gradients) -> dict[str, Any]:
     """Gradients, ours or a backend's, by the name of what they belong to."""
     kv = {"static_k": found.static_k, "static_v": found.static_v} if found.static_k is not None else {}
     return {"x": found.x, **found.weights, **kv}

@@ -23,7 +23,6 @@ NOT_HELD = {
     "BATCH-4": "says how fast, not what: benchmarks measure it",
     "SEQUENTIAL-1": "no backend has the capability 'sequential' yet",
     "SEQUENTIAL-2": "no backend has the capability 'sequential' yet",
-    "GRAD-1": "no backend has the capability 'grad' yet",
 }
 """Statements that no property holds, and why. The harness's own tests refuse any other one, and a stale entry here."""
 
