@@ -187,7 +187,7 @@ def _attend_back(
         (vanilla_heads, positions, live["causal"], None),
         (lyra_heads, own, live[spec.static.live], static),
     ):
-        stream = Stream(at(spec, q, places), at(spec, k, places), static_keys(spec, context, 0))
+        stream = Stream(at(spec, q, places), at(spec, k, places), static_keys(spec, context))
         part = _stream_back(spec, heads, stream, v, of_heads, visible, context)
         streams.append(part._replace(q=at(spec, part.q, -places), k=at(spec, part.k, -places)))
     vanilla, lyra = streams

@@ -68,7 +68,7 @@ def reference(
         lyra_q, lyra_k = stored(at(spec, q, own), unit), stored(at(spec, k, own), unit)
         q = stages["q_rope"] = stored(at(spec, q, positions), unit)
         k = stages["k_rope"] = stored(at(spec, k, positions), unit)
-    vanilla, lyra = Stream(q, k, None), Stream(lyra_q, lyra_k, static_keys(spec, static, 0))
+    vanilla, lyra = Stream(q, k, None), Stream(lyra_q, lyra_k, static_keys(spec, static))
     stages["heads"] = stored(_attend(spec, vanilla, lyra, stages["v_proj"], positions, mask, static), unit)
     stages["output"] = stored(_output(spec, weights, stages["heads"]), unit)
     return stages
@@ -102,9 +102,13 @@ def stage_from_trace(
         return at(spec, before[f"{kind}_{normed}"], positions)
     if name == "heads":
         last = "rope" if spec.rope is not None else normed
-        # A trace is rotated at t in every mode, so here static keys move to j − P instead (SPEC.md, POSITION).
-        own = Stream(before[f"q_{last}"], before[f"k_{last}"], static_keys(spec, static, context_end(spec, static)))
-        return _attend(spec, own, own, before["v_proj"], positions, mask, static)
+        q, k = before[f"q_{normed}"], before[f"k_{normed}"]
+        if spec.rope is not None:  # a trace is rotated at t in every mode (ORDER-3); Lyra heads attend at P + t
+            own = positions + context_end(spec, static)[:, None]
+            q, k = at(spec, q, own), at(spec, k, own)
+        vanilla = Stream(before[f"q_{last}"], before[f"k_{last}"], None)
+        lyra = Stream(q, k, static_keys(spec, static))
+        return _attend(spec, vanilla, lyra, before["v_proj"], positions, mask, static)
     if name == "output":
         return _output(spec, weights, before["heads"])
     raise KeyError(f"unknown stage {name!r}; the stages are {spec.trace_names()}")
@@ -135,14 +139,13 @@ def angles(spec: AttentionSpec, positions: np.ndarray) -> np.ndarray:
     return positions[..., None] * (spec.rope.theta**-exponent / spec.rope.factor)
 
 
-def static_keys(spec: AttentionSpec, static: StaticLayer | None, back: np.ndarray | int) -> Uncertain | None:
-    """Static keys [Bc,G,S,D], rotated at their positions less `back` (a number, or one per context row)."""
+def static_keys(spec: AttentionSpec, static: StaticLayer | None) -> Uncertain | None:
+    """Static keys [Bc,G,S,D], rotated at their positions."""
     if static is None:
         return None
     if spec.rope is None:
         return exact(static.k)
-    positions = static.positions - np.reshape(back, (-1, 1))
-    return rotate(exact(static.k), angles(spec, positions)[:, None])
+    return rotate(exact(static.k), angles(spec, static.positions)[:, None])
 
 
 def _attend(

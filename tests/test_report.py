@@ -135,7 +135,8 @@ def test_distances(session: Session) -> None:
     assert output.percentiles["100"] == 2.0
     assert other.limit == K_PAIR
     assert limit("right ↔ wrong", "output") == K_PAIR
-    assert limit("right", "k_rope alone") == K
+    assert limit("right", "k_rope alone") == limit("right", "gradients") == K
+    assert limit("right ↔ wrong", "gradients") == K_PAIR
     assert limit("right", "logits, whole model") == 1
 
 

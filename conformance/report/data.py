@@ -23,7 +23,7 @@ from lyra.spec.clauses import clauses
 
 FORMAT: Literal[1] = 1
 PACKAGES = ("lyra", "numpy", "torch", "transformers", "jax", "flax", "hypothesis", "pytest")
-STAGES = frozenset(name for names in TRACES.values() for name in names)
+AGAINST_ORACLE = frozenset(name for names in TRACES.values() for name in names) | {"gradients"}
 WHOLE_MODEL = ", whole model"
 STATUSES: tuple[Status, ...] = ("passed", "failed", "errored", "unsupported")
 PERCENTILES = (50, 90, 99, 99.9, 100)
@@ -222,7 +222,7 @@ def limit(backend: str, compared: str) -> float:
     """What the ratios of a kind of comparison may reach: K against the oracle, K·√2 between two computed values."""
     if compared.endswith(WHOLE_MODEL):
         return 1.0
-    one_side = "↔" not in backend and (compared in STAGES or compared.endswith(" alone"))
+    one_side = "↔" not in backend and (compared in AGAINST_ORACLE or compared.endswith(" alone"))
     return K if one_side else K_PAIR
 
 

@@ -1,0 +1,405 @@
+"""The oracle against SPEC.md written out in loops, and its σ against float32 computations done naively."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lyra.conformance.case import FLAVOURS, Case, Context, Problem
+from lyra.conformance.tolerance import K, distance
+from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
+from lyra.spec.inputs import StaticLayer
+from lyra.spec.reference import context_end, reference, stage_from_trace
+from lyra.spec.split import HeadSplit
+
+Vector = list[float]
+FLOAT = np.float32
+
+
+class Loops:
+    """One layer as SPEC.md says it, number by number. Nothing here is an array operation."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.spec, self.problem = problem.spec, problem
+        self.tokens = [(b, t) for b in range(problem.x.shape[0]) for t in range(problem.x.shape[1])]
+        self.q = {at: self.project("q", at, self.spec.num_attention_heads) for at in self.tokens}
+        self.k = {at: self.project("k", at, self.spec.num_key_value_heads) for at in self.tokens}
+        self.v = {at: self.project("v", at, self.spec.num_key_value_heads) for at in self.tokens}
+        self.q = {at: [self.norm(one, "q") for one in heads] for at, heads in self.q.items()}
+        self.k = {at: [self.norm(one, "k") for one in heads] for at, heads in self.k.items()}
+
+    def project(self, kind: str, at: tuple[int, int], heads: int) -> list[Vector]:
+        """ORDER-1: head h is columns h·D to (h+1)·D."""
+        weight, size = self.problem.weights[f"{kind}_proj.weight"], self.spec.head_dim
+        return [self.linear(self.problem.x[at], weight, kind, range(h * size, (h + 1) * size)) for h in range(heads)]
+
+    def linear(self, x: np.ndarray | Vector, weight: np.ndarray, kind: str, rows: range) -> Vector:
+        """x · Wᵀ (+ bias) for some rows of W."""
+        found = [math.fsum(float(a) * float(b) for a, b in zip(x, weight[row], strict=True)) for row in rows]
+        if self.spec.bias:
+            bias = self.problem.weights[f"{kind}_proj.bias"]
+            found = [value + float(bias[row]) for value, row in zip(found, rows, strict=True)]
+        return found
+
+    def norm(self, y: Vector, kind: str) -> Vector:
+        """NORM-1."""
+        if self.spec.qk_norm is None:
+            return y
+        mean = math.fsum(value * value for value in y) / len(y)
+        root = math.sqrt(mean + self.spec.qk_norm.eps)
+        weight = self.problem.weights[f"{kind}_norm.weight"]
+        return [value / root * (1 + float(w)) for value, w in zip(y, weight, strict=True)]
+
+    def turn(self, y: Vector, position: int) -> Vector:
+        """ROPE-1 and ROPE-2."""
+        if self.spec.rope is None:
+            return y
+        size, turned = len(y), list(y)
+        for i in range(size // 2):
+            angle = position * self.spec.rope.theta ** (-2 * i / size) / self.spec.rope.factor
+            one, two = y[i], y[i + size // 2]
+            turned[i] = one * math.cos(angle) - two * math.sin(angle)
+            turned[i + size // 2] = two * math.cos(angle) + one * math.sin(angle)
+        return turned
+
+    def visible(self, b: int, t: int, other: int, lyra: bool) -> bool:
+        """LIVE, SLIDING-1 and MASKED-1."""
+        problem = self.problem
+        back = int(problem.positions[b, t]) - int(problem.positions[b, other])
+        if not problem.mask[b, other] or back < 0:
+            return False
+        if self.spec.sliding_window is not None and back >= self.spec.sliding_window:
+            return False
+        if not lyra:
+            return True
+        return {"causal": True, "self": t == other, "none": False}[self.spec.static.live]
+
+    def head(self, b: int, t: int, h: int) -> Vector:
+        """STATIC-1: one softmax over what head h sees, static and live."""
+        spec, problem = self.spec, self.problem
+        lyra, kv_head, static = h in spec.lyra_q_heads, h // spec.group_size, problem.static
+        row, shift = 0, 0
+        if static is not None and lyra:
+            row = b if len(static.k) > 1 else 0
+            seen = [int(p) for p, shown in zip(static.positions[row], static.mask[row], strict=True) if shown]
+            shift = max(seen) + 1 if seen and spec.static.positions == "continue" else 0
+        query = self.turn(self.q[b, t][h], int(problem.positions[b, t]) + shift)
+        keys, values = [], []
+        if static is not None and lyra:
+            axis = spec.lyra_kv_heads.index(kv_head)
+            for slot in range(static.mask.shape[1]):
+                if static.mask[row, slot]:
+                    stored = [float(value) for value in static.k[row, axis, slot]]
+                    keys.append(self.turn(stored, int(static.positions[row, slot])))
+                    values.append([float(value) for value in static.v[row, axis, slot]])
+        for other in range(problem.x.shape[1]):
+            if self.visible(b, t, other, lyra):
+                keys.append(self.turn(self.k[b, other][kv_head], int(problem.positions[b, other]) + shift))
+                values.append(self.v[b, other][kv_head])
+        if not keys:
+            return [0.0] * spec.head_dim  # MASKED-2
+        scores = [spec.scale * math.fsum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
+        if spec.softcap is not None:
+            scores = [spec.softcap * math.tanh(score / spec.softcap) for score in scores]
+        weights = [math.exp(score - max(scores)) for score in scores]
+        return [
+            math.fsum(w * value[d] for w, value in zip(weights, values, strict=True)) / math.fsum(weights)
+            for d in range(spec.head_dim)
+        ]
+
+    def stages(self) -> dict[str, np.ndarray]:
+        """heads [B,T,Hq,D] and output [B,T,E]."""
+        shape = (*self.problem.x.shape[:2], self.spec.num_attention_heads, self.spec.head_dim)
+        heads, output = np.zeros(shape), np.zeros(self.problem.x.shape)
+        weight = self.problem.weights["o_proj.weight"]
+        for b, t in self.tokens:
+            for h in range(self.spec.num_attention_heads):
+                heads[b, t, h] = self.head(b, t, h)
+            output[b, t] = self.linear(heads[b, t].ravel(), weight, "o", range(self.spec.hidden_size))
+        return {"heads": heads, "output": output}
+
+
+@st.composite
+def tiny_cases(draw: st.DrawFn) -> Case:
+    """Layers so small that loops over them are quick, with everything that a spec can switch."""
+    query_heads, kv_heads = draw(st.sampled_from([(4, 2), (2, 2), (4, 1), (6, 3)]))
+    spec = AttentionSpec(
+        hidden_size=5,
+        num_attention_heads=query_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=4,
+        scale=draw(st.sampled_from([0.5, 168**-0.5, 1.3])),
+        softcap=draw(st.sampled_from([None, 0.7, 30.0])),
+        bias=draw(st.booleans()),
+        qk_norm=draw(st.sampled_from([None, QKNormSpec(), QKNormSpec(eps=1e-2)])),
+        rope=draw(st.sampled_from([None, RopeSpec(), RopeSpec(theta=300.0, factor=8.0)])),
+        static=StaticSpec(
+            live=draw(st.sampled_from(["causal", "self", "none"])),
+            positions=draw(st.sampled_from(["continue", "overlay"])),
+        ),
+    )
+    window = draw(st.sampled_from([None, None, 1, 2, 4]))
+    batch = draw(st.integers(1, 2))
+    context = None
+    if window is None:
+        heads = draw(st.sets(st.integers(0, query_heads - 1)))
+        spec = spec.replace(split=HeadSplit.from_q_heads(spec, heads, share_kv=None))
+        slots = draw(st.integers(0, 4))
+        context = draw(
+            st.none()
+            | st.builds(
+                Context,
+                tokens=st.just(slots),
+                batch=st.sampled_from([1, batch]),
+                start=st.sampled_from([0, 3, 1000]),
+                hidden=st.lists(st.integers(0, slots), min_size=batch, max_size=batch).map(tuple),
+                gaps=st.booleans(),
+            )
+        )
+    tokens = draw(st.integers(1, 5))
+    return Case(
+        spec=spec if window is None else spec.replace(sliding_window=window),
+        calls=(tokens,),
+        batch=batch,
+        context=context,
+        padding=tuple(draw(st.lists(st.integers(0, tokens - 1), min_size=batch, max_size=batch))),
+        padding_side=draw(st.sampled_from(["left", "right"])),
+        start=draw(st.sampled_from([0, 7, 5000])),
+        flavour=draw(st.sampled_from(list(FLAVOURS))),
+        poison=draw(st.sampled_from([1.0, 1e6])),
+        seed=draw(st.integers(0, 10_000)),
+    )
+
+
+def oracle(problem: Problem) -> dict[str, np.ndarray]:
+    return {name: one.value for name, one in stages_of(problem).items()}
+
+
+def stages_of(problem: Problem) -> dict:
+    return reference(
+        problem.spec,
+        problem.weights,
+        problem.x,
+        positions=problem.positions,
+        mask=problem.mask,
+        static=problem.static,
+    )
+
+
+def close(got: np.ndarray, wanted: np.ndarray, mask: np.ndarray, rtol: float) -> None:
+    got, wanted = got[mask], wanted[mask]
+    np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol * max(1e-30, np.abs(wanted).max(initial=0)))
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@given(case=tiny_cases())
+def test_the_oracle_is_the_spec_in_loops(case: Case) -> None:
+    problem = case.problem()
+    found, wanted = oracle(problem), Loops(problem).stages()
+    for name, value in wanted.items():
+        close(found[name], value, problem.mask, 1e-9)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(case=tiny_cases())
+def test_a_stage_from_a_perfect_trace_is_the_oracles(case: Case) -> None:
+    problem = case.problem()
+    whole = oracle(problem)
+    assert tuple(whole) == problem.spec.trace_names()
+    for name, value in whole.items():
+        alone = stage_from_trace(
+            problem.spec,
+            problem.weights,
+            name,
+            whole,
+            problem.x,
+            positions=problem.positions,
+            mask=problem.mask,
+            static=problem.static,
+        )
+        close(alone.value, value, problem.mask, 1e-8)
+        assert (alone.variance >= 0).all()
+
+
+def test_an_unknown_stage_is_refused() -> None:
+    problem = Case(AttentionSpec(4, 2, 1, 4, 0.5)).problem()
+    with pytest.raises(KeyError, match="unknown stage 'queries'"):
+        stage_from_trace(problem.spec, problem.weights, "queries", {}, problem.x, positions=problem.positions)
+
+
+def test_the_examples_of_the_spec() -> None:
+    spec = AttentionSpec(4, 4, 2, 4, 0.5, rope=RopeSpec(theta=10_000.0), split=HeadSplit((2, 3)))
+    zeros = np.zeros((3, 1, 5, 4), FLOAT)
+    mask = np.arange(5) < np.array([[5], [2], [0]])
+    static = StaticLayer(zeros, zeros, mask, np.tile(np.arange(5), (3, 1)))
+    assert context_end(spec, static).tolist() == [5, 2, 0]
+    assert context_end(spec.replace(static=StaticSpec(positions="overlay")), static).tolist() == [0]
+    assert context_end(spec, None).tolist() == [0]
+
+
+def test_a_context_of_two_equal_scores_gives_the_mean_of_its_values() -> None:
+    spec = AttentionSpec(4, 2, 1, 4, 0.5, split=HeadSplit((0, 1)), static=StaticSpec(live="none"))
+    problem = Case(spec, calls=(1,), context=Context(2)).problem()
+    assert problem.static is not None
+    problem = problem.replace(static=problem.static._replace(k=np.zeros_like(problem.static.k)))
+    wanted = problem.static.v[0, 0].astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(oracle(problem)["heads"][0, 0], [wanted, wanted], rtol=1e-15)
+
+
+LANES = 4
+
+
+class Naive:
+    """One layer in float32, every sum in a random order: correct, and no better."""
+
+    def __init__(self, problem: Problem, rng: np.random.Generator) -> None:
+        self.problem, self.spec, self.rng = problem, problem.spec, rng
+
+    def sum(self, products: np.ndarray) -> np.ndarray:
+        """The sum over the last axis in float32, in a random order, over a few accumulators as kernels have them."""
+        lanes = min(LANES, products.shape[-1])
+        totals = np.zeros((*products.shape[:-1], lanes), FLOAT)
+        for place, index in enumerate(self.rng.permutation(products.shape[-1])):
+            totals[..., place % lanes] += products[..., index]
+        total = totals[..., 0]
+        for lane in range(1, lanes):
+            total = total + totals[..., lane]
+        return total
+
+    def linear(self, x: np.ndarray, kind: str) -> np.ndarray:
+        """x [..., n] by W [m, n]."""
+        out = self.sum(x[..., None, :] * self.problem.weights[f"{kind}_proj.weight"])
+        return out + self.problem.weights[f"{kind}_proj.bias"] if self.spec.bias else out
+
+    def norm(self, y: np.ndarray, kind: str) -> np.ndarray:
+        """RMSNorm in float32."""
+        assert self.spec.qk_norm is not None
+        mean = self.sum(y * y)[..., None] / FLOAT(y.shape[-1])
+        root = FLOAT(1) / np.sqrt(mean + FLOAT(self.spec.qk_norm.eps))
+        return y * root * (FLOAT(1) + self.problem.weights[f"{kind}_norm.weight"])
+
+    def turn(self, y: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """y [..., D] at positions [...], angles in float32."""
+        if self.spec.rope is None:
+            return y
+        half = y.shape[-1] // 2
+        powers = np.arange(half) * 2 / y.shape[-1]
+        inverse = (self.spec.rope.theta**-powers / self.spec.rope.factor).astype(FLOAT)
+        angle = positions[..., None].astype(FLOAT) * inverse
+        cos, sin = np.cos(angle), np.sin(angle)
+        one, two = y[..., :half], y[..., half:]
+        return np.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+
+    def stages(self) -> dict[str, np.ndarray]:
+        """Every stage, by trace name."""
+        problem, spec = self.problem, self.spec
+        shape = (*problem.x.shape[:2], -1, spec.head_dim)
+        found = {f"{kind}_proj": self.linear(problem.x, kind).reshape(shape) for kind in "qkv"}
+        q, k = found["q_proj"], found["k_proj"]
+        if spec.qk_norm is not None:
+            q, k = found["q_norm"], found["k_norm"] = self.norm(q, "q"), self.norm(k, "k")
+        heads = [self.head(q, k, found["v_proj"], h) for h in range(spec.num_attention_heads)]
+        if spec.rope is not None:
+            found["q_rope"], found["k_rope"] = (self.turn(y, problem.positions[:, :, None]) for y in (q, k))
+        found["heads"] = np.stack(heads, axis=2)
+        found["output"] = self.linear(found["heads"].reshape(*problem.x.shape[:2], -1), "o")
+        return found
+
+    def head(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, h: int) -> np.ndarray:
+        """One head [B,T,D] with its keys [B,L,D], static ones first, all causal and real."""
+        spec, problem = self.spec, self.problem
+        kv_head, positions = h // spec.group_size, problem.positions
+        key, value = k[:, :, kv_head], v[:, :, kv_head]
+        visible = positions[:, :, None] >= positions[:, None, :]
+        if h in spec.lyra_q_heads and problem.static is not None:
+            static, axis = problem.static, spec.lyra_kv_heads.index(kv_head)
+            positions = positions + context_end(spec, static)[:, None]
+            key = np.concatenate([self.turn(static.k[:, axis], static.positions), self.turn(key, positions)], axis=1)
+            value = np.concatenate([static.v[:, axis], value], axis=1)
+            shown = np.broadcast_to(static.mask[:, None], (*visible.shape[:2], static.mask.shape[1]))
+            visible = np.concatenate([shown, visible], axis=2)
+        else:
+            key = self.turn(key, positions)
+        query = self.turn(q[:, :, h], positions)
+        scores = self.sum(query[:, :, None] * key[:, None]) * FLOAT(spec.scale)
+        if spec.softcap is not None:
+            scores = FLOAT(spec.softcap) * np.tanh(scores / FLOAT(spec.softcap))
+        scores = np.where(visible, scores, FLOAT(-np.inf))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = weights / self.sum(weights)[..., None]
+        return self.sum(weights[:, :, None] * np.swapaxes(value, 1, 2)[:, None])
+
+
+LARGER = AttentionSpec(64, 4, 2, 32, 32**-0.5)
+STRUCTURES = {
+    "plain": {},
+    "no norm": {"qk_norm": None, "scale": 1 / 32},
+    "no rope": {"rope": None},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 2.0},
+    "low theta": {"rope": RopeSpec(theta=1e4, factor=8.0)},
+}
+SIMULATIONS = 240
+
+
+def simulated(index: int) -> Problem:
+    """The index walks through structures, flavours, splits and positions."""
+    spec = LARGER.replace(**list(STRUCTURES.values())[index % len(STRUCTURES)])
+    split = ((), (2, 3), (0, 3), (0, 1, 2, 3))[index // 3 % 4]
+    spec = spec.replace(split=HeadSplit.from_q_heads(spec, split, share_kv=None))
+    flavour = list(FLAVOURS)[index // 7 % len(FLAVOURS)]
+    far = (0, 100, 100_000)[index // 2 % 3]
+    return Case(
+        spec, calls=(6,), batch=1, context=Context(9, start=far, hidden=(2,)), start=far, flavour=flavour, seed=index
+    ).problem()
+
+
+def test_sigma_is_of_the_size_of_float32_rounding() -> None:
+    """Of a few hundred correct float32 layers, no value at any stage is K·σ off, and the farthest is beyond σ/2."""
+    chained, alone = defaultdict(list), defaultdict(list)
+    for index in range(SIMULATIONS):
+        problem = simulated(index)
+        trace = Naive(problem, np.random.default_rng(index)).stages()
+        whole = stages_of(problem)
+        assert set(trace) == set(whole)
+        for name, value in trace.items():
+            assert value.dtype == FLOAT
+            chained[name].append(distance(value, whole[name]).ratio)
+            one = stage_from_trace(
+                problem.spec,
+                problem.weights,
+                name,
+                trace,
+                problem.x,
+                positions=problem.positions,
+                static=problem.static,
+            )
+            alone[name].append(distance(value, one).ratio)
+    for ratios in (chained, alone):
+        assert set(ratios) == set(LARGER.trace_names())
+        largest = {name: max(values) for name, values in ratios.items()}
+        assert all(0.5 < value < K for value in largest.values()), largest
+        typical = {name: float(np.median(values)) for name, values in ratios.items()}
+        assert all(0.3 < value < 4 for value in typical.values()), typical
+
+
+@pytest.mark.parametrize(
+    ("stage", "wrong"),
+    [
+        ("q_proj", lambda y: y * FLOAT(1 + 2**-16)),
+        ("q_norm", lambda y: y.astype(np.float16).astype(FLOAT)),
+        ("k_rope", lambda y: y + FLOAT(2e-5)),
+        ("heads", lambda y: np.roll(y, 1, axis=2)),
+        ("output", lambda y: y * FLOAT(1 - 2**-16)),
+    ],
+)
+def test_what_is_not_rounding_is_far_beyond_k(stage: str, wrong: object) -> None:
+    problem = simulated(6)
+    trace = Naive(problem, np.random.default_rng(0)).stages()
+    assert distance(trace[stage], stages_of(problem)[stage]).ratio < K
+    assert distance(wrong(trace[stage]), stages_of(problem)[stage]).ratio > 2 * K  # type: ignore[operator]
