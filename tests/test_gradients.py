@@ -11,6 +11,7 @@ from lyra.backends.protocol import DifferentiableAttention, Gradients, get_backe
 from lyra.conformance.case import Case, Context, Problem
 from lyra.conformance.tolerance import K, distance
 from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
+from lyra.spec.errors import InputError
 from lyra.spec.gradients import OracleGradients, gradients
 from lyra.spec.reference import reference
 from lyra.spec.split import HeadSplit
@@ -148,3 +149,56 @@ def test_backends_are_within_the_tolerance(case: Case, backend: str) -> None:
     for name, wanted in named(oracle(problem, cotangent)).items():
         far = distance(got[name], wanted)
         assert far.ratio <= K, far.describe(name, K)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_garbage_that_overflows_stays_without_influence(backend: str) -> None:
+    """Hidden values so large that their scores and norms are infinite: a zero times them would be NaN."""
+    case = CASES["self, overlay, own contexts"].replace(spec=layer(softcap=0.8), padding=(1, 0))
+    answers = []
+    for poison in (3e38, 1.0):
+        problem = case.replace(poison=poison).problem()
+        found = get_backend(backend).attention(problem.spec, problem.weights)
+        assert isinstance(found, DifferentiableAttention)
+        cotangent = cotangent_of(problem)
+        cotangent[~problem.real] = np.nan
+        answers.append(
+            named(
+                found.vjp(cotangent, problem.x, positions=problem.positions, mask=problem.mask, static=problem.static)
+            )
+        )
+    for name, gradient in answers[0].items():
+        assert np.isfinite(gradient).all(), name
+        np.testing.assert_array_equal(gradient, answers[1][name])
+    assert not answers[0]["x"][0, 0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASES["plain"].replace(context=Context(tokens=2)),
+        CASES["causal"].replace(context=Context(tokens=0)),
+        CASES["causal"].replace(context=Context(tokens=2, hidden=(2,))),
+    ],
+    ids=["no Lyra heads", "no slots", "nothing visible"],
+)
+def test_a_static_layer_that_nothing_reads_gets_zeros(case: Case, backend: str) -> None:
+    problem = case.problem()
+    assert problem.static is not None
+    found = get_backend(backend).attention(problem.spec, problem.weights)
+    assert isinstance(found, DifferentiableAttention)
+    got = found.vjp(cotangent_of(problem), problem.x, positions=problem.positions, static=problem.static)
+    for part in (got.static_k, got.static_v):
+        assert part is not None
+        assert part.shape == problem.static.k.shape
+        assert not part.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cotangent_of_another_shape_is_refused(backend: str) -> None:
+    problem = CASES["plain"].problem()
+    found = get_backend(backend).attention(problem.spec, problem.weights)
+    assert isinstance(found, DifferentiableAttention)
+    with pytest.raises(InputError, match=r"cotangent has shape \(1, 3, 5\).*expected float32 \(1, 3, 6\)"):
+        found.vjp(np.zeros((1, 3, 5), np.float32), problem.x, positions=problem.positions)
