@@ -1,4 +1,5 @@
-"""One context, two frameworks: capture a long document with one backend, save it, attach it in the other.
+"""One context, two frameworks: capture a long document with one backend, save it, attach it in the other. Exit code 0
+if both make the same of it: the same greedy tokens, and the same likelihood of what follows.
 
 python examples/two_backends.py --from torch --to jax --tokens 1500
 """
@@ -149,7 +150,7 @@ def main(
     print_texts(console, document, texts | {f"{source}, same context": at_source.text})
     same = with_context.text == at_source.text
     console.print(f"{source} and {target} generate {'the same text' if same else 'DIFFERENT texts'} with the context.")
-    raise typer.Exit(0 if same and gap <= AGREEMENT and with_context.nll < plain.nll else 1)
+    raise typer.Exit(0 if same and gap <= AGREEMENT else 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""The examples do what they say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lyra.backends.protocol import get_backend
+from lyra.conformance.launch import make_session
+from lyra.conformance.runner import run
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def call(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with arguments in a folder of its own."""
+    environment = {**os.environ, "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-P", *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_numpy_backend_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    session = make_session(["numpy_backend:NumpyBackend"], profile="smoke", seed=0, spec=None)
+    outcome = run(session, only="oracle or call or context or head or window or decode")
+    assert outcome.exit_code == 0, outcome.log
+    assert session.record.ok
+    assert session.record.cases > 300
+
+
+def test_the_numpy_backend_is_as_short_as_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    assert get_backend("numpy_backend:NumpyBackend").capabilities >= {"static", "cache", "trace", "reorder", "crop"}
+    assert len((EXAMPLES / "numpy_backend.py").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_split_tests_pass_as_a_file_of_a_users_own(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    copy = tmp_path / "test_my_split.py"
+    copy.write_bytes((EXAMPLES / "pytest_your_split.py").read_bytes())
+    done = call("-m", "pytest", "-q", "-p", "no:cacheprovider", copy, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
+def test_one_context_serves_two_backends(tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    options = ["--from", "torch", "--to", "jax", "--tokens", "4500", "--model", tiny_folder]
+    done = call(EXAMPLES / "two_backends.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torch and jax generate the same text with the context." in done.stdout
+    assert "capture with torch" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_document_cut_too_short_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    done = call(EXAMPLES / "two_backends.py", "--tokens", "20", "--model", tiny_folder, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "tokens, got 20" in done.stderr
