@@ -159,12 +159,11 @@ def test_the_real_backend_comes_back_after_an_error() -> None:
     assert type(get_backend("torch")) is type(real)
 
 
-def test_a_fault_must_be_in_a_module_that_takes_part() -> None:
-    text = Path(importlib.import_module("lyra.backends.torch_impl.capture").__file__ or "").read_text()
-    line = next(one for one in text.splitlines() if one.startswith("def "))
-    fault = a_fault(line, line + " ", file="capture.py")
-    with pytest.raises(FaultError, match="nothing that was run needs"), injected(fault, "torch"):
-        pass
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fault_in_a_module_that_is_imported_late_is_killed(backend: str) -> None:
+    pytest.importorskip(backend)
+    verdict = kill(catalogue()["captured-keys-and-values-exchanged"], backend)
+    assert (verdict.status, verdict.clause) == ("killed", "CAPTURE")
 
 
 def test_a_traceback_shows_the_patched_line() -> None:
