@@ -18,19 +18,22 @@ STYLE: dict[Status, str] = {"passed": "green", "failed": "bold red", "errored": 
 def conformance_table(record: Record, backends: list[str]) -> Table:
     """Clause × backend, in the order of SPEC.md: the gravest status of the properties that cite it, and their cases."""
     table = Table(title="Conformance by clause", title_justify="left")
-    table.add_column("clause", style="bold")
-    table.add_column("says", style="dim", overflow="ellipsis", no_wrap=True, max_width=46)
-    table.add_column("properties", justify="right")
-    for backend in backends:
-        table.add_column(backend, justify="right")
-    for clause in by_clause(record, backends):
-        cells = [_cell(clause.status[backend], clause.cases[backend]) for backend in backends]
-        table.add_row(clause.name, clause.title, str(clause.properties), *cells)
+    rows = by_clause(record, backends)
+    columns = {name: [_cell(row.status[name], row.cases[name]) for row in rows] for name in backends}
+    table.add_column("clause", style="bold", no_wrap=True, min_width=max((len(row.name) for row in rows), default=6))
+    table.add_column(
+        "says", style="dim", overflow="ellipsis", no_wrap=True, max_width=46
+    )  # gives way on narrow screens
+    table.add_column("prop.", justify="right", min_width=5)
+    for name, cells in columns.items():
+        table.add_column(name, justify="right", no_wrap=True, min_width=max((len(cell) for cell in cells), default=6))
+    for place, row in enumerate(rows):
+        table.add_row(row.name, row.title, str(row.properties), *(columns[name][place] for name in backends))
     return table
 
 
 def _cell(status: Status, cases: int) -> Text:
-    return Text(f"{status} {cases:>5,}" if cases else status, style=STYLE[status])
+    return Text(f"{status} {cases:,}" if cases else status, style=STYLE[status])
 
 
 def print_report(console: Console, record: Record, backends: list[str], *, profile: str, seconds: float) -> None:
