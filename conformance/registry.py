@@ -56,6 +56,7 @@ def prop(
             test = settings(
                 max_examples=session.examples(weight),
                 deadline=None,
+                database=None,
                 print_blob=False,
                 report_multiple_bugs=False,
                 phases=[phase for phase in Phase if phase is not Phase.explain],

@@ -14,6 +14,7 @@ import pytest
 
 from .launch import SessionPlugin
 from .record import Record
+from .selection import Selection
 from .session import Session
 
 
@@ -70,7 +71,7 @@ def run(
 ) -> Run:
     """Run the properties against the session's backends, in this process, and give what was seen.
 
-    `only` is a pytest -k expression over the properties' names.
+    `only` is an expression over the properties' names, such as "rope and not far". Raises UsageError where it is none.
     """
     folder = Path(__file__).parent / "properties"
     arguments = [str(folder), "-q", "--capture=no", "-p", "no:cacheprovider", f"--rootdir={folder.parent}"]
@@ -78,8 +79,8 @@ def run(
     arguments += ["-x"] if fail_fast else []
     arguments += ["--lyra-replay", replay] if replay else []
     arguments += ["--junitxml", junit] if junit else []
-    arguments += ["-k", only] if only else []
     plugins: list[object] = [SessionPlugin(session)] + ([Progress(progress)] if progress else [])
+    plugins += [Selection(only)] if only else []
     forget_properties()
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -33,7 +33,8 @@ from lyra.conformance.judge import has
 from lyra.conformance.replay import Replay
 from lyra.conformance.report.data import STATUSES
 from lyra.conformance.runner import Run, run
-from lyra.conformance.session import Profile, Session, start
+from lyra.conformance.selection import selects
+from lyra.conformance.session import Profile, Session, UsageError, start
 from lyra.conformance.strategies import cases
 
 FEW = Profile("smoke", examples=2, frames=3)
@@ -211,7 +212,7 @@ def drawn(seed: int) -> list[str]:
 
     listening = Listens()
     listening.seen = []
-    assert judged(listening, only="layer_equals_oracle", seed=seed).record.ok
+    assert judged(listening, only="layer_equals_oracle or life_of_a_cache", seed=seed).record.ok
     return listening.seen
 
 
@@ -235,6 +236,32 @@ def test_a_case_survives_its_json() -> None:
         assert one.spec == two.spec
 
     survives()
+
+
+@pytest.mark.parametrize(
+    ("expression", "holds"),
+    [
+        ("rope", False),
+        ("static", True),
+        ("STATIC-2 or one_softmax", True),
+        ("static::one and not softmax", False),
+        ("not (rope or order) and static::one_softmax", True),
+        ("test_static::test_one", True),
+    ],
+)
+def test_an_expression_selects_by_name(expression: str, holds: bool) -> None:
+    assert selects(expression, "test_static::test_one_softmax static::one_softmax") is holds
+
+
+@pytest.mark.parametrize("expression", ["", "and", "static static", "(static", "not", "__import__('os')"])
+def test_what_is_no_expression_is_refused(expression: str) -> None:
+    with pytest.raises(UsageError, match="is no expression"):
+        selects(expression, "static")
+
+
+def test_only_looks_at_names_and_at_no_folder() -> None:
+    seen = judged(Wrapped(), only="rope and not huge").record.properties
+    assert {name.partition("::")[0] for name in seen} == {"rope"}
 
 
 def conform(*arguments: object) -> Result:

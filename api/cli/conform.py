@@ -38,7 +38,7 @@ def conform(
     junit: Annotated[Path | None, typer.Option(help="Write the report as JUnit XML.")] = None,
     replay: Annotated[Path | None, typer.Option(help="Run one recorded case only.")] = None,
     only: Annotated[
-        str | None, typer.Option("--only", help="Properties whose names match a pytest -k expression.")
+        str | None, typer.Option("--only", help="Properties by name: words joined by and, or, not.")
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="PATH.html", help="Write the report as one HTML page.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Print statement → properties → faults and stop.")] = False,

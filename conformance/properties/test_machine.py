@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -127,5 +127,8 @@ def test_life_of_a_cache(judge: Judge) -> None:
 
     Machine.judge = judge
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Machine, settings=settings(max_examples=current().examples(0.5), stateful_step_count=12, deadline=None)
+        seed(current().seed)(Machine),
+        settings=settings(
+            max_examples=current().examples(0.5), stateful_step_count=12, deadline=None, database=None, print_blob=False
+        ),
     )
