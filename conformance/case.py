@@ -184,7 +184,8 @@ def _weights(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
         elif name.endswith("bias"):
             weights[name] = rng.normal(0.0, 0.5, shape)
         else:
-            gain = 3.0 if case.flavour == "peaked" and case.spec.qk_norm is None and name[0] in "qk" else 1.0
+            unnormed = case.spec.qk_norm is None and name[0] in "qk"
+            gain = {"peaked": 3.0, "large": 3e-3}.get(case.flavour, 1.0) if unnormed else 1.0
             weights[name] = rng.normal(0.0, gain / np.sqrt(shape[1]), shape)
     return {name: array.astype(np.float32) for name, array in weights.items()}
 

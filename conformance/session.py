@@ -37,7 +37,7 @@ class Profile:
 
 PROFILES: dict[str, Profile] = {
     "smoke": Profile("smoke", examples=12, frames=4),
-    "ci": Profile("ci", examples=120, frames=12),
+    "ci": Profile("ci", examples=60, frames=7),
     "thorough": Profile("thorough", examples=600, frames=48),
 }
 

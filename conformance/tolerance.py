@@ -6,10 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lyra.spec.uncertain import Uncertain
-
-K = 8.0
-"""A backend passes where |Δ| ≤ K·σ at every element; two backends may differ by K·√2·σ."""
+from lyra.spec.uncertain import K, Uncertain
 
 K_PAIR = K * 2**0.5
 

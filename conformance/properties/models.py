@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lyra.backends.protocol import Engine
+from lyra.backends.protocol import Backend, Engine
 from lyra.conformance.oracles.hf_model import SMALL, ModelOracle, save_small_model
 from lyra.conformance.subject import Subject
 from lyra.spec.inputs import StaticLayer
@@ -36,14 +36,14 @@ def oracle(folder: str) -> ModelOracle:
 
 def engine(subject: Subject, folder: str) -> Engine:
     """A backend's engine for a folder, loaded once a backend, with nothing attached."""
-    key = (id(subject.backend), folder)
+    key = (subject.backend, folder)
     if key not in _engines:
         _engines[key] = subject.load(folder)
     subject.attempt(_engines[key].detach)
     return _engines[key]
 
 
-_engines: dict[tuple[int, str], Engine] = {}
+_engines: dict[tuple[Backend, str], Engine] = {}
 
 
 def tokens(count: int, seed: int = 0, rows: int = 1) -> np.ndarray:

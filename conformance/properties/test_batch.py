@@ -52,7 +52,14 @@ def test_permuting_rows_permutes_the_output(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("BATCH-3", "POSITION-1", case=cases(context=True, min_context=1, padding=True), needs=("static",), weight=2)
+@prop(
+    "BATCH-3",
+    "BATCH-1",
+    "POSITION-1",
+    case=cases(context=True, min_context=1, padding=True),
+    needs=("static",),
+    weight=2,
+)
 def test_rows_of_different_lengths(case: Case, judge: Judge) -> None:
     """Each row alone gives what it gives in the batch: its own context length, padding and P."""
     assert case.context is not None

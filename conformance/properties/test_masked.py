@@ -16,7 +16,7 @@ from lyra.spec.split import HeadSplit
     "MASKED-1",
     "MASKED-4",
     "STATIC-3",
-    case=cases(context=True, min_context=1, poison=(1e30, 1e9, 3e4)),
+    case=cases(context=True, min_context=1, poison=(3e38, 1e30, 3e4)),
     needs=("static",),
     weight=2,
 )
@@ -71,7 +71,7 @@ def test_no_context_in_every_mode(case: Case, judge: Judge) -> None:
     judge.oracle(case.respec(split=HeadSplit.all(case.spec)))
 
 
-@prop("MASKED-4", "MASKED-1", case=cases(padding=True, poison=(1e30,)), needs=("static",))
+@prop("MASKED-4", "MASKED-1", case=cases(padding=True, poison=(3e38,)), needs=("static",))
 def test_padding_positions_stay_finite(case: Case, judge: Judge) -> None:
     """The output at padding positions is finite, with a whole row of padding but one token too."""
     case = case.replace(padding=(case.tokens - 1,) * case.batch)

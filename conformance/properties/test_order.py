@@ -34,6 +34,29 @@ def test_every_stage_equals_oracle(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
+@prop("ORDER-3", case=cases(), needs=("static", "trace"), weight=0.5)
+def test_absent_stages_leave_no_trace(case: Case, judge: Judge) -> None:
+    """A layer without norm, without RoPE or without both traces the stages it has, and these equal the oracle."""
+    bare = [case.respec(qk_norm=None), case.respec(rope=None), case.respec(qk_norm=None, rope=None)]
+    problem = bare[case.seed % 3].problem()
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem, trace=True)
+        names = tuple(outcome.trace)
+        subject.expect(
+            problem, names == problem.spec.trace_names(), f"trace {names}, expected {problem.spec.trace_names()}"
+        )
+        subject.expect_stages(problem, outcome)
+
+    judge.each(case, check)
+
+
+@prop("ORDER-1", "TOLERANCE-1", case=cases(context=False), weight=0.5)
+def test_every_projection_has_its_bias(case: Case, judge: Judge) -> None:
+    """A layer with biases equals the oracle: one forgotten on any of the four projections shows."""
+    judge.oracle(case.respec(bias=True))
+
+
 @prop("ORDER-2", "STATIC-1", case=cases(context=True, min_context=1, flavours=("normal",)), needs=("static",))
 def test_values_are_neither_normed_nor_rotated(case: Case, judge: Judge) -> None:
     """Doubling every value, static and live, doubles the output bit for bit: no norm or rotation touches them."""

@@ -33,6 +33,8 @@ def test_peaked_scores(case: Case, judge: Judge) -> None:
 def test_huge_scores_stay_finite(case: Case, judge: Judge) -> None:
     """Unnormed inputs of size 1,000 give scores far beyond what exp can take without a stable softmax."""
     problem = case.respec(qk_norm=None, softcap=None, scale=1e-2).problem()
+    grown = {name: 100 * problem.weights[name] for name in ("q_proj.weight", "k_proj.weight")}
+    problem = problem.replace(weights=problem.weights | grown)
 
     def check(subject: Subject) -> None:
         outcome = subject.run(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from lyra.conformance.case import Case
@@ -24,6 +25,15 @@ def test_window_equals_oracle(case: Case, judge: Judge) -> None:
         subject.expect_close(problem, subject.run(problem).output, whole.output, "one-shot prefill")
 
     judge.each(case, check)
+
+
+@prop("SLIDING-1", "POSITION-4", case=cases(window=True, min_tokens=4, far=False))
+def test_window_counts_positions(case: Case, judge: Judge) -> None:
+    """Positions with gaps between them: the window reaches back W positions, not W tokens."""
+    problem = case.problem()
+    steps = np.random.default_rng(case.seed).integers(1, 4, problem.mask.shape) * problem.mask
+    gapped = problem.replace(positions=np.maximum(np.cumsum(steps, axis=1) - 1, 0))
+    judge.each(case, lambda subject: subject.expect_oracle(gapped, subject.run(gapped)))
 
 
 @prop("SLIDING-1", "MASKED-1", case=cases(window=True, min_tokens=4, padding=False), needs=())

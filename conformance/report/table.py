@@ -15,20 +15,26 @@ from .data import STATUSES, backend_part, by_clause
 STYLE: dict[Status, str] = {"passed": "green", "failed": "bold red", "errored": "bold magenta", "unsupported": "yellow"}
 
 
-def conformance_table(record: Record, backends: list[str]) -> Table:
-    """Clause × backend, in the order of SPEC.md: the gravest status of the properties that cite it, and their cases."""
+def conformance_table(record: Record, backends: list[str], width: int = 100) -> Table:
+    """Clause × backend, in the order of SPEC.md: the gravest status of the properties that cite it, and their cases.
+
+    `width` is the screen's; the titles are cut so that the figures keep their lines.
+    """
     table = Table(title="Conformance by clause", title_justify="left")
     rows = by_clause(record, backends)
     columns = {name: [_cell(row.status[name], row.cases[name]) for row in rows] for name in backends}
-    table.add_column("clause", style="bold", no_wrap=True, min_width=max((len(row.name) for row in rows), default=6))
-    table.add_column(
-        "says", style="dim", overflow="ellipsis", no_wrap=True, max_width=46
-    )  # gives way on narrow screens
-    table.add_column("prop.", justify="right", min_width=5)
-    for name, cells in columns.items():
-        table.add_column(name, justify="right", no_wrap=True, min_width=max((len(cell) for cell in cells), default=6))
+    figures = [max([len(name), *map(len, cells)]) for name, cells in columns.items()]
+    names = max([len("clause"), *(len(row.name) for row in rows)])
+    borders = 3 * (3 + len(backends)) + 1
+    room = max(8, min(46, width - names - len("prop.") - sum(figures) - borders))
+    table.add_column("clause", style="bold", no_wrap=True)
+    table.add_column("says", style="dim", no_wrap=True)
+    table.add_column("prop.", justify="right", no_wrap=True)
+    for name in backends:
+        table.add_column(name, justify="right", no_wrap=True)
     for place, row in enumerate(rows):
-        table.add_row(row.name, row.title, str(row.properties), *(columns[name][place] for name in backends))
+        title = row.title if len(row.title) <= room else row.title[: room - 1] + "…"
+        table.add_row(row.name, title, str(row.properties), *(columns[name][place] for name in backends))
     return table
 
 
@@ -38,7 +44,7 @@ def _cell(status: Status, cases: int) -> Text:
 
 def print_report(console: Console, record: Record, backends: list[str], *, profile: str, seconds: float) -> None:
     """The table, the failures and one closing line."""
-    console.print(conformance_table(record, backends))
+    console.print(conformance_table(record, backends, console.width))
     for failure in record.failures.values():
         console.print(Panel(Text(describe(failure)), border_style=STYLE[failure.kind], title=failure.statements[0]))
     console.print(closing(record, backends, profile=profile, seconds=seconds))
