@@ -237,7 +237,7 @@ def test_a_page_without_failures_and_spec(session: Session) -> None:
 
 
 def test_charts() -> None:
-    chart = histogram_chart(histogram(np.array([0.5, 9.0])), EDGES, K, "two")
+    chart = histogram_chart(histogram(np.array([K / 16, K * 1.1])), EDGES, K, "two")
     assert chart.count('class="within"') == chart.count('class="beyond"') == 1
     assert 'aria-label="two"' in chart
     picture = head_map(LAYER)

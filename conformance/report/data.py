@@ -27,8 +27,8 @@ AGAINST_ORACLE = frozenset(name for names in TRACES.values() for name in names) 
 WHOLE_MODEL = ", whole model"
 STATUSES: tuple[Status, ...] = ("passed", "failed", "errored", "unsupported")
 PERCENTILES = (50, 90, 99, 99.9, 100)
-EDGES = tuple(2.0 ** (i / 2) for i in range(-12, 13))
-"""Edges of the bins that |Δ|/σ is counted in: half octaves from 1/64 to 64, K on one of them."""
+EDGES = tuple(K * 2.0 ** (i / 2) for i in range(-18, 7))
+"""Edges of the bins that |Δ|/σ is counted in: half octaves from K/512 to 8·K, K on one of them."""
 
 Verdict = Literal["conforms", "does not conform", "cut short", "nothing compared"]
 
