@@ -8,7 +8,7 @@ import numpy as np
 
 from lyra.spec.uncertain import K, Uncertain
 
-__all__ = ["K", "K_PAIR", "MODEL", "Distance", "distance", "model_distance"]
+__all__ = ["K_PAIR", "MODEL", "Distance", "K", "distance", "model_distance"]
 
 K_PAIR = K * 2**0.5
 
