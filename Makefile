@@ -11,20 +11,28 @@ INSTALLED := .venv/.installed-$(FILES)
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-suite test-harness lint format faults bench clean
+# The tests of backends and models, apart from those of the suite, so that two cores have three parts to share.
+MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py tests/test_model.py tests/test_real_model.py)
+OTHER_TESTS := $(filter-out $(MODEL_TESTS),$(wildcard tests/test_*.py))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --durations=10
+
+.PHONY: demo test test-suite test-harness test-models lint format faults bench clean
 
 demo: $(INSTALLED)  ## the spec held by both backends, then one context in two frameworks
 	$(BIN)/lyra conform --profile smoke
 	$(BIN)/python examples/two_backends.py
 
 test: $(INSTALLED)  ## the conformance suite's ci profile and the harness's own tests, side by side on two cores
-	$(MAKE) --no-print-directory -j2 --output-sync=target test-suite test-harness
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-harness test-suite test-models
 
 test-suite: $(INSTALLED)
 	$(BIN)/lyra conform --profile ci --json build/conformance.json --report build/conformance.html
 
 test-harness: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest tests -q -p no:cacheprovider --durations=10
+	$(PYTEST) $(OTHER_TESTS)
+
+test-models: $(INSTALLED)
+	$(PYTEST) $(MODEL_TESTS)
 
 lint: $(INSTALLED)  ## style, types of the public surface, import contracts
 	$(BIN)/ruff check .

@@ -107,7 +107,11 @@ def test_a_small_error_is_found_and_its_stage_named() -> None:
 def test_a_trace_that_lies_is_found_though_the_output_is_right() -> None:
     outcome = judged(LyingTrace(), only="order or rope or tolerance")
     failed = {name for name, status in statuses(outcome, "liar").items() if status == "failed"}
-    assert failed == {"order::every_stage_equals_oracle", "rope::stages_of_the_rotation"}
+    assert failed == {
+        "order::absent_stages_leave_no_trace",
+        "order::every_stage_equals_oracle",
+        "rope::stages_of_the_rotation",
+    }
     assert {outcome.record.failures[name, "liar"].stage for name in failed} == {"k_rope"}
 
 
