@@ -5,6 +5,7 @@ from .context import ContextLayer, StaticContext
 from .errors import ContextError, InputError, SpecError
 from .fingerprint import Fingerprint
 from .model import LayerSplit, ModelSpec, load_spec, presets
+from .sequential import SequentialSpec
 from .split import HeadSplit
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ModelSpec",
     "QKNormSpec",
     "RopeSpec",
+    "SequentialSpec",
     "SpecError",
     "StaticContext",
     "StaticSpec",

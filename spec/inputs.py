@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from .attention import AttentionSpec
 from .errors import InputError
+from .sequential import SequentialSpec
 
 
 class StaticLayer(NamedTuple):
@@ -70,6 +71,53 @@ def check_call(
     )
 
 
+def check_block_call(
+    spec: SequentialSpec,
+    h: np.ndarray,
+    positions: np.ndarray,
+    mask: np.ndarray | None,
+    static: StaticLayer | None,
+    cache: object | None,
+) -> CallInputs:
+    """Check the arguments of a block's call, h [B,T,E] being its x. Raises InputError (clause SEQUENTIAL)."""
+    if spec.source == "own":
+        if static is not None:
+            raise InputError(
+                "a block with source='own' reads the cache of its layer and no context, but a static layer was given; "
+                "leave it out or take source='external'"
+            )
+        if cache is None:
+            raise InputError(
+                "a block with source='own' needs the cache that its layer's own attention returned for these tokens, "
+                "and none was given"
+            )
+    return check_call(spec.attention, h, positions, mask, static)
+
+
+def check_own_cache(
+    spec: AttentionSpec, inputs: CallInputs, heads: tuple[int, int], mask: np.ndarray, positions: np.ndarray
+) -> None:
+    """Check a cache that a block shares with its layer: it must end with the tokens of the call (SEQUENTIAL-6).
+
+    heads are the KV heads and head_dim that it holds, mask and positions [B,L] its tokens. Raises InputError.
+    """
+    if heads != (spec.num_key_value_heads, spec.head_dim):
+        raise InputError(
+            f"the cache holds {heads[0]} KV heads of {heads[1]}; the block reads {spec.num_key_value_heads} of "
+            f"{spec.head_dim}: give the cache of the block's own layer"
+        )
+    rows, tokens = inputs.mask.shape
+    if len(mask) != rows:
+        raise InputError(f"the cache has {len(mask)} rows, x has {rows}; give the cache of these rows")
+    last = slice(max(0, mask.shape[1] - tokens), None)
+    same = mask.shape[1] >= tokens and np.array_equal(mask[:, last], inputs.mask)
+    if not same or not np.array_equal(positions[:, last][inputs.mask], inputs.positions[inputs.mask]):
+        raise InputError(
+            f"the cache, of {mask.shape[1]} tokens, does not end with the {tokens} tokens of this call; call the "
+            f"layer's own attention with them first and give the block the cache that it returned"
+        )
+
+
 def check_static(spec: AttentionSpec, static: StaticLayer, batch: int) -> StaticLayer:
     """Check one layer's static K/V against the spec and the batch. Raises InputError."""
     k, v, mask, positions = (np.asarray(part) for part in static)
@@ -123,7 +171,13 @@ def check_cotangent(cotangent: np.ndarray, inputs: CallInputs) -> np.ndarray:
     return np.where(inputs.mask[:, :, None], cotangent, 0.0).astype(np.float32)
 
 
-def check_weights(spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+class HasWeights(Protocol):
+    """A spec that says which weights it needs: an AttentionSpec or a SequentialSpec."""
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+
+def check_weights(spec: HasWeights, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights the spec asks for, as float32; missing, unknown and misshapen ones are refused. Raises InputError."""
     shapes = spec.weight_shapes()
     missing, unknown = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))

@@ -55,8 +55,24 @@ def reference(
     """
     x, positions, mask, static = check_call(spec, x, positions, mask, static)
     unit = U_BFLOAT16 if dtype == "bfloat16" else 0.0
-    stages = {"q_proj": _project(spec, weights, "q", x), "k_proj": _project(spec, weights, "k", x)}
-    stages["v_proj"] = _project(spec, weights, "v", x)
+    return stages_of(spec, weights, exact(x), positions, mask, static, unit)
+
+
+def stages_of(
+    spec: AttentionSpec,
+    weights: Mapping[str, np.ndarray],
+    x: Uncertain,
+    positions: np.ndarray,
+    mask: np.ndarray,
+    static: StaticLayer | None,
+    unit: float = 0.0,
+) -> dict[str, Uncertain]:
+    """The same for checked arguments and an x [B,T,E] that may itself be uncertain.
+
+    `unit` is the unit roundoff of the type that stages are stored in, 0 for float32.
+    """
+    stages = {"q_proj": project(spec, weights, "q", x), "k_proj": project(spec, weights, "k", x)}
+    stages["v_proj"] = project(spec, weights, "v", x)
     stages = {name: stored(value, unit) for name, value in stages.items()}
     q, k = stages["q_proj"], stages["k_proj"]
     if spec.qk_norm is not None:
@@ -69,8 +85,8 @@ def reference(
         q = stages["q_rope"] = stored(at(spec, q, positions), unit)
         k = stages["k_rope"] = stored(at(spec, k, positions), unit)
     vanilla, lyra = Stream(q, k, None), Stream(lyra_q, lyra_k, static_keys(spec, static))
-    stages["heads"] = stored(_attend(spec, vanilla, lyra, stages["v_proj"], positions, mask, static), unit)
-    stages["output"] = stored(_output(spec, weights, stages["heads"]), unit)
+    stages["heads"] = stored(attend(spec, vanilla, lyra, stages["v_proj"], positions, mask, static), unit)
+    stages["output"] = stored(output(spec, weights, stages["heads"]), unit)
     return stages
 
 
@@ -93,7 +109,7 @@ def stage_from_trace(
     before = {key: exact(value) for key, value in trace.items()}
     kind, _, stage = name.partition("_")
     if stage == "proj":
-        return _project(spec, weights, kind, x)
+        return project(spec, weights, kind, exact(x))
     if stage == "norm":
         assert spec.qk_norm is not None
         return rms_norm(before[f"{kind}_proj"], weights[f"{kind}_norm.weight"], spec.qk_norm.eps)
@@ -108,9 +124,9 @@ def stage_from_trace(
             q, k = at(spec, q, own), at(spec, k, own)
         vanilla = Stream(before[f"q_{last}"], before[f"k_{last}"], None)
         lyra = Stream(q, k, static_keys(spec, static))
-        return _attend(spec, vanilla, lyra, before["v_proj"], positions, mask, static)
+        return attend(spec, vanilla, lyra, before["v_proj"], positions, mask, static)
     if name == "output":
-        return _output(spec, weights, before["heads"])
+        return output(spec, weights, before["heads"])
     raise KeyError(f"unknown stage {name!r}; the stages are {spec.trace_names()}")
 
 
@@ -121,9 +137,10 @@ def context_end(spec: AttentionSpec, static: StaticLayer | None) -> np.ndarray:
     return np.max(np.where(static.mask, static.positions + 1, 0), axis=1, initial=0)
 
 
-def _project(spec: AttentionSpec, weights: Mapping[str, np.ndarray], kind: str, x: np.ndarray) -> Uncertain:
-    flat = linear(exact(x), weights[f"{kind}_proj.weight"], weights[f"{kind}_proj.bias"] if spec.bias else None)
-    shape = (*x.shape[:2], -1, spec.head_dim)
+def project(spec: AttentionSpec, weights: Mapping[str, np.ndarray], kind: str, x: Uncertain) -> Uncertain:
+    """Heads [B,T,H,D] of kind "q", "k" or "v", projected from x [B,T,E] (ORDER-1)."""
+    flat = linear(x, weights[f"{kind}_proj.weight"], weights[f"{kind}_proj.bias"] if spec.bias else None)
+    shape = (*x.value.shape[:2], -1, spec.head_dim)
     return Uncertain(flat.value.reshape(shape), flat.variance.reshape(shape))
 
 
@@ -148,7 +165,7 @@ def static_keys(spec: AttentionSpec, static: StaticLayer | None) -> Uncertain | 
     return rotate(exact(static.k), angles(spec, static.positions)[:, None])
 
 
-def _attend(
+def attend(
     spec: AttentionSpec,
     vanilla: Stream,
     lyra: Stream,
@@ -240,7 +257,8 @@ def _before(static: Uncertain, live: Uncertain) -> Uncertain:
     return Uncertain(join(static.value, live.value), join(static.variance, live.variance))
 
 
-def _output(spec: AttentionSpec, weights: Mapping[str, np.ndarray], heads: Uncertain) -> Uncertain:
+def output(spec: AttentionSpec, weights: Mapping[str, np.ndarray], heads: Uncertain) -> Uncertain:
+    """heads [B,T,Hq,D], concatenated and projected: [B,T,E] (ORDER-1)."""
     flat = (*heads.value.shape[:2], spec.num_attention_heads * spec.head_dim)
     concatenated = Uncertain(heads.value.reshape(flat), heads.variance.reshape(flat))
     return linear(concatenated, weights["o_proj.weight"], weights["o_proj.bias"] if spec.bias else None)
