@@ -16,6 +16,7 @@ import numpy as np
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
+from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Gradients",
     "ModelBackend",
     "Result",
+    "SequentialBackend",
     "StaticLayer",
     "check_backend",
     "get_backend",
@@ -46,7 +48,7 @@ CAPABILITIES = {
     "crop": "Attention.crop(cache, length) keeps the first tokens of a live cache",
     "grad": "Attention.vjp",
     "bfloat16": "Attention computes in bfloat16 when the backend is given dtype='bfloat16'",
-    "sequential": "an injected attention block after self-attention",
+    "sequential": "SequentialBackend.sequential: an injected attention block after self-attention",
 }
 
 
@@ -120,6 +122,18 @@ class Backend(Protocol):
     capabilities: frozenset[str]
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> Attention: ...
+
+
+@runtime_checkable
+class SequentialBackend(Backend, Protocol):
+    """What a backend is with the capability "sequential" (clause SEQUENTIAL).
+
+    The block is called as an Attention is, x being the residual stream h. With spec.source "own", `cache` is what the
+    layer's own Attention of this backend returned for the same tokens, and comes back as it is. `weights` go by
+    `spec.weight_shapes()`, float32.
+    """
+
+    def sequential(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> Attention: ...
 
 
 class CapturedLayer(NamedTuple):

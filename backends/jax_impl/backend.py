@@ -13,7 +13,8 @@ from jax import Array
 from lyra.backends.protocol import Gradients, Result
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import StaticLayer, check_call, check_cotangent, check_weights
+from lyra.spec.inputs import CallInputs, StaticLayer, check_call, check_cotangent, check_weights
+from lyra.spec.sequential import SequentialSpec
 
 from . import cache as live
 from .cache import LiveCache
@@ -24,6 +25,7 @@ from .static import PlacedStatic, place_static, rotate_static
 
 if TYPE_CHECKING:
     from .model import JaxEngine
+    from .sequential import JaxSequential
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -69,13 +71,8 @@ class JaxAttention:
         Raises InputError.
         """
         inputs = check_call(self.spec, x, positions, mask, static)
-        batch, tokens = inputs.mask.shape
-        inputs = pad_tokens(inputs)
-        padded = inputs.mask.shape[1]
-        past = self._empty_cache(batch, padded) if cache is None else _live_cache(cache)
-        if past.batch != batch:
-            raise InputError(f"the cache has {past.batch} rows, x has {batch}; reorder the cache or give matching rows")
-        placed = None if inputs.static is None else place_static(self.spec, inputs.static)
+        tokens = inputs.mask.shape[1]
+        inputs, past, placed = self.prepare(inputs, cache)
         output, cache_after, stages = call_layer(
             inputs.x,
             inputs.positions.astype(np.int32),
@@ -83,11 +80,23 @@ class JaxAttention:
             self._weights,
             self._constants if placed is not None else self._constants._replace(split=None),
             None if placed is None else pad_slots(placed),
-            live.with_room(past, padded),
+            live.with_room(past, inputs.mask.shape[1]),
             shape=self._shape,
         )
         values = {name: np.asarray(stages[name])[:, :tokens] for name in self._trace_names} if trace else {}
         return Result(np.asarray(output)[:, :tokens], cache_after._replace(length=past.length + tokens), values)
+
+    def prepare(self, inputs: CallInputs, cache: object | None) -> tuple[CallInputs, LiveCache, PlacedStatic | None]:
+        """Checked arguments, padded to a common number of tokens; the cache, or an empty one; the context in place.
+
+        Raises InputError for a cache that does not fit.
+        """
+        batch = len(inputs.mask)
+        inputs = pad_tokens(inputs)
+        past = self._empty_cache(batch, inputs.mask.shape[1]) if cache is None else _live_cache(cache)
+        if past.batch != batch:
+            raise InputError(f"the cache has {past.batch} rows, x has {batch}; reorder the cache or give matching rows")
+        return inputs, past, None if inputs.static is None else place_static(self.spec, inputs.static)
 
     def vjp(
         self,
@@ -118,14 +127,20 @@ class JaxAttention:
 
 
 class JaxBackend:
-    """Attention layers and whole Gemma-3 models in JAX (protocols `Backend` and `ModelBackend`)."""
+    """Attention layers, injected blocks and whole Gemma-3 models in JAX (`SequentialBackend` and `ModelBackend`)."""
 
     name = "jax"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad"})
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential"})
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> JaxAttention:
         """One attention layer. `weights` carry Hugging Face names and layouts. Raises InputError."""
         return JaxAttention(spec, weights)
+
+    def sequential(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> JaxSequential:
+        """One injected block with its weights (names as in `spec.weight_shapes()`). Raises InputError."""
+        from .sequential import JaxSequential  # here, because it is made of a JaxAttention
+
+        return JaxSequential(spec, weights)
 
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> JaxEngine:
         """A whole Gemma-3 from a folder in Hugging Face's layout; raises and options as in `JaxEngine.load`."""

@@ -58,17 +58,26 @@ class LiveCache(NamedTuple):
         """Slots, used and free."""
         return self.mask.shape[1]
 
+    def used(self) -> LiveKeys:
+        """The live keys as they are, free slots masked."""
+        shown = self.mask & (jnp.arange(self.capacity) < self.length)
+        return LiveKeys(self.keys, self.values, shown, self.positions)
+
     def append(self, new: LiveKeys) -> tuple[LiveKeys, LiveCache]:
         """All live keys, old and new, and a new cache that holds them; the old cache stays as it is. Clause LIVE-4.
 
         There must be free slots for the new ones.
         """
-        used = LiveKeys(self.keys, self.values, self.mask & (jnp.arange(self.capacity) < self.length), self.positions)
-        live = LiveKeys(*map(self._write, used, new, SLOT_AXES))
+        live = LiveKeys(*map(self._write, self.used(), new, SLOT_AXES))
         return live, LiveCache(*live, length=self.length + new.mask.shape[1])
 
     def _write(self, slots: Array, new: Array, axis: int) -> Array:
         return lax.dynamic_update_slice_in_dim(slots, new, self.length, axis)
+
+    def contents(self) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+        """KV heads and head_dim, mask and positions of its tokens: what `check_own_cache` asks for."""
+        mask, positions = (np.asarray(part)[:, : int(self.length)] for part in (self.mask, self.positions))
+        return (self.keys.shape[1], self.keys.shape[2]), mask, positions
 
 
 def live_keys(k: Array, v: Array, mask: Array, positions: Array) -> LiveKeys:

@@ -18,7 +18,7 @@ from jax import Array
 
 from lyra.spec.attention import TRACES, AttentionSpec
 
-from .cache import LiveCache, live_keys
+from .cache import LiveCache, LiveKeys, live_keys
 from .heads import SplitArrays, fold, fold_visible, split_arrays, unfold
 from .norm import rms_norm
 from .partial import HIGHEST, finish, merge, partial_attention
@@ -110,10 +110,15 @@ def project(flow: Flow, layer: Layer, call: Call) -> Flow:
     """Queries, keys and values by head. Clause ORDER-1."""
     x, shape = flow.values["x"], layer.shape
     return flow.add(
-        q=_heads(_linear(x, layer.weights, "q_proj"), shape.query_heads),
-        k=_heads(_linear(x, layer.weights, "k_proj"), shape.kv_heads),
-        v=_heads(_linear(x, layer.weights, "v_proj"), shape.kv_heads),
+        q=projection(x, layer, "q_proj", shape.query_heads),
+        k=projection(x, layer, "k_proj", shape.kv_heads),
+        v=projection(x, layer, "v_proj", shape.kv_heads),
     )
+
+
+def projection(x: Array, layer: Layer, name: str, heads: int) -> Array:
+    """x [B,T,E] through one projection and into heads [B,T,heads,D]. Clause ORDER-1."""
+    return _heads(_linear(x, layer.weights, name), heads)
 
 
 def norm(flow: Flow, layer: Layer, call: Call) -> Flow:
@@ -137,10 +142,14 @@ def rope(flow: Flow, layer: Layer, call: Call) -> Flow:
 
 def attend(flow: Flow, layer: Layer, call: Call) -> Flow:
     """Every head over the live keys, Lyra heads over the static keys too, with one softmax. Clauses LIVE and STATIC."""
-    shape, constants = layer.shape, layer.constants
     new = live_keys(flow.values["k"], flow.values["v"], call.mask, call.positions)
     live, cache = flow.cache.append(new)
-    live = new if call.first else live
+    return attend_to(new if call.first else live, flow, layer, call)._replace(cache=cache)
+
+
+def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
+    """The same over given live keys; the cache stays as it is."""
+    shape, constants = layer.shape, layer.constants
     visible = visible_keys(call.positions, live.positions, live.mask, constants.window, constants.rule)
     visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
     query = fold(flow.values["q"], shape.kv_heads)
@@ -149,7 +158,7 @@ def attend(flow: Flow, layer: Layer, call: Call) -> Flow:
         tokens = call.mask.shape[1]
         static = static_attention(query, call.static, constants.split, tokens, constants.scale, constants.softcap)
         partial = merge(partial, static)
-    return flow.add(heads=unfold(finish(partial), shape.query_heads))._replace(cache=cache)
+    return flow.add(heads=unfold(finish(partial), shape.query_heads))
 
 
 def output(flow: Flow, layer: Layer, call: Call) -> Flow:

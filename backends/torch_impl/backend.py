@@ -11,7 +11,8 @@ import torch
 from lyra.backends.protocol import Gradients, Result
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import StaticLayer, check_call, check_cotangent, check_weights
+from lyra.spec.inputs import CallInputs, StaticLayer, check_call, check_cotangent, check_weights
+from lyra.spec.sequential import SequentialSpec
 
 from .cache import LiveCache
 from .gradients import complete, layer_gradients
@@ -21,6 +22,7 @@ from .static import prepare_static
 
 if TYPE_CHECKING:
     from .model import TorchEngine
+    from .sequential import TorchSequential
 
 
 class TorchAttention:
@@ -43,23 +45,26 @@ class TorchAttention:
     ) -> Result:
         """Run the layer. Shapes as in the protocol; raises InputError for inputs that contradict the spec."""
         inputs = check_call(self.spec, x, positions, mask, static)
+        with torch.inference_mode():
+            output, live, stages = run(self.spec, self.weights, self.lyra, self.prepare(inputs, cache))
+            traced = {name: value.numpy() for name, value in stages.items()} if trace else {}
+            return Result(output.numpy(), live, traced)
+
+    def prepare(self, inputs: CallInputs, cache: object | None) -> Call:
+        """Checked arguments and a cache as tensors. Raises InputError for a cache that does not fit."""
         past = None if cache is None else self._own(cache)
         if past is not None and len(past.mask) != len(inputs.x):
             raise InputError(
                 f"cache holds {len(past.mask)} rows and x {len(inputs.x)}; reorder the cache or start without one"
             )
-        with torch.inference_mode():
-            # Copies, so that the caller's arrays are never aliased and every call sees the same memory alignment.
-            call = Call(
-                torch.tensor(inputs.x),
-                torch.tensor(inputs.positions),
-                torch.tensor(inputs.mask),
-                prepare_static(self.spec, inputs.static),
-                past,
-            )
-            output, live, stages = run(self.spec, self.weights, self.lyra, call)
-            traced = {name: value.numpy() for name, value in stages.items()} if trace else {}
-            return Result(output.numpy(), live, traced)
+        # Copies, so that the caller's arrays are never aliased and every call sees the same memory alignment.
+        return Call(
+            torch.tensor(inputs.x),
+            torch.tensor(inputs.positions),
+            torch.tensor(inputs.mask),
+            prepare_static(self.spec, inputs.static),
+            past,
+        )
 
     def vjp(
         self,
@@ -96,14 +101,20 @@ class TorchAttention:
 
 
 class TorchBackend:
-    """PyTorch. Implements `lyra.backends.protocol.ModelBackend`."""
+    """PyTorch. Implements `lyra.backends.protocol.ModelBackend` and `SequentialBackend`."""
 
     name = "torch"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad"})
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential"})
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> TorchAttention:
         """One attention layer with its weights (Hugging Face names and layouts). Raises InputError."""
         return TorchAttention(spec, weights)
+
+    def sequential(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> TorchSequential:
+        """One injected block with its weights (names as in `spec.weight_shapes()`). Raises InputError."""
+        from .sequential import TorchSequential  # here, because it is made of a TorchAttention
+
+        return TorchSequential(spec, weights)
 
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
         """A whole Gemma-3 from a folder with config.json and *.safetensors. Needs transformers.

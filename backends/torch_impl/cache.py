@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -35,6 +36,10 @@ class LiveCache(NamedTuple):
         return LiveCache(
             self.k[:, :, :length], self.v[:, :, :length], self.mask[:, :length], self.positions[:, :length]
         )
+
+    def contents(self) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+        """KV heads and head_dim, mask and positions: what `check_own_cache` asks for."""
+        return (self.k.shape[1], self.k.shape[3]), self.mask.numpy(), self.positions.numpy()
 
 
 def live_tokens(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> LiveCache:

@@ -33,12 +33,14 @@ class Call(NamedTuple):
 
 def project(spec: AttentionSpec, weights: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [B,T,E] -> q [B,T,Hq,D], k and v [B,T,Hkv,D]. Clause ORDER-1."""
+    q, k, v = (projection(spec, weights, name, x) for name in ("q_proj", "k_proj", "v_proj"))
+    return q, k, v
 
-    def one(name: str) -> torch.Tensor:
-        flat = linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-        return flat.unflatten(-1, (-1, spec.head_dim))
 
-    return one("q_proj"), one("k_proj"), one("v_proj")
+def projection(spec: AttentionSpec, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    """x [B,T,E] through one projection, "q_proj", "k_proj" or "v_proj", and into heads [B,T,H,D]. Clause ORDER-1."""
+    flat = linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    return flat.unflatten(-1, (-1, spec.head_dim))
 
 
 def norm(spec: AttentionSpec, weights: Weights, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,162 @@
+"""An injected attention block: norm, attention, norm, and the gate through which it joins the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lyra.backends.protocol import Result
+from lyra.spec.inputs import StaticLayer, check_block_call, check_own_cache, check_weights
+from lyra.spec.sequential import SequentialSpec
+
+from . import cache as live
+from .backend import JaxAttention
+from .cache import LiveCache
+from .layer import (
+    Cache,
+    Call,
+    Constants,
+    Flow,
+    Layer,
+    Shape,
+    attend_to,
+    constants_of,
+    output,
+    projection,
+    run_layer,
+    shape_of,
+)
+from .norm import rms_norm
+from .rope import cos_sin, rotate
+from .shapes import general, pad_slots
+from .static import PlacedStatic, rotate_static
+
+
+class BlockConstants(NamedTuple):
+    """The numbers of a block: those of its attention, norm_eps and gate float32, residual bool."""
+
+    attention: Constants
+    norm_eps: Array
+    gate: Array
+    residual: Array
+
+
+class JaxSequential:
+    """One injected block in JAX: an `Attention` whose x is h. The weights move to the device here. SEQUENTIAL."""
+
+    def __init__(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> None:
+        """Raises InputError where the weights are not those of the spec."""
+        self.spec = spec
+        checked = check_weights(spec, weights)
+        self._weights: dict[str, Array] = jax.device_put(checked)
+        self._attention = JaxAttention(spec.attention, {name: checked[name] for name in spec.attention.weight_shapes()})
+        self._shape = shape_of(spec.attention)
+        self._constants: BlockConstants = jax.device_put(block_constants(spec))
+        self.reorder = self._attention.reorder
+        self.crop = self._attention.crop
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        *,
+        positions: np.ndarray,
+        mask: np.ndarray | None = None,
+        static: StaticLayer | None = None,
+        cache: object | None = None,
+        trace: bool = False,
+    ) -> Result:
+        """Run the block over h, x [B,T,E]; with source "own", `cache` is its layer's and holds these tokens already.
+
+        Shapes as in the protocol; raises InputError.
+        """
+        given = check_block_call(self.spec, x, positions, mask, static, cache)
+        tokens = given.mask.shape[1]
+        inputs, past, placed = self._attention.prepare(given, cache)
+        own = self.spec.source == "own"
+        if own:
+            check_own_cache(self.spec.attention, given, *past.contents())
+        attention = self._constants.attention
+        output, cache_after, stages = call_block(
+            inputs.x,
+            inputs.positions.astype(np.int32),
+            inputs.mask,
+            self._weights,
+            self._constants._replace(attention=attention if placed is not None else attention._replace(split=None)),
+            None if placed is None else pad_slots(placed),
+            past if own else live.with_room(past, inputs.mask.shape[1]),
+            shape=self._shape,
+            own=own,
+        )
+        after = past if cache_after is None else cache_after._replace(length=past.length + tokens)
+        names = self.spec.trace_names() if trace else ()
+        return Result(
+            np.asarray(output)[:, :tokens], after, {name: np.asarray(stages[name])[:, :tokens] for name in names}
+        )
+
+
+def block_constants(spec: SequentialSpec) -> BlockConstants:
+    """The part of a block's spec that travels as arrays."""
+    return BlockConstants(
+        attention=general(constants_of(spec.attention), spec.attention.num_attention_heads),
+        norm_eps=jnp.asarray(np.float32(spec.norm_eps)),
+        gate=jnp.asarray(np.float32(spec.gate)),
+        residual=jnp.asarray(spec.residual),
+    )
+
+
+@partial(jax.jit, static_argnames=("shape", "own"))
+def call_block(
+    h: Array,
+    positions: Array,
+    mask: Array,
+    weights: Mapping[str, Array],
+    constants: BlockConstants,
+    static: PlacedStatic | None,
+    cache: LiveCache,
+    *,
+    shape: Shape,
+    own: bool,
+) -> tuple[Array, Cache | None, dict[str, Array]]:
+    """A whole block call in one compiled function: output [B,T,E], cache, trace. Clause SEQUENTIAL.
+
+    The cache must have room for the call's tokens; with `own` it holds them already, and no other one comes back.
+    """
+    rotated = None if static is None else rotate_static(static, constants.attention.frequencies)
+    layer, call = Layer(weights, constants.attention, shape), Call(positions, mask, rotated, cache)
+    normed = rms_norm(h, weights["input_norm.weight"], constants.norm_eps)
+    y, after, stages = run_on_own_cache(normed, layer, call) if own else run_layer(normed, layer, call)
+    trace = {**stages, "input_norm": normed, "attention": y}
+    if "output_norm.weight" in weights:
+        y = trace["output_norm"] = rms_norm(y, weights["output_norm.weight"], constants.norm_eps)
+    result = trace["output"] = join(constants, h, y)
+    return result, after, trace
+
+
+def run_on_own_cache(x: Array, layer: Layer, call: Call) -> tuple[Array, None, dict[str, Array]]:
+    """The queries of x over the cache that the layer's own attention made, which holds the call's tokens already.
+
+    Returns what `run_layer` does, but no cache. Clauses SEQUENTIAL-5 and SEQUENTIAL-6.
+    """
+    assert isinstance(call.cache, LiveCache)
+    x = jnp.where(call.mask[:, :, None], x, 0.0)
+    trace = {"q_proj": (q := projection(x, layer, "q_proj", layer.shape.query_heads))}
+    if layer.constants.eps is not None:
+        trace["q_norm"] = q = rms_norm(q, layer.weights["q_norm.weight"], layer.constants.eps)
+    if layer.constants.frequencies is not None:
+        cos, sin = (part[:, :, None] for part in cos_sin(call.positions, layer.constants.frequencies))
+        trace["q_rope"] = q = rotate(q, cos, sin)
+    flow = attend_to(call.cache.used(), Flow(call.cache, {"q": q}), layer, call)
+    trace["heads"] = flow.values["heads"]
+    return output(flow, layer, call).values["output"], None, trace
+
+
+def join(constants: BlockConstants, h: Array, y: Array) -> Array:
+    """(h if residual else 0) + gate · y, h and y [B,T,E]; a closed gate gives h itself. Clause SEQUENTIAL-3."""
+    change = constants.gate * y
+    return jnp.where(constants.residual, jnp.where(constants.gate == 0, h, h + change), change)
