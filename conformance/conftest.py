@@ -14,6 +14,7 @@ from lyra.conformance.judge import Judge
 from lyra.conformance.launch import REPLAY, begin
 from lyra.conformance.registry import Declaration
 from lyra.conformance.replay import describe, write_replay
+from lyra.conformance.selection import selects
 
 
 def declaration_of(item: pytest.Item) -> Declaration | None:
@@ -32,20 +33,26 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
     begin(collector.config)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the properties of this profile; with a replay, the one it names."""
-    session, replay = sessions.current(), config.stash[REPLAY]
-    left_out: list[pytest.Item] = []
-    for item in items:
-        declaration = declaration_of(item)
-        if declaration is None:
-            continue
-        other_case = replay is not None and property_name(item) != replay.property
-        if other_case or not session.profile.includes(declaration.profile):
-            left_out.append(item)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Keep the properties that the options select, after pytest's own -k and -m: a shard is a part of all the rest."""
+    session, replay, only = sessions.current(), config.stash[REPLAY], config.getoption("--lyra-only")
+    declared = {item: declaration for item in items if (declaration := declaration_of(item))}
+    kept = {
+        item: declaration
+        for item, declaration in declared.items()
+        if session.profile.includes(declaration.profile)
+        and (replay is None or property_name(item) == replay.property)
+        and (only is None or selects(only, item.path.stem, item.name))
+    }
+    if session.shard is not None:
+        chosen = session.shard.chosen({property_name(item): one.weight for item, one in kept.items()})
+        if kept and not chosen and not hasattr(config, "workerinput"):  # workers have a controller that says it
+            raise pytest.UsageError(session.shard.empty())
+        kept = {item: one for item, one in kept.items() if property_name(item) in chosen}
+    if len(kept) < len(declared):
+        config.hook.pytest_deselected(items=[item for item in declared if item not in kept])
+        items[:] = [item for item in items if item in kept or item not in declared]
 
 
 @pytest.fixture
@@ -108,12 +115,3 @@ def explain(name: str, error: Exception) -> None:
         if key[0] == name:
             record.failures[key] = failure = dataclasses.replace(failure, replay=str(write_replay(failure)))
             error.add_note(describe(failure))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Cases, rate and the largest |Δ|/σ, after pytest's own summary."""
-    record = sessions.current().record
-    if record.cases:
-        terminalreporter.write_line(
-            f"lyra: {record.cases} compared cases, {record.cases / max(record.seconds, 1e-9):.0f} a second"
-        )

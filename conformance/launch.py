@@ -13,11 +13,13 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec, load_spec
 
+from .plugin import BEGUN
 from .replay import Replay
+from .selection import selects
 from .session import PROFILES, Session, UsageError, start
+from .shard import Shard
 
 REPLAY = pytest.StashKey[Replay | None]()
-BEGUN = pytest.StashKey[bool]()
 
 
 class SessionPlugin:
@@ -33,8 +35,9 @@ def begin(config: pytest.Config) -> None:
         return
     config.stash[BEGUN] = True
     given = next((one for one in config.pluginmanager.get_plugins() if isinstance(one, SessionPlugin)), None)
-    path = config.getoption("--lyra-replay")
+    path, only = config.getoption("--lyra-replay"), config.getoption("--lyra-only")
     try:
+        selects(only or "test", "", "")
         config.stash[REPLAY] = Replay.read(path) if path else None
         if given is not None:
             start(given.session)
@@ -45,14 +48,24 @@ def begin(config: pytest.Config) -> None:
                     profile=config.getoption("--lyra-profile"),
                     seed=config.getoption("--lyra-seed"),
                     spec=config.getoption("--lyra-spec"),
+                    shard=config.getoption("--lyra-shard"),
+                    database=config.getoption("--lyra-database"),
                 )
             )
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
 
 
-def make_session(names: list[str], *, profile: str, seed: int, spec: str | None) -> Session:
-    """A session for backends by name, all installed ones if none is named. Raises UsageError."""
+def make_session(
+    names: list[str],
+    *,
+    profile: str,
+    seed: int,
+    spec: str | None,
+    shard: str | None = None,
+    database: Path | None = None,
+) -> Session:
+    """A session for backends by name, all installed ones if none is named. Raises InputError."""
     prepare_environment()
     try:
         backends = load_backends(names)
@@ -62,6 +75,8 @@ def make_session(names: list[str], *, profile: str, seed: int, spec: str | None)
             seed=seed,
             scope=read_scope(spec) if spec else None,
             asked=dict(zip((backend.name for backend in backends), dict.fromkeys(names), strict=False)),
+            shard=Shard.parse(shard) if shard else None,
+            database=database,
         )
     except (BackendNotFound, SpecError, ImportError) as error:
         raise UsageError(str(error)) from None

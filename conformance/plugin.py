@@ -1,8 +1,21 @@
-"""pytest options of the conformance suite. pytest itself loads this (entry point pytest11): nothing heavy in it."""
+"""What the conformance suite adds to pytest. pytest loads this (entry point pytest11) wherever Lyra is installed, also
+where no property runs: so nothing heavy is imported before a run of the suite has begun.
+
+Under pytest-xdist the properties run in worker processes, each with a session of its own. A worker sends what it saw
+with the report of every property; the controller, which this plugin makes out, puts it together.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
 import pytest
+
+BEGUN = pytest.StashKey[bool]()
+"""Whether a session of the suite has been made in this process."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,9 +31,84 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lyra-profile", default="smoke", choices=["smoke", "ci", "thorough"], help="how much to generate")
     group.addoption("--lyra-seed", type=int, default=0, help="seed of the generated cases")
     group.addoption("--lyra-spec", default=None, metavar="PRESET|FILE.toml", help="hold the suite to one spec or split")
+    group.addoption("--lyra-only", default=None, metavar="WORDS", help="properties by name: words, and, or, not")
+    group.addoption("--lyra-shard", default=None, metavar="I/N", help="run one of N parts of the suite, counted from 1")
     group.addoption("--lyra-replay", default=None, metavar="FILE.json", help="run one recorded case only")
+    group.addoption(
+        "--lyra-database", default=None, type=Path, metavar="DIR", help="keep failing examples here, try them first"
+    )
+    group.addoption("--lyra-json", default=None, type=Path, metavar="PATH", help="write the report as JSON")
+    group.addoption("--lyra-report", default=None, type=Path, metavar="PATH.html", help="write the report as a page")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker that declares a property."""
+    """The marker that declares a property, and what follows a run."""
     config.addinivalue_line("markers", "lyra(declaration): a property of the conformance suite and what it cites")
+    config.pluginmanager.register(Follower(config), "lyra-follower")
+
+
+class Follower:
+    """Follows one pytest run: puts together what its processes saw, and reports it at the end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._started = time.monotonic()
+        self._is_worker = hasattr(config, "workerinput")
+
+    @property
+    def _begun(self) -> bool:
+        return self._config.stash.get(BEGUN, False)
+
+    def pytest_sessionstart(self) -> None:
+        """Refuse what cannot be followed before workers start: each of them would say so."""
+        options = ("lyra_backend", "lyra_spec", "lyra_only", "lyra_shard", "lyra_replay")
+        asked = any(self._config.getoption(name) for name in options)
+        if asked and not self._is_worker and self._config.getoption("numprocesses", None):
+            from .launch import begin
+
+            begin(self._config)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """A shard with nothing to run is refused here too: what a worker says of it nobody would see."""
+        if self._begun and not ids:
+            from .session import current
+
+            if (shard := current().shard) is not None:
+                pytest.exit(shard.empty(), returncode=pytest.ExitCode.USAGE_ERROR)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+        """In a worker: what the property saw goes with its last report."""
+        report = yield
+        if self._is_worker and self._begun and call.when == "teardown":
+            from .gather import handed_over
+
+            report.lyra = handed_over()
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """In the controller: take in what a worker saw."""
+        seen = getattr(report, "lyra", None)
+        if seen is not None and not self._is_worker:
+            from .gather import take_in
+            from .launch import begin
+
+            begin(self._config)
+            take_in(seen)
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the reports that options ask for."""
+        if self._begun and not self._is_worker:
+            from .gather import write_reports
+
+            paths = self._config.getoption("lyra_json"), self._config.getoption("lyra_report")
+            write_reports(*paths, seconds=time.monotonic() - self._started)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """How much was compared, after pytest's own summary."""
+        if self._begun:
+            from .gather import closing_lines
+
+            for line in closing_lines():
+                terminalreporter.write_line(line)

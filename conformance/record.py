@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .shard import Shard
+
 Status = Literal["passed", "failed", "errored", "unsupported"]
 SEVERITY: tuple[Status, ...] = ("unsupported", "passed", "failed", "errored")
 
@@ -57,7 +59,8 @@ class Property:
 class Record:
     """Everything a run saw. `distances` are the largest |Δ|/σ of single comparisons, by backend and stage.
 
-    planned and finished count properties: a run that ended before all were done was cut short.
+    planned and finished count properties: a run that ended before all were done was cut short. `shard` is the part of
+    the suite that ran, if not all of it.
     """
 
     properties: dict[str, Property] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class Record:
     seconds: float = 0.0
     planned: int = 0
     finished: int = 0
+    shard: Shard | None = None
 
     def register(self, name: str, statements: Iterable[str], summary: str) -> Property:
         """The record of a property, made on first use."""
@@ -95,6 +99,17 @@ class Record:
         """Keep one |Δ|/σ."""
         self.distances.setdefault((backend, stage), []).append(ratio)
 
+    def add(self, other: Record) -> None:
+        """Take in what another process saw of the same run: other properties, so that nothing is counted twice."""
+        self.properties |= other.properties
+        self.failures |= other.failures
+        for key, ratios in other.distances.items():
+            self.distances.setdefault(key, []).extend(ratios)
+        self.cases += other.cases
+        self.seconds += other.seconds
+        self.planned = max(self.planned, other.planned)
+        self.finished += other.finished
+
     @property
     def complete(self) -> bool:
         """Whether every property that was to run has run."""
@@ -102,9 +117,12 @@ class Record:
 
     @property
     def ok(self) -> bool:
-        """Whether every backend had something compared, nothing failed or errored, and the run was not cut short."""
+        """Whether every backend had something compared, nothing failed or errored, and the run was not cut short.
+
+        A shard may hold nothing that a backend has the capabilities for: the others have, or the merged report says so.
+        """
         backends = {backend for prop in self.properties.values() for backend in prop.tallies}
-        compared = bool(backends) and all(self.count("passed", backend) for backend in backends)
+        compared = bool(backends) and (self.shard is not None or all(self.count("passed", one) for one in backends))
         return not self.failures and compared and self.complete
 
     def count(self, status: Status, backend: str | None = None) -> int:

@@ -25,6 +25,7 @@ class Declaration:
     needs: tuple[str, ...]
     profile: str
     check: Callable[..., None]
+    weight: float = 1.0
 
 
 def prop(
@@ -39,7 +40,7 @@ def prop(
     statements  the statements of SPEC.md it holds; the first is the one a failure is reported under
     case        a strategy; the property then takes `case` and `judge`. Without one it is an ordinary pytest function
     needs       capabilities; a backend without them is unsupported, not failed
-    weight      multiplies the profile's number of examples
+    weight      multiplies the profile's number of examples; what a property costs, where shards are balanced
     profile     the smallest profile it runs in
     Raises ValueError for a statement that SPEC.md does not have.
     """
@@ -56,7 +57,7 @@ def prop(
             test = settings(
                 max_examples=session.examples(weight),
                 deadline=None,
-                database=None,
+                database=session.examples_database(),
                 print_blob=False,
                 report_multiple_bugs=False,
                 phases=[phase for phase in Phase if phase is not Phase.explain],
@@ -67,6 +68,6 @@ def prop(
                     HealthCheck.large_base_example,
                 ],
             )(seed(session.seed)(given(case=case)(function)))
-        return pytest.mark.lyra(Declaration(tuple(statements), tuple(needs), profile, function))(test)
+        return pytest.mark.lyra(Declaration(tuple(statements), tuple(needs), profile, function, weight))(test)
 
     return declare

@@ -73,8 +73,11 @@ def command(failure: Failure) -> str:
     return f"lyra conform --backend {backend} --replay {failure.replay}"
 
 
-def describe(failure: Failure) -> str:
-    """The failure as a person reads it: clause, backend, values, stage, case and the command that replays it."""
+def describe(failure: Failure, again: str | None = None) -> str:
+    """The failure as a person reads it: clause, backend, values, stage, case and the command that replays it.
+
+    `again` is that command, where the run that failed is not the current one.
+    """
     stage = failure.stage or "unknown (no stage is off by itself, or the backend gives no trace)"
     case = _case(failure.case)
     picture = Case.from_json(json.dumps(case)).describe() if isinstance(case, dict) else case or "none was compared"
@@ -86,5 +89,5 @@ def describe(failure: Failure) -> str:
         f"  case: {picture}",
     ]
     if failure.replay:
-        lines.append(f"  replay: {command(failure)}")
+        lines.append(f"  replay: {again or command(failure)}")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ import pytest
 
 from .launch import SessionPlugin
 from .record import Record
-from .selection import Selection
+from .selection import selects
 from .session import Session
 
 
@@ -30,6 +30,13 @@ class Run:
     def found_nothing(self) -> bool:
         """Whether no property is named so, or none of this profile."""
         return self.exit_code == pytest.ExitCode.NO_TESTS_COLLECTED
+
+    @property
+    def refused(self) -> str | None:
+        """Why the options cannot be followed, if they cannot."""
+        if self.exit_code != pytest.ExitCode.USAGE_ERROR:
+            return None
+        return self.log.rpartition("ERROR: ")[2].strip()
 
     @property
     def broke(self) -> bool:
@@ -71,16 +78,17 @@ def run(
 ) -> Run:
     """Run the properties against the session's backends, in this process, and give what was seen.
 
-    `only` is an expression over the properties' names, such as "rope and not far". Raises UsageError where it is none.
+    `only` is an expression over the properties' names, such as "rope and not far". Raises InputError where it is none.
     """
+    selects(only or "test", "", "")
     folder = Path(__file__).parent / "properties"
     arguments = [str(folder), "-q", "--capture=no", "-p", "no:cacheprovider", f"--rootdir={folder.parent}"]
     arguments += ["-c", os.devnull]  # the configuration of whatever project this runs in is not the suite's
     arguments += ["-x"] if fail_fast else []
     arguments += ["--lyra-replay", replay] if replay else []
     arguments += ["--junitxml", junit] if junit else []
+    arguments += ["--lyra-only", only] if only else []
     plugins: list[object] = [SessionPlugin(session)] + ([Progress(progress)] if progress else [])
-    plugins += [Selection(only)] if only else []
     forget_properties()
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -8,42 +8,25 @@ from __future__ import annotations
 import re
 import warnings
 
-import pytest
-
-from .session import UsageError
+from lyra.spec.errors import InputError
 
 OPERATORS = frozenset({"and", "or", "not"})
 
 
-def selects(expression: str, name: str) -> bool:
-    """Whether the expression holds for a name, a word being true that stands in it. Raises UsageError."""
+def selects(expression: str, module: str, name: str) -> bool:
+    """Whether the expression holds for the property `name` of a test `module`, a word being true that stands in them.
+
+    Both are looked at as their files have them (test_static::test_one) and as reports do (static::one). Raises
+    InputError for what is no expression.
+    """
+    names = f"{module}::{name} {module.removeprefix('test_')}::{name.removeprefix('test_')}".lower()
 
     def truth(word: re.Match[str]) -> str:
-        return word[0] if word[0] in OPERATORS else str(word[0].lower() in name.lower())
+        return word[0] if word[0] in OPERATORS else str(word[0].lower() in names)
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", SyntaxWarning)
             return bool(eval(re.sub(r"[^\s()]+", truth, expression)))  # nothing is left but True, False, operators, ()
     except (SyntaxError, TypeError):
-        raise UsageError(f"--only {expression!r} is no expression; write words joined by and, or, not and ()") from None
-
-
-class Selection:
-    """A pytest plugin that keeps the properties an expression names, by their names in reports or in their files."""
-
-    def __init__(self, expression: str) -> None:
-        self._expression = expression
-        selects(expression, "")
-
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Deselect the others."""
-        left_out = [item for item in items if not selects(self._expression, _names(item))]
-        if left_out:
-            config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if item not in left_out]
-
-
-def _names(item: pytest.Item) -> str:
-    module, name = item.path.stem, item.name
-    return f"{module}::{name} {module.removeprefix('test_')}::{name.removeprefix('test_')}"
+        raise InputError(f"--only {expression!r} is no expression; write words joined by and, or, not and ()") from None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 
 from lyra.backends.protocol import Backend
 from lyra.spec.attention import AttentionSpec
@@ -12,6 +15,7 @@ from lyra.spec.errors import InputError
 
 from .frames import Frame, make_frames
 from .record import Record
+from .shard import Shard
 
 
 class UsageError(InputError):
@@ -44,7 +48,12 @@ PROFILES: dict[str, Profile] = {
 
 @dataclass
 class Session:
-    """One run of the suite. `asked` is how a backend was asked for, where that is not its name."""
+    """One run of the suite.
+
+    asked     how a backend was asked for, where that is not its name
+    shard     the part of the suite that is run; None means all of it
+    database  the folder where Hypothesis keeps failing examples, to try them first next time; None keeps nothing
+    """
 
     backends: Sequence[Backend] = ()
     profile: Profile = PROFILES["smoke"]
@@ -53,10 +62,13 @@ class Session:
     record: Record = field(default_factory=Record)
     frames: tuple[Frame, ...] = ()
     asked: Mapping[str, str] = field(default_factory=dict)
+    shard: Shard | None = None
+    database: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.frames:
             self.frames = make_frames(self.profile.frames, self.seed, self.scope)
+        self.record.shard = self.shard
 
     def examples(self, weight: float) -> int:
         """How many examples a property of this weight gets; layers of real size get fewer."""
@@ -66,6 +78,10 @@ class Session:
             size = self.scope.hidden_size * self.scope.head_dim * self.scope.num_attention_heads
             count *= min(1.0, max(0.01, 4 * toy / size))
         return max(2, round(count))
+
+    def examples_database(self) -> ExampleDatabase | None:
+        """What a property keeps its failing examples in."""
+        return DirectoryBasedExampleDatabase(self.database) if self.database else None
 
 
 _current: list[Session] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,15 @@ class SlightlyOff(Wrapped):
         output = result.output.copy()
         output[:, 2:] *= 1.001
         return result._replace(output=output, trace={**result.trace, "output": output} if result.trace else {})
+
+
+class Dies(Wrapped):
+    """Takes its whole process with it where a layer has no RoPE."""
+
+    name = "dies"
+
+    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> WrappedAttention:
+        """A layer, or the end."""
+        if spec.rope is None:
+            os._exit(3)
+        return super().attention(spec, weights)

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lyra.backends.protocol import import_extra
-from lyra.spec.base import write_atomically
 from lyra.spec.errors import InputError
 
 from .output import show
@@ -41,6 +40,12 @@ def conform(
         str | None, typer.Option("--only", help="Properties by name: words joined by and, or, not.")
     ] = None,
     report: Annotated[Path | None, typer.Option(metavar="PATH.html", help="Write the report as one HTML page.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Run one of N parts of the suite; `lyra merge` joins the reports.")
+    ] = None,
+    database: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep failing examples here, and try them first next time.")
+    ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Print statement → properties → faults and stop.")] = False,
 ) -> None:
     """Hold backends to the spec: against Hugging Face, the float64 oracle and each other.
@@ -55,17 +60,16 @@ def conform(
     from lyra.conformance.launch import make_session
     from lyra.conformance.replay import Replay
     from lyra.conformance.report.data import report_data
-    from lyra.conformance.report.markdown import append_summary
-    from lyra.conformance.report.page import html
     from lyra.conformance.report.table import print_report
+    from lyra.conformance.report.write import write_report
     from lyra.conformance.runner import run
 
     console = Console()
     for path in (json_path, junit, report):
-        _refuse_missing_folder(path)
+        refuse_missing_folder(path)
     if replay is not None:
         Replay.read(str(replay))
-    session = make_session(backend or [], profile=profile.value, seed=seed, spec=spec)
+    session = make_session(backend or [], profile=profile.value, seed=seed, spec=spec, shard=shard, database=database)
     names = [one.name for one in session.backends]
     started = time.perf_counter()
     columns = (
@@ -89,16 +93,14 @@ def conform(
     if outcome.found_nothing:
         asked = f"--replay {replay}" if replay else f"--only {only!r}"
         raise InputError(f"{asked} names no property of profile {profile.value}; `lyra conform --list` names them all")
+    if outcome.refused:
+        raise InputError(outcome.refused)
     if outcome.broke:
         console.print(outcome.log, markup=False, highlight=False)
         raise typer.Exit(2)
-    print_report(console, session.record, names, profile=profile.value, seconds=seconds)
     found = report_data(session, seconds)
-    if json_path is not None:
-        write_atomically(json_path, (found.model_dump_json(indent=2) + "\n").encode())
-    if report is not None:
-        write_atomically(report, html(found).encode())
-    append_summary(found)
+    print_report(console, found)
+    write_report(found, json_path, report)
     raise typer.Exit(0 if session.record.ok and outcome.exit_code == 0 else 1)
 
 
@@ -112,7 +114,7 @@ def _list(json_path: Path | None) -> None:
     show(found.model_dump(), json_path, listing_table(found))
 
 
-def _refuse_missing_folder(path: Path | None) -> None:
+def refuse_missing_folder(path: Path | None) -> None:
     """A report that cannot be written is refused before the run, not after it."""
     if path is not None and not path.absolute().parent.is_dir():
         raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -14,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from lyra.conformance.case import Case
-from lyra.conformance.record import SEVERITY, Failure, Property, Record, Status
+from lyra.conformance.record import SEVERITY, Failure, Property, Status
 from lyra.conformance.replay import command
 from lyra.conformance.session import ProfileName, Session
 from lyra.conformance.tolerance import K_PAIR, K
@@ -30,7 +32,7 @@ PERCENTILES = (50, 90, 99, 99.9, 100)
 EDGES = tuple(K * 2.0 ** (i / 2) for i in range(-18, 7))
 """Edges of the bins that |Δ|/σ is counted in: half octaves from K/512 to 8·K, K on one of them."""
 
-Verdict = Literal["conforms", "does not conform", "cut short", "nothing compared"]
+Verdict = Literal["conforms", "passed in this shard", "does not conform", "cut short", "nothing compared"]
 
 
 class Part(BaseModel):
@@ -84,7 +86,10 @@ class DistancePart(Part):
     limit: float = Field(description="a larger one is a failure")
     count: int
     not_finite: int
-    percentiles: dict[str, float]
+    percentiles: dict[str, float] = Field(description="of `values`, the last one exact")
+    values: dict[str, int] = Field(
+        description="how often every finite |Δ|/σ occurred, rounded to two digits: reports of shards add up exactly"
+    )
     histogram: list[int] = Field(description="below the first edge, between edges, from the last edge on or not finite")
 
 
@@ -103,12 +108,21 @@ class FailurePart(Part):
     command: str | None
 
 
+class ShardsPart(Part):
+    """Which parts of the suite a report is of: one, or after merging several."""
+
+    count: int = Field(description="into how many the suite was cut")
+    present: list[int] = Field(description="those that the report is of, counted from 1")
+    merged: bool = Field(description="whether this is what `lyra merge` made, and should hold all of them")
+
+
 class Report(Part):
     """A run of the conformance suite."""
 
     format: Literal[1]
-    ok: bool = Field(description="every backend conforms")
-    complete: bool = Field(description="false where the run was cut short")
+    ok: bool = Field(description="every backend conforms; of a single shard, nothing in it failed")
+    complete: bool = Field(description="false where the run was cut short or shards are missing")
+    shards: ShardsPart | None = Field(description="null where the suite ran in one piece")
     planned: int = Field(description="properties that were to run")
     finished: int
     profile: ProfileName
@@ -119,7 +133,8 @@ class Report(Part):
     cases: int
     started: str = Field(description="ISO 8601, UTC")
     seconds: float
-    cases_per_second: float
+    property_seconds: float = Field(description="spent within properties")
+    cases_per_second: float = Field(description="within properties")
     versions: dict[str, str]
     machine: dict[str, str]
     clauses: list[ClausePart]
@@ -131,40 +146,54 @@ class Report(Part):
 
 def report_data(session: Session, seconds: float) -> Report:
     """Everything the run saw. `seconds` is how long it took, ending now."""
-    record = session.record
+    record, shard = session.record, session.shard
     names = [backend.name for backend in session.backends]
+    parts = [_property(prop) for _, prop in sorted(record.properties.items())]
     return Report(
         format=FORMAT,
         ok=record.ok,
         complete=record.complete,
+        shards=ShardsPart(count=shard.count, present=[shard.index], merged=False) if shard else None,
         planned=record.planned,
         finished=record.finished,
         profile=session.profile.name,
         seed=session.seed,
         spec=session.scope.to_dict() if session.scope else None,
         tolerance=K,
-        backends=[backend_part(record, one.name, one.capabilities) for one in session.backends],
+        backends=[
+            backend_part(one.name, one.capabilities, parts, complete=record.complete, whole=shard is None)
+            for one in session.backends
+        ],
         cases=record.cases,
         started=datetime.fromtimestamp(datetime.now(UTC).timestamp() - seconds, UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
-        cases_per_second=round(record.cases / max(record.seconds, 1e-9), 1),
+        property_seconds=round(record.seconds, 3),
+        cases_per_second=rate(record.cases, record.seconds),
         versions=versions(),
         machine={"platform": platform.platform(), "processor": platform.machine(), "byteorder": sys.byteorder},
-        clauses=by_clause(record, names),
-        properties=[_property(prop) for prop in record.properties.values()],
+        clauses=by_clause(parts, names),
+        properties=parts,
         histogram_edges=list(EDGES),
-        distances=[_distances(*key, ratios) for key, ratios in record.distances.items()],
-        failures=[_failure(failure) for failure in record.failures.values()],
+        distances=[_distances(*key, ratios) for key, ratios in sorted(record.distances.items())],
+        failures=[_failure(failure) for _, failure in sorted(record.failures.items())],
     )
 
 
-def backend_part(record: Record, name: str, capabilities: Iterable[str] = ()) -> BackendPart:
+def rate(cases: int, seconds: float) -> float:
+    """Cases a second."""
+    return round(cases / max(seconds, 1e-3), 1)
+
+
+def backend_part(
+    name: str, capabilities: Iterable[str], properties: Sequence[PropertyPart], *, complete: bool, whole: bool
+) -> BackendPart:
     """What became of one backend. A failure weighs more than the end of the run before its time."""
-    counts = {status: record.count(status, name) for status in STATUSES}
-    verdict: Verdict = "conforms"
+    found = Counter(prop.backends[name].status for prop in properties if name in prop.backends)
+    counts = {status: found[status] for status in STATUSES}
+    verdict: Verdict = "conforms" if whole else "passed in this shard"
     if counts["failed"] or counts["errored"]:
         verdict = "does not conform"
-    elif not record.complete:
+    elif not complete:
         verdict = "cut short"
     elif not counts["passed"]:
         verdict = "nothing compared"
@@ -182,25 +211,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def by_clause(record: Record, backends: list[str]) -> list[ClausePart]:
+def by_clause(properties: Sequence[PropertyPart], backends: Sequence[str]) -> list[ClausePart]:
     """Clauses that properties of the run cite, in the order of SPEC.md. A property counts for every clause it cites."""
     parts = []
     for clause in clauses().values():
-        citing = [
-            prop
-            for prop in record.properties.values()
-            if any(one.rpartition("-")[0] == clause.name for one in prop.statements)
-        ]
+        citing = [prop for prop in properties if any(one.rpartition("-")[0] == clause.name for one in prop.statements)]
         if not citing:
             continue
-        found = {backend: [prop.tally(backend) for prop in citing] for backend in backends}
+        found = {name: [prop.backends[name] for prop in citing if name in prop.backends] for name in backends}
         parts.append(
             ClausePart(
                 name=clause.name,
                 title=clause.title,
                 properties=len(citing),
                 status={
-                    name: max((one.status for one in tallies), key=SEVERITY.index) for name, tallies in found.items()
+                    name: max((one.status for one in tallies), key=SEVERITY.index, default="unsupported")
+                    for name, tallies in found.items()
                 },
                 counts={
                     name: {status: sum(one.status == status for one in tallies) for status in STATUSES}
@@ -239,17 +265,46 @@ def _property(prop: Property) -> PropertyPart:
 
 
 def _distances(backend: str, compared: str, ratios: list[float]) -> DistancePart:
-    values = np.array(ratios)
-    finite = values[np.isfinite(values)]
+    finite = [ratio for ratio in ratios if math.isfinite(ratio)]
+    values = Counter(f"{ratio:.2g}" for ratio in finite)
     return DistancePart(
         backend=backend,
         compared=compared,
         limit=limit(backend, compared),
         count=len(ratios),
-        not_finite=int(values.size - finite.size),
-        percentiles={str(p): round(float(np.percentile(finite, p)), 4) for p in PERCENTILES} if finite.size else {},
-        histogram=histogram(values),
+        not_finite=len(ratios) - len(finite),
+        percentiles=percentiles(values, max(finite)) if finite else {},
+        values=dict(sorted(values.items(), key=lambda item: float(item[0]))),
+        histogram=histogram(np.array(ratios)),
     )
+
+
+def percentiles(values: Mapping[str, int], largest: float) -> dict[str, float]:
+    """The smallest value that so many per cent of all do not exceed, for each of PERCENTILES; the last is `largest`."""
+    ordered = sorted((float(text), count) for text, count in values.items())
+    reached = np.cumsum([count for _, count in ordered])
+    places = [int(np.searchsorted(reached, p / 100 * reached[-1])) for p in PERCENTILES[:-1]]
+    found = {str(p): ordered[place][0] for p, place in zip(PERCENTILES, places, strict=False)}
+    return found | {str(PERCENTILES[-1]): round(largest, 4)}
+
+
+def shortfall(report: Report) -> str | None:
+    """What a report lacks of the run that it is of, in a sentence; None where it lacks nothing."""
+    lacks = []
+    if report.shards is not None and report.shards.merged:
+        missing = sorted(set(range(1, report.shards.count + 1)) - set(report.shards.present))
+        if missing:
+            lacks.append(f"shard {', '.join(map(str, missing))} of {report.shards.count} is missing")
+    if report.finished < report.planned:
+        lacks.append(f"{report.finished} of {report.planned} properties ran")
+    return "; ".join(lacks) or None
+
+
+def part_of(report: Report) -> str | None:
+    """Which part of the suite a report is of, in words; None where it is, or should be, of the whole."""
+    if report.shards is None or report.shards.merged:
+        return None
+    return f"shard {report.shards.present[0]} of {report.shards.count}"
 
 
 def _failure(failure: Failure) -> FailurePart:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from .data import STATUSES, Report
+from .data import STATUSES, Report, part_of, shortfall
 from .page import SIGN
 from .table import counted
 
@@ -20,8 +20,10 @@ def markdown(report: Report) -> str:
     lines = ["### Lyra conformance", ""]
     lines += [f"- **{one.name}: {one.verdict}.** {counted(one.counts)}" for one in report.backends]
     lines += [""]
-    if not report.complete:
-        lines += [f"**Cut short: {report.finished} of {report.planned} properties ran.**", ""]
+    if lacking := shortfall(report):
+        lines += [f"**Cut short: {lacking}.**", ""]
+    if part := part_of(report):
+        lines += [f"Of {part}: the others are needed for a verdict.", ""]
     lines += [f"{report.cases:,} compared cases, profile {report.profile}, seed {report.seed}.", ""]
     names = [backend.name for backend in report.backends]
     lines += [_row(["clause", "says", *names]), _row(["---"] * (2 + len(names)))]

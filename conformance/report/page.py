@@ -13,16 +13,18 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.clauses import statements
 
 from .charts import head_map, histogram_chart, small_histogram
-from .data import STATUSES, DistancePart, FailurePart, Report, Verdict
+from .data import STATUSES, DistancePart, FailurePart, Report, ShardsPart, TallyPart, Verdict, part_of, shortfall
 
 SIGN: dict[Status, str] = {"passed": "✓", "failed": "✗", "errored": "!", "unsupported": "–"}
 COLOUR: dict[Verdict, Status] = {
     "conforms": "passed",
+    "passed in this shard": "passed",
     "does not conform": "failed",
     "cut short": "unsupported",
     "nothing compared": "unsupported",
 }
 ORACLE = "output"
+NOTHING = TallyPart(status="unsupported", cases=0, why_unsupported="was not asked")
 
 
 def html(report: Report) -> str:
@@ -67,11 +69,15 @@ def _head(report: Report) -> str:
             f'<div class="verdict {COLOUR[backend.verdict]}"><strong>{escape(backend.name)}: {backend.verdict}</strong>'
             f"{said(backend.counts)}</div>"
         )
-    if not report.complete:
-        left = report.planned - report.finished
+    if lacking := shortfall(report):
         parts.append(
-            f'<div class="verdict unsupported"><strong>The run was cut short</strong><span>{report.finished} of '
-            f"{report.planned} properties ran; of the other {left} this page says nothing.</span></div>"
+            f'<div class="verdict unsupported"><strong>The run was cut short</strong><span>{escape(lacking)}; of the '
+            f"rest this page says nothing.</span></div>"
+        )
+    if part := part_of(report):
+        parts.append(
+            f'<div class="verdict unsupported"><strong>Of {part}</strong><span>A part of the suite: the others are '
+            f"needed for a verdict (<code>lyra merge</code>).</span></div>"
         )
     return "\n".join(parts)
 
@@ -186,7 +192,7 @@ def _properties(report: Report) -> str:
     for prop in report.properties:
         cells = ""
         for backend in report.backends:
-            tally = prop.backends[backend.name]
+            tally = prop.backends.get(backend.name, NOTHING)
             why = escape(tally.why_unsupported or "") or _cases(tally.cases)
             cells += (
                 f'<td class="{tally.status}">{SIGN[tally.status]} {tally.status} <span class="cases">{why}</span></td>'
@@ -206,6 +212,7 @@ def _run(report: Report) -> str:
     rows = [
         ("profile", report.profile),
         ("seed", str(report.seed)),
+        *([("shards", _shards(report.shards))] if report.shards else []),
         ("started", report.started),
         ("duration", f"{report.seconds:,.1f} s, {report.cases_per_second:,.0f} cases a second within properties"),
         ("machine", f"{report.machine['platform']}, {report.machine['processor']}"),
@@ -216,6 +223,10 @@ def _run(report: Report) -> str:
         ),
     ]
     return f"<h2>The run</h2>\n{_list(rows)}"
+
+
+def _shards(shards: ShardsPart) -> str:
+    return f"{', '.join(map(str, shards.present))} of {shards.count}{', merged' if shards.merged else ''}"
 
 
 def _end(report: Report) -> str:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lyra.conformance.record import Record, Status
+from lyra.conformance.record import Failure, Status
 from lyra.conformance.replay import describe
 
-from .data import STATUSES, backend_part, by_clause
+from .data import STATUSES, FailurePart, Report, part_of, shortfall
 
 STYLE: dict[Status, str] = {"passed": "green", "failed": "bold red", "errored": "bold magenta", "unsupported": "yellow"}
 
 
-def conformance_table(record: Record, backends: list[str], width: int = 100) -> Table:
+def conformance_table(report: Report, width: int = 100) -> Table:
     """Clause × backend, in the order of SPEC.md: the gravest status of the properties that cite it, and their cases.
 
     `width` is the screen's; the titles are cut so that the figures keep their lines.
     """
     table = Table(title="Conformance by clause", title_justify="left")
-    rows = by_clause(record, backends)
+    rows, backends = report.clauses, [one.name for one in report.backends]
     columns = {name: [_cell(row.status[name], row.cases[name]) for row in rows] for name in backends}
     figures = [max([len(name), *map(len, cells)]) for name, cells in columns.items()]
     names = max([len("clause"), *(len(row.name) for row in rows)])
@@ -42,12 +44,20 @@ def _cell(status: Status, cases: int) -> Text:
     return Text(f"{status} {cases:,}" if cases else status, style=STYLE[status])
 
 
-def print_report(console: Console, record: Record, backends: list[str], *, profile: str, seconds: float) -> None:
-    """The table, the failures and one closing line."""
-    console.print(conformance_table(record, backends, console.width))
-    for failure in record.failures.values():
-        console.print(Panel(Text(describe(failure)), border_style=STYLE[failure.kind], title=failure.statements[0]))
-    console.print(closing(record, backends, profile=profile, seconds=seconds))
+def print_report(console: Console, report: Report) -> None:
+    """The table, the failures and the closing lines."""
+    console.print(conformance_table(report, console.width))
+    for failure in report.failures:
+        told = Text(describe(_failure(failure), failure.command))
+        console.print(Panel(told, border_style=STYLE[failure.kind], title=failure.statements[0]))
+    console.print(closing(report))
+
+
+def _failure(part: FailurePart) -> Failure:
+    case = json.dumps(part.case) if isinstance(part.case, dict) else part.case
+    return Failure(
+        part.property, part.backend, tuple(part.statements), part.kind, part.message, part.stage, case, part.replay
+    )
 
 
 def counted(counts: dict[Status, int]) -> str:
@@ -55,24 +65,24 @@ def counted(counts: dict[Status, int]) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in STATUSES)
 
 
-def closing(record: Record, backends: list[str], *, profile: str, seconds: float) -> RenderableType:
-    """How much was compared, how far the values were, and the verdict."""
+def closing(report: Report) -> RenderableType:
+    """How much was compared, how far the values were, and the verdicts."""
     lines = [
         Text(
-            f"{record.cases:,} compared cases in {seconds:.0f} s "
-            f"({record.cases / max(record.seconds, 1e-9):.0f} a second within properties), profile {profile}"
+            f"{report.cases:,} compared cases in {report.seconds:.0f} s "
+            f"({report.cases_per_second:.0f} a second within properties), profile {report.profile}"
         )
     ]
-    for backend in backends:
-        ratios = record.distances.get((backend, "output"))
-        if ratios:
-            lines.append(
-                Text(f"largest |Δ|/σ of an output, {backend}: {max(ratios):.2f} in {len(ratios):,} comparisons")
-            )
-    if not record.complete:
-        cut = f"Cut short: {record.finished} of {record.planned} properties ran"
-        lines.append(Text(cut, style="bold yellow"))
-    for part in (backend_part(record, name) for name in backends):
-        style = "bold green" if part.verdict == "conforms" else "bold red"
-        lines.append(Text(f"{part.name}: {part.verdict}. {counted(part.counts)}", style=style))
+    largest = {part.backend: part for part in report.distances if part.compared == "output" and part.percentiles}
+    for backend in report.backends:
+        if part := largest.get(backend.name):
+            far = f"{part.percentiles['100']:.2f} in {part.count:,} comparisons"
+            lines.append(Text(f"largest |Δ|/σ of an output, {backend.name}: {far}"))
+    if lacking := shortfall(report):
+        lines.append(Text(f"Cut short: {lacking}", style="bold yellow"))
+    if part_name := part_of(report):
+        lines.append(Text(f"Of {part_name}: the others are needed for a verdict"))
+    for one in report.backends:
+        style = "bold green" if one.verdict in ("conforms", "passed in this shard") else "bold red"
+        lines.append(Text(f"{one.name}: {one.verdict}. {counted(one.counts)}", style=style))
     return Group(*lines)

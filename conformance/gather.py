@@ -1,0 +1,43 @@
+"""What a run saw, carried from worker processes to the one that reports it, and reported at the end."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+from .record import Record
+from .session import current
+
+
+def handed_over() -> bytes:
+    """What this worker saw since it last handed over; its record starts anew."""
+    session = current()
+    seen = session.record
+    session.record = Record(planned=seen.planned, shard=seen.shard)
+    return pickle.dumps(seen)
+
+
+def take_in(seen: bytes) -> None:
+    """Add what a worker of this run saw to the record of this process."""
+    current().record.add(pickle.loads(seen))
+
+
+def write_reports(json_path: Path | None, page: Path | None, *, seconds: float) -> None:
+    """Write the report of the current session as JSON and as a page, where a path is given."""
+    if json_path is None and page is None:
+        return
+    from .report.data import report_data
+    from .report.write import write_report
+
+    write_report(report_data(current(), seconds), json_path, page)
+
+
+def closing_lines() -> list[str]:
+    """Cases, rate and, of a part of the suite, which part it was."""
+    record = current().record
+    if not record.cases:
+        return []
+    lines = [f"lyra: {record.cases} compared cases, {record.cases / max(record.seconds, 1e-9):.0f} a second"]
+    if record.shard is not None:
+        lines.append(f"lyra: shard {record.shard} of the suite; the others are needed for a verdict")
+    return lines

@@ -1,0 +1,117 @@
+"""One report out of those of the shards of a run: what one run of the whole suite would have said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lyra.spec.errors import InputError
+
+from .data import DistancePart, Report, ShardsPart, backend_part, by_clause, percentiles, rate
+
+SAME = ("format", "profile", "seed", "spec", "tolerance", "histogram_edges", "versions")
+"""What the shards of one run have in common."""
+
+
+def read_report(path: Path) -> Report:
+    """The report in a JSON file. Raises InputError with the reason where there is none, OSError."""
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"{str(path)!r} is no report of this version of Lyra: {where}: {first['msg']}") from None
+
+
+def merged(reports: Mapping[str, Report]) -> Report:
+    """The shards' reports, by a name for messages, as one. Raises InputError where they are not of one run.
+
+    A report that lacks shards says so and is no pass.
+    """
+    shards = _together(reports)
+    found = list(reports.values())
+    first = found[0]
+    names = [one.name for one in first.backends]
+    properties = sorted((prop for one in found for prop in one.properties), key=lambda prop: prop.name)
+    complete = all(one.complete for one in found) and len(shards.present) == shards.count
+    backends = [
+        backend_part(one.name, one.capabilities, properties, complete=complete, whole=True) for one in first.backends
+    ]
+    cases, within = sum(one.cases for one in found), sum(one.property_seconds for one in found)
+    return first.model_copy(
+        update={
+            "ok": all(one.verdict == "conforms" for one in backends),
+            "complete": complete,
+            "shards": shards,
+            "planned": sum(one.planned for one in found),
+            "finished": sum(one.finished for one in found),
+            "backends": backends,
+            "cases": cases,
+            "started": min(one.started for one in found),
+            "seconds": round(sum(one.seconds for one in found), 3),
+            "property_seconds": round(within, 3),
+            "cases_per_second": rate(cases, within),
+            "machine": _joined([one.machine for one in found]),
+            "clauses": by_clause(properties, names),
+            "properties": properties,
+            "distances": _distances([part for one in found for part in one.distances]),
+            "failures": sorted(
+                (failure for one in found for failure in one.failures), key=lambda one: (one.property, one.backend)
+            ),
+        }
+    )
+
+
+def _together(reports: Mapping[str, Report]) -> ShardsPart:
+    """The shards that the reports are of, once they are known to be of one run."""
+    present: dict[int, str] = {}
+    first_name, first = next(iter(reports.items()))
+    for name, report in reports.items():
+        if report.shards is None:
+            raise InputError(f"{name!r} is the report of a whole run; merge reports of `lyra conform --shard i/n`")
+        differing = [field for field in SAME if getattr(report, field) != getattr(first, field)]
+        if [(one.name, one.capabilities) for one in report.backends] != [
+            (one.name, one.capabilities) for one in first.backends
+        ]:
+            differing.append("backends")
+        if first.shards is not None and report.shards.count != first.shards.count:
+            differing.append("number of shards")
+        if differing:
+            raise InputError(f"{name!r} and {first_name!r} are not of one run: they differ in {', '.join(differing)}")
+        for index in report.shards.present:
+            if index in present:
+                raise InputError(f"shard {index} is given twice, by {present[index]!r} and {name!r}")
+            present[index] = name
+    assert first.shards is not None
+    return ShardsPart(count=first.shards.count, present=sorted(present), merged=True)
+
+
+def _distances(parts: Sequence[DistancePart]) -> list[DistancePart]:
+    """Distributions of the same kind of comparison added up."""
+    found: dict[tuple[str, str], DistancePart] = {}
+    for part in parts:
+        key = part.backend, part.compared
+        found[key] = _add(found[key], part) if key in found else part
+    return [part for _, part in sorted(found.items())]
+
+
+def _add(one: DistancePart, other: DistancePart) -> DistancePart:
+    values = Counter(one.values) + Counter(other.values)
+    largest = max((part.percentiles["100"] for part in (one, other) if part.percentiles), default=0.0)
+    changes: dict[str, Any] = {
+        "count": one.count + other.count,
+        "not_finite": one.not_finite + other.not_finite,
+        "percentiles": percentiles(values, largest) if values else {},
+        "values": dict(sorted(values.items(), key=lambda item: float(item[0]))),
+        "histogram": [a + b for a, b in zip(one.histogram, other.histogram, strict=True)],
+    }
+    return one.model_copy(update=changes)
+
+
+def _joined(machines: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What was said of the machines, each thing once."""
+    return {key: "; ".join(dict.fromkeys(machine[key] for machine in machines)) for key in machines[0]}
