@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ import numpy as np
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.split import HeadSplit
+
+from .noise import Noise
 
 Flavour = Literal["normal", "offset", "peaked", "small", "large"]
 FLAVOURS: dict[Flavour, str] = {
@@ -162,53 +165,55 @@ class Problem:
 def make_problem(case: Case) -> Problem:
     """Draw the arrays of a case from its seed. The same case gives the same bits on every machine."""
     rng = np.random.default_rng([case.seed, 20])
-    weights = _weights(case, rng)
+    noise = Noise(rng)
+    weights = _weights(case, noise)
     batch, tokens = case.batch, case.tokens
-    x = _inputs(case, rng, (batch, tokens, case.spec.hidden_size))
+    x = _inputs(case, rng, noise, (batch, tokens, case.spec.hidden_size))
     mask = np.ones((batch, tokens), dtype=bool)
     for row, count in enumerate(case.padding):
         mask[row, slice(0, count) if case.padding_side == "left" else slice(tokens - count, tokens)] = False
     positions = case.start + np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     x[~mask] = np.where(rng.random(x[~mask].shape) < 0.5, case.poison, -case.poison)
-    static = _static(case, rng) if case.context is not None else None
+    static = _static(case, rng, noise) if case.context is not None else None
     return Problem(case.spec, weights, x, positions, mask, static, case.calls)
 
 
-def _weights(case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _weights(case: Case, noise: Noise) -> dict[str, np.ndarray]:
     """Weights as a trained layer has them; norm weights are never zero, which would hide their place in the order."""
     weights = {}
     for name, shape in case.spec.weight_shapes().items():
         if name.endswith("norm.weight"):
             spread = 2.0 if case.flavour == "peaked" else 0.5
-            weights[name] = rng.normal(0.0, spread, shape)
         elif name.endswith("bias"):
-            weights[name] = rng.normal(0.0, 0.5, shape)
+            spread = 0.5
         else:
             unnormed = case.spec.qk_norm is None and name[0] in "qk"
             gain = {"peaked": 3.0, "large": 3e-3}.get(case.flavour, 1.0) if unnormed else 1.0
-            weights[name] = rng.normal(0.0, gain / np.sqrt(shape[1]), shape)
-    return {name: array.astype(np.float32) for name, array in weights.items()}
+            spread = gain / math.sqrt(shape[1])
+        weights[name] = noise.normal(shape)
+        weights[name] *= np.float32(spread)
+    return weights
 
 
-def _inputs(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    x = rng.normal(0.0, 1.0, shape)
+def _inputs(case: Case, rng: np.random.Generator, noise: Noise, shape: tuple[int, ...]) -> np.ndarray:
+    x = noise.normal(shape)
     if case.flavour == "offset":
-        x += rng.normal(0.0, 3.0, shape[-1:])
+        x += 3.0 * noise.normal(shape[-1:])
     elif case.flavour == "small":
-        x *= 10.0 ** rng.uniform(-5, -2, (*shape[:2], 1))
+        x *= (10.0 ** rng.uniform(-5, -2, (*shape[:2], 1))).astype(np.float32)
     elif case.flavour == "large":
         x *= 1e3
-    return x.astype(np.float32)
+    return x
 
 
-def _static(case: Case, rng: np.random.Generator) -> StaticLayer:
+def _static(case: Case, rng: np.random.Generator, noise: Noise) -> StaticLayer:
     """A context as capturing gives it: keys of the size k_norm leaves them, poison in masked slots."""
     context = case.context
     assert context is not None
     rows, slots = context.batch, context.tokens
     shape = (rows, len(case.spec.lyra_kv_heads), slots, case.spec.head_dim)
-    gain = 1.0 + rng.normal(0.0, 2.0 if case.flavour == "peaked" else 0.5, shape[-1:])
-    k, v = rng.normal(0.0, 1.0, shape) * gain, rng.normal(0.0, 1.0, shape)
+    gain = 1.0 + (2.0 if case.flavour == "peaked" else 0.5) * noise.normal(shape[-1:])
+    k, v = noise.normal(shape) * gain, noise.normal(shape)
     mask = np.ones((rows, slots), dtype=bool)
     for row in range(rows):
         hidden = min(context.hidden[row % len(context.hidden)], slots)
@@ -217,4 +222,4 @@ def _static(case: Case, rng: np.random.Generator) -> StaticLayer:
     positions = context.start + np.cumsum(steps, axis=1) - steps[:, :1] if slots else np.zeros((rows, 0), np.int64)
     hidden_slots = np.broadcast_to(~mask[:, None, :, None], shape)
     k[hidden_slots], v[hidden_slots] = case.poison, -case.poison
-    return StaticLayer(k.astype(np.float32), v.astype(np.float32), mask, positions.astype(np.int64))
+    return StaticLayer(k, v, mask, positions.astype(np.int64))
