@@ -125,18 +125,26 @@ class Subject:
         wanted = expected(problem)["output"].pick((slice(None), last))
         self._hold(problem.part(last, (got.shape[1],)), got, wanted, K, "output", "the oracle")
 
-    def expect_close(self, problem: Problem, got: np.ndarray, other: np.ndarray, against: str) -> None:
+    def expect_close(
+        self, problem: Problem, got: np.ndarray, other: np.ndarray, against: str, stage: str = "output"
+    ) -> None:
         """Two outputs [B,T,E] that should be equal up to rounding differ by at most K·√2·σ. Raises Divergence.
 
-        `got` is held to the oracle too: a relation alone is kept by a backend that always answers the same.
+        `got` is held to the oracle too: a relation alone is kept by a backend that always answers the same. With
+        `stage`, the two are values of that stage of a trace.
         """
-        wanted = expected(problem)["output"]
-        self._hold(problem, got, Uncertain(other.astype(np.float64), wanted.variance), K_PAIR, "output", against)
-        self._hold(problem, got, wanted, K, "output", "the oracle")
+        wanted = expected(problem)[stage]
+        self._hold(problem, got, Uncertain(other.astype(np.float64), wanted.variance), K_PAIR, stage, against)
+        self._hold(problem, got, wanted, K, stage, "the oracle")
 
-    def expect_equal(self, problem: Problem, got: np.ndarray, other: np.ndarray, against: str) -> None:
-        """Two outputs that must be the same bits at every real token. Raises Divergence."""
-        self._hold(problem, got, exact(other), 0.0, "output", against)
+    def expect_equal(
+        self, problem: Problem, got: np.ndarray, other: np.ndarray, against: str, stage: str = "output"
+    ) -> None:
+        """Two outputs, or values of a stage [B,T,...], that must be the same bits at every real token.
+
+        Raises Divergence.
+        """
+        self._hold(problem, got, exact(other), 0.0, stage, against)
 
     def expect_different(self, problem: Problem, got: np.ndarray, other: np.ndarray, what: str) -> None:
         """Two outputs that must differ, at every real token, by more than rounding could explain. Raises Divergence."""

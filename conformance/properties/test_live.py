@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lyra.conformance.case import Case
+from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import cases
@@ -97,5 +97,53 @@ def test_later_tokens_have_no_influence(case: Case, judge: Judge) -> None:
         earlier = problem.replace(mask=problem.mask & (np.arange(case.tokens) < case.tokens - 1))
         subject.expect_equal(earlier, other, clean.output, "the same tokens with another one behind them")
         subject.expect_oracle(problem, clean)
+
+    judge.each(case, check)
+
+
+@prop(
+    "LIVE-1",
+    "LIVE-5",
+    "STATIC-1",
+    case=cases(
+        min_tokens=3, live=("causal",), padding=False, hidden=False, far=False, flavours=("normal",), poison=(1.0,)
+    ),
+    needs=("static",),
+    weight=0.5,
+)
+def test_every_live_key_and_value_counts(case: Case, judge: Judge) -> None:
+    """Changing the key of any one live token, or its value, changes all rows that see it and no bit of those before.
+
+    All scores are the first element of x, which values do not read: a key changes by itself, and always visibly.
+    """
+    case = case.respec(softcap=None, rope=None, qk_norm=None, bias=True, scale=1.0).replace(calls=(case.tokens,))
+    problem = case.problem()
+    score = np.arange(case.spec.hidden_size) == 0
+    weights = dict(problem.weights)
+    for kind, row in (("q", np.zeros_like(score)), ("k", score)):
+        first = np.arange(len(weights[f"{kind}_proj.bias"])) % case.spec.head_dim == 0
+        weights[f"{kind}_proj.weight"] = np.outer(first, row).astype(np.float32)
+        weights[f"{kind}_proj.bias"] = (first & (kind == "q")).astype(np.float32)
+    weights["v_proj.weight"] = np.where(score, np.float32(0), weights["v_proj.weight"])
+    problem = problem.replace(weights=weights)
+    token = case.seed % (case.tokens - 1)
+
+    def changed(part: np.ndarray) -> Problem:
+        x = problem.x.copy()
+        x[:, token, part] += 1.0
+        return problem.replace(x=x)
+
+    def rows(of: Problem, first: int) -> Problem:
+        return of.replace(mask=of.mask & (np.arange(case.tokens) >= first))
+
+    def check(subject: Subject) -> None:
+        one = subject.run(problem)
+        earlier = problem.replace(mask=problem.mask & (np.arange(case.tokens) < token))
+        for what, part in (("key", score), ("value", ~score)):
+            other = changed(part)
+            two = subject.run(other).output
+            subject.expect_different(rows(problem, token + 1), two, one.output, f"the {what} of live token {token}")
+            subject.expect_equal(earlier, two, one.output, f"the rows before token {token} as they were")
+        subject.expect_oracle(problem, one)
 
     judge.each(case, check)

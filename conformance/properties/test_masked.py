@@ -58,6 +58,34 @@ def test_a_row_that_sees_nothing_gives_zero(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
+@prop(
+    "MASKED-5", "LIVE-3", case=cases(context=True, min_context=1, live=("none",)), needs=("static", "trace"), weight=0.5
+)
+def test_one_visible_key_gives_its_value(case: Case, judge: Judge) -> None:
+    """live="none" and one visible static key among poison: every Lyra head gives that key's value, bit for bit."""
+    case = case.respec(static=case.spec.static.replace(live="none"))
+    problem = case.problem()
+    spec, static = problem.spec, problem.static
+    assert static is not None
+    slot = np.random.default_rng(case.seed).integers(0, static.mask.shape[1], len(static.mask))
+    only = np.arange(static.mask.shape[1]) == slot[:, None]
+    shown = static.mask[:, None, :, None] | ~only[:, None, :, None]
+    layer = static._replace(
+        k=np.where(shown, static.k, np.float32(1)), v=np.where(shown, static.v, np.float32(2)), mask=only
+    )
+    problem = problem.replace(static=layer)
+    lyra = list(spec.lyra_q_heads)
+    value = layer.v[np.arange(len(slot)), :, slot][:, [spec.lyra_kv_heads.index(h // spec.group_size) for h in lyra]]
+    wanted = np.broadcast_to(value[:, None], (*problem.mask.shape, *value.shape[1:]))
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem, trace=True)
+        subject.expect_equal(problem, outcome.trace["heads"][:, :, lyra], wanted, "the one visible value", "heads")
+        subject.expect_oracle(problem, outcome)
+
+    judge.each(case, check)
+
+
 @prop("MASKED-3", case=cases(context=True), needs=("static",))
 def test_an_empty_context(case: Case, judge: Judge) -> None:
     """A context of no tokens at all, in every mode."""

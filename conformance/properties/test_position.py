@@ -82,6 +82,27 @@ def test_overlay_does_not_follow(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
+@prop(
+    "POSITION-2",
+    "ROPE-2",
+    case=cases(context=True, min_context=1, positions=("overlay",), far=False).map(rotated),
+    needs=("static",),
+    weight=0.5,
+)
+def test_overlay_keeps_its_distances(case: Case, judge: Judge) -> None:
+    """In "overlay", moving static and live tokens together by 1,000 positions changes nothing but rounding."""
+    problem = case.problem()
+    assert problem.static is not None
+    static = problem.static._replace(positions=problem.static.positions + 1000)
+    moved = problem.replace(positions=problem.positions + 1000, static=static)
+
+    def check(subject: Subject) -> None:
+        here, there = subject.run(problem).output, subject.run(moved).output
+        subject.expect_close(moved, there, here, "all tokens 1,000 positions earlier")
+
+    judge.each(case, check)
+
+
 @prop("POSITION-4", case=cases(padding=True, far=False, min_tokens=2), needs=("static",))
 def test_padding_does_not_count(case: Case, judge: Judge) -> None:
     """Left padding moves nothing: a padded row equals the row without its padding."""

@@ -60,3 +60,54 @@ def test_scale_moves_between_query_and_key(case: Case, judge: Judge) -> None:
         subject.expect_close(problem, subject.run(moved).output, subject.run(problem).output, "the scale in one place")
 
     judge.each(case, check)
+
+
+@prop("SCALE-4", case=cases(poison=(1e4,)), needs=("static",), weight=0.5)
+def test_powers_of_two_move_between_queries_and_keys(case: Case, judge: Judge) -> None:
+    """Queries times 4 and keys, static ones too, divided by 4: the same bits, since powers of two do not round."""
+    problem = case.problem()
+    spec = problem.spec
+    names = ("norm.weight",) if spec.qk_norm is not None else ("proj.weight", "proj.bias")[: 1 + spec.bias]
+    weights, scaled = dict(problem.weights), dict(problem.weights)
+    for kind, factor in (("q", 4.0), ("k", 0.25)):
+        for name in (f"{kind}_{name}" for name in names):
+            if name.endswith("norm.weight"):  # 1 + w of few bits, so that factor · (1 + w) − 1 does not round either
+                gain = np.round((1 + problem.weights[name]) * 256) / 256
+                weights[name], scaled[name] = gain - 1, factor * gain - 1
+            else:
+                scaled[name] = factor * problem.weights[name]
+    static = problem.static
+    moved = problem.replace(weights=scaled, static=None if static is None else static._replace(k=static.k / 4))
+    problem = problem.replace(weights=weights)
+
+    def check(subject: Subject) -> None:
+        here = subject.run(problem)
+        subject.expect_equal(problem, subject.run(moved).output, here.output, "the factor on the other side")
+        subject.expect_oracle(problem, here)
+
+    judge.each(case, check)
+
+
+@prop(
+    "SCALE-1",
+    "STATIC-1",
+    case=cases(flavours=("normal",), far=False, poison=(1e4,)),
+    needs=("static",),
+    weight=0.5,
+    profile="ci",
+)
+def test_one_vector_added_to_all_keys_changes_nothing(case: Case, judge: Judge) -> None:
+    """Without RoPE, one vector added to all keys of a KV head, live and static, moves all scores of a query alike."""
+    problem = case.respec(qk_norm=None, rope=None, softcap=None, bias=True).problem()
+    spec, static = problem.spec, problem.static
+    vector = np.random.default_rng(case.seed).normal(size=(spec.num_key_value_heads, spec.head_dim)).astype(np.float32)
+    bias = problem.weights["k_proj.bias"] + vector.ravel()
+    moved = problem.replace(
+        weights=problem.weights | {"k_proj.bias": bias},
+        static=None if static is None else static._replace(k=static.k + vector[list(spec.lyra_kv_heads), None]),
+    )
+
+    def check(subject: Subject) -> None:
+        subject.expect_close(moved, subject.run(moved).output, subject.run(problem).output, "the keys as they were")
+
+    judge.each(case, check)

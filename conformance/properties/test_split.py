@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lyra.conformance.case import Case
+from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import cases
@@ -23,6 +23,7 @@ def test_any_split_equals_oracle(case: Case, judge: Judge) -> None:
 @prop(
     "SPLIT-1",
     "SPLIT-2",
+    "MASKED-5",
     case=cases(flavours=("normal",), far=False).map(lambda c: c.respec(softcap=None)),
     needs=("static", "trace"),
 )
@@ -92,7 +93,7 @@ def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SPLIT-3", case=cases(context=True, min_context=1, live=("causal",)), needs=("static",))
+@prop("SPLIT-3", "SPLIT-1", case=cases(context=True, min_context=1), needs=("static",))
 def test_a_shared_kv_head_is_a_replicated_one(case: Case, judge: Judge) -> None:
     """A layer whose split cuts groups equals the layer with every KV head replicated to its query heads."""
     problem = case.problem()
@@ -145,3 +146,44 @@ def test_the_split_has_no_effect_without_context(case: Case, judge: Judge) -> No
         )
 
     judge.each(case, check)
+
+
+@prop("SPLIT-7", "ORDER-1", "SPLIT-5", case=cases(flavours=("normal", "offset", "peaked")), needs=("static", "trace"))
+def test_the_split_of_a_permuted_layer_is_the_permuted_split(case: Case, judge: Judge) -> None:
+    """Whole groups permuted, and query heads within them, with weights and static K/V: the same heads elsewhere."""
+    problem = case.problem()
+    rng = np.random.default_rng(case.seed)
+    groups = rng.permutation(problem.spec.num_key_value_heads)
+    size = problem.spec.group_size
+    order = np.concatenate([group * size + rng.permutation(size) for group in groups])
+    moved = permuted(problem, order)
+
+    def check(subject: Subject) -> None:
+        here, there = subject.run(problem, trace=True), subject.run(moved, trace=True)
+        heads = here.trace["heads"][:, :, order]
+        subject.expect_close(moved, there.trace["heads"], heads, "the same heads in their first order", "heads")
+        subject.expect_close(moved, there.output, here.output, "the layer with its heads in their first order")
+
+    judge.each(case, check)
+
+
+def permuted(problem: Problem, order: np.ndarray) -> Problem:
+    """The layer whose query head i is head order[i] of this one; `order` keeps groups together."""
+    spec = problem.spec
+    groups = order[:: spec.group_size] // spec.group_size
+
+    def rows(heads: np.ndarray) -> np.ndarray:
+        return (heads[:, None] * spec.head_dim + np.arange(spec.head_dim)).ravel()
+
+    weights = dict(problem.weights)
+    for name, heads in (("q_proj", order), ("k_proj", groups), ("v_proj", groups)):
+        for part in ("weight", "bias") if spec.bias else ("weight",):
+            weights[f"{name}.{part}"] = problem.weights[f"{name}.{part}"][rows(heads)]
+    weights["o_proj.weight"] = problem.weights["o_proj.weight"][:, rows(order)]
+    lyra = [new for new, old in enumerate(order) if old in spec.lyra_q_heads]
+    moved = problem.replace(weights=weights).with_split(HeadSplit.from_q_heads(spec, lyra, share_kv=None))
+    static = problem.static
+    if static is not None:
+        slots = [spec.lyra_kv_heads.index(groups[new]) for new in moved.spec.lyra_kv_heads]
+        moved = moved.replace(static=static._replace(k=static.k[:, slots], v=static.v[:, slots]))
+    return moved

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from lyra.conformance.case import Case
+from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
 from lyra.conformance.properties.test_identity import HUGGING_FACE, gemma
 from lyra.conformance.registry import prop
-from lyra.conformance.strategies import cases
+from lyra.conformance.strategies import FAR, cases
 from lyra.conformance.subject import Subject, expected
 from lyra.conformance.tolerance import K_PAIR
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.split import HeadSplit
+
+SLOT_AXES = (2, 2, 1, 1)
+"""Where the slots are in each array of a StaticLayer."""
 
 
 @prop(
@@ -94,37 +97,40 @@ def test_the_static_part_is_never_causal(case: Case, judge: Judge) -> None:
     needs=("static",),
 )
 def test_every_static_token_counts(case: Case, judge: Judge) -> None:
-    """Changing the value of any one visible static token changes every row."""
-    case = case.respec(softcap=None, static=case.spec.static.replace(live="none"))
-    problem = case.problem()
-    assert problem.static is not None
-    slot = case.seed % problem.static.mask.shape[1]
-    v = problem.static.v.copy()
-    v[:, :, slot] += 100.0 * problem.static.mask.shape[1]
-    changed = problem.replace(static=problem.static._replace(v=v, k=np.zeros_like(problem.static.k)))
-    problem = problem.replace(static=problem.static._replace(k=np.zeros_like(problem.static.k)))
+    """Changing the value of any one visible static token changes every row; so does its key, if there are others."""
+    problem = with_queries_ending_in_one(case.respec(static=case.spec.static.replace(live="none")))
+    static = problem.static
+    assert static is not None
+    slots = static.mask.shape[1]
+    slot = case.seed % slots
+    v = static.v.copy()
+    v[:, :, slot] += 100.0 * slots
+    problem = problem.replace(static=static._replace(k=np.zeros_like(static.k)))
+    changed = problem.replace(static=static._replace(k=np.zeros_like(static.k), v=v))
+    turned = changed.replace(static=with_score_added(changed, slot, 1.0))
 
     def check(subject: Subject) -> None:
         one, two = subject.run(problem), subject.run(changed).output
         subject.expect_different(problem, two, one.output, f"the value of static token {slot}")
+        if slots > 1:
+            subject.expect_different(changed, subject.run(turned).output, two, f"the key of static token {slot}")
         subject.expect_oracle(problem, one)
 
     judge.each(case, check)
 
 
-@prop("STATIC-4", case=cases(context=True, min_context=1), needs=("static",))
+@prop("STATIC-4", "STATIC-3", case=cases(context=True, min_context=1), needs=("static",))
 def test_a_context_may_be_permuted_and_padded(case: Case, judge: Judge) -> None:
     """The order of static slots is nothing, their positions are everything; masked slots in between change nothing."""
     problem = case.problem()
     static = problem.static
     assert static is not None
-    order = np.random.default_rng(case.seed).permutation(static.mask.shape[1])
-    shuffled = StaticLayer(
-        k=static.k[:, :, order],
-        v=static.v[:, :, order],
-        mask=static.mask[:, order],
-        positions=static.positions[:, order],
-    )
+    rows, slots = static.mask.shape
+    rng = np.random.default_rng(case.seed)
+    kv = np.full((rows, static.k.shape[1], 3, static.k.shape[3]), case.poison, dtype=np.float32)
+    hidden = StaticLayer(kv, -kv, np.zeros((rows, 3), dtype=bool), rng.integers(0, FAR, (rows, 3)))
+    order = rng.permutation(slots + 3)
+    shuffled = slots_of(joined(static, hidden), order)
 
     def check(subject: Subject) -> None:
         whole = subject.run(problem).output
@@ -133,6 +139,94 @@ def test_a_context_may_be_permuted_and_padded(case: Case, judge: Judge) -> None:
         )
 
     judge.each(case, check)
+
+
+def joined(one: StaticLayer, other: StaticLayer) -> StaticLayer:
+    """The slots of one context and then those of another; positions stay."""
+    parts = zip(one, other, SLOT_AXES, strict=True)
+    return StaticLayer(*(np.concatenate([a, b], axis=axis) for a, b, axis in parts))
+
+
+def slots_of(static: StaticLayer, slots: np.ndarray | slice) -> StaticLayer:
+    """Some slots of a context, in the order given."""
+    return StaticLayer(static.k[:, :, slots], static.v[:, :, slots], static.mask[:, slots], static.positions[:, slots])
+
+
+@prop(
+    "STATIC-4",
+    "STATIC-1",
+    case=cases(context=True, min_context=2, hidden=False, live=("none",), positions=("overlay",)),
+    needs=("static", "trace"),
+    weight=0.5,
+    profile="ci",
+)
+def test_parts_of_a_context_merge(case: Case, judge: Judge) -> None:
+    """A context cut in two, each part attended to by itself, merged by the weight of the first: the whole one."""
+    case = case.respec(static=case.spec.static.replace(live="none", positions="overlay"))
+    problem = case.problem()
+    static = problem.static
+    assert static is not None
+    slots = static.mask.shape[1]
+    cut = 1 + case.seed % (slots - 1)
+    first, second = slots_of(static, slice(cut)), slots_of(static, slice(cut, None))
+    marked = static._replace(v=np.broadcast_to(np.arange(slots)[:, None] < cut, static.v.shape).astype(np.float32))
+    lyra = np.isin(np.arange(problem.spec.num_attention_heads), problem.spec.lyra_q_heads)[:, None]
+
+    def check(subject: Subject) -> None:
+        def heads(context: StaticLayer) -> np.ndarray:
+            return subject.run(problem.replace(static=context), trace=True).trace["heads"].astype(np.float64)
+
+        weight = heads(marked)  # of the first part, in every element of a head
+        merged = weight * heads(first) + (1 - weight) * heads(second)
+        whole = heads(static)
+        subject.expect_close(problem, np.where(lyra, merged, whole), whole, "the whole context", "heads")
+
+    judge.each(case, check)
+
+
+@prop(
+    "STATIC-1",
+    "STATIC-4",
+    case=cases(context=True, min_context=1, hidden=False, positions=("overlay",), flavours=("normal",)),
+    needs=("static",),
+    weight=0.5,
+    profile="ci",
+)
+def test_a_key_given_twice_weighs_ln_2_more(case: Case, judge: Judge) -> None:
+    """A static token given twice equals that token once with ln 2 added to its score, beside all other keys."""
+    problem = with_queries_ending_in_one(case)
+    static = problem.static
+    assert static is not None
+    slot = case.seed % static.mask.shape[1]
+    heavier = problem.replace(static=with_score_added(problem, slot, np.log(2)))
+    twice = problem.replace(static=joined(static, slots_of(static, slice(slot, slot + 1))))
+
+    def check(subject: Subject) -> None:
+        subject.expect_close(
+            twice, subject.run(twice).output, subject.run(heavier).output, f"slot {slot} once, ln 2 heavier"
+        )
+
+    judge.each(case, check)
+
+
+def with_queries_ending_in_one(case: Case) -> Problem:
+    """The case without norm and RoPE, its queries ending in a 1: the last element of a key adds to its score."""
+    problem = case.respec(qk_norm=None, rope=None, softcap=None, bias=True).problem()
+    weight, bias = problem.weights["q_proj.weight"], problem.weights["q_proj.bias"]
+    last = np.arange(len(bias)) % case.spec.head_dim == case.spec.head_dim - 1
+    ends = {
+        "q_proj.weight": np.where(last[:, None], np.float32(0), weight),
+        "q_proj.bias": np.where(last, np.float32(1), bias),
+    }
+    return problem.replace(weights=problem.weights | ends)
+
+
+def with_score_added(problem: Problem, slot: int, score: float) -> StaticLayer:
+    """The context with something added to the score of one slot, where queries end in a 1."""
+    assert problem.static is not None
+    k = problem.static.k.copy()
+    k[:, :, slot, -1] += np.float32(score / problem.spec.scale)
+    return problem.static._replace(k=k)
 
 
 @prop(
@@ -145,10 +239,7 @@ def test_a_doubled_context_weighs_twice(case: Case, judge: Judge) -> None:
     problem = case.problem()
     static = problem.static
     assert static is not None
-    double = StaticLayer(
-        *(np.concatenate([part, part], axis=axis) for part, axis in zip(static, (2, 2, 1, 1), strict=True))
-    )
-    doubled = problem.replace(static=double)
+    doubled = problem.replace(static=joined(static, static))
 
     def check(subject: Subject) -> None:
         twice = subject.run(doubled)
