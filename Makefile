@@ -16,7 +16,7 @@ MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py tests/test_m
 OTHER_TESTS := $(filter-out $(MODEL_TESTS),$(wildcard tests/test_*.py))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --durations=10
 
-.PHONY: demo test test-suite test-harness test-models lint format faults bench clean
+.PHONY: demo test test-suite test-harness test-models lint format schema faults bench clean
 
 demo: $(INSTALLED)  ## the spec held by both backends, then one context in two frameworks
 	$(BIN)/lyra conform --profile smoke
@@ -43,6 +43,11 @@ lint: $(INSTALLED)  ## style, types of the public surface, import contracts
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: $(INSTALLED)  ## the published schemas, written again from the models
+	$(BIN)/python -c 'from lyra.spec.schema import *; print(text(spec_schema()), end="")' > spec/schema.json
+	$(BIN)/python -c 'from lyra.conformance.report.data import *; from lyra.spec.schema import text; \
+		print(text(report_schema()), end="")' > conformance/report/schema.json
 
 faults: $(INSTALLED)  ## every catalogued fault, injected into each backend: killed or survived
 	$(BIN)/lyra faults --profile ci

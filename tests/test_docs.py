@@ -29,7 +29,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
 SHOWN = {"text", "yaml", "toml"}
 """Blocks that are no code to run: output of a real run, and files to copy."""
 
-QUICK = {"capture", "generate", "inspect", "score", "split"}
+QUICK = {"capture", "generate", "inspect", "schema", "score", "split"}
 """Commands that are run; the options of the others are checked, and tests of their own run them."""
 
 
@@ -90,7 +90,7 @@ def run_python(block: Block, page: Path, scope: dict[str, Any], request: pytest.
 
 def run_command(line: str) -> None:
     """Run one line of a shell block, or check what it names where it would take long."""
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.partition(" > ")[0], comments=True)
     while words and "=" in words[0]:
         words = words[1:]
     if not words:

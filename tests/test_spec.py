@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from pydantic import BaseModel
-from small_layers import head_counts, layer
+from small_layers import layer, layers
 
 from lyra.spec import (
     AttentionSpec,
@@ -28,32 +27,6 @@ from lyra.spec.attention import STAGES, TRACES
 from lyra.spec.clauses import clauses, parse, statements
 
 QUICK = settings(max_examples=150, deadline=None, database=None)
-
-
-@st.composite
-def layers(draw: st.DrawFn, window: bool = True) -> AttentionSpec:
-    query_heads, kv_heads = draw(head_counts())
-    positive = st.floats(1e-30, 1e30, allow_nan=False, allow_infinity=False)
-    spec = AttentionSpec(
-        hidden_size=draw(st.integers(1, 10_000)),
-        num_attention_heads=query_heads,
-        num_key_value_heads=kv_heads,
-        head_dim=2 * draw(st.integers(1, 512)),
-        scale=draw(positive),
-        softcap=draw(st.none() | positive),
-        sliding_window=draw(st.none() | st.integers(1, 9999)) if window else None,
-        bias=draw(st.booleans()),
-        qk_norm=draw(st.none() | st.builds(QKNormSpec, eps=positive)),
-        rope=draw(st.none() | st.builds(RopeSpec, theta=positive, factor=positive)),
-        static=StaticSpec(
-            live=draw(st.sampled_from(["causal", "self", "none"])),
-            positions=draw(st.sampled_from(["continue", "overlay"])),
-        ),
-    )
-    if spec.sliding_window is not None or draw(st.booleans()):
-        return spec
-    heads = draw(st.sets(st.integers(0, query_heads - 1)))
-    return spec.replace(split=HeadSplit.from_q_heads(spec, heads, share_kv=None))
 
 
 @pytest.mark.parametrize(

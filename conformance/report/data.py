@@ -22,6 +22,7 @@ from lyra.conformance.session import ProfileName, Session
 from lyra.conformance.tolerance import K_PAIR, K
 from lyra.spec.attention import TRACES
 from lyra.spec.clauses import clauses
+from lyra.spec.schema import DIALECT
 
 FORMAT: Literal[1] = 1
 PACKAGES = ("lyra", "numpy", "torch", "transformers", "jax", "flax", "hypothesis", "pytest")
@@ -286,6 +287,11 @@ def percentiles(values: Mapping[str, int], largest: float) -> dict[str, float]:
     places = [int(np.searchsorted(reached, p / 100 * reached[-1])) for p in PERCENTILES[:-1]]
     found = {str(p): ordered[place][0] for p, place in zip(PERCENTILES, places, strict=False)}
     return found | {str(PERCENTILES[-1]): round(largest, 4)}
+
+
+def report_schema() -> dict[str, Any]:
+    """The JSON Schema of a report, which schema.json beside this file holds."""
+    return {"$schema": DIALECT, **Report.model_json_schema()}
 
 
 def shortfall(report: Report) -> str | None:
