@@ -101,9 +101,7 @@ def test_the_suite_runs_from_an_empty_folder(python: Path, tmp_path: Path) -> No
 
 
 def test_an_installed_backend_is_found_by_its_entry_point(python: Path, tmp_path: Path) -> None:
-    site = Path(
-        call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).stdout.strip()
-    )
+    site = site_of(python)
     package(site)
     about = site / "mypkg-1.0.dist-info"
     about.mkdir()
