@@ -24,6 +24,7 @@ __all__ = [
     "Attention",
     "Backend",
     "BackendNotFound",
+    "Bfloat16Backend",
     "CapturedLayer",
     "DifferentiableAttention",
     "Engine",
@@ -122,6 +123,18 @@ class Backend(Protocol):
     capabilities: frozenset[str]
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> Attention: ...
+
+
+class Bfloat16Backend(Backend, Protocol):
+    """What a backend is with the capability "bfloat16" (clause DTYPE)."""
+
+    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32") -> Attention:
+        """A layer that computes in `dtype`, "float32" or "bfloat16"; another one raises InputError.
+
+        The boundary is the same for both: float32 arrays come in, which a bfloat16 layer rounds, and float32 arrays
+        go out, whose values are then bfloat16 ones.
+        """
+        ...
 
 
 @runtime_checkable

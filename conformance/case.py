@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from lyra.spec.attention import AttentionSpec
-from lyra.spec.inputs import StaticLayer
+from lyra.spec.bfloat16 import to_bfloat16
+from lyra.spec.inputs import Dtype, StaticLayer
 from lyra.spec.split import HeadSplit
 
 from .noise import Noise
@@ -52,6 +53,7 @@ class Case:
     padding   padding tokens per row, on the left or right of the whole sequence
     start     position of the first real token of every row
     poison    the value that every masked slot holds: padding inputs, hidden static keys and values
+    dtype     what the layer computes in; with "bfloat16" all data are values of that type (clause DTYPE)
     """
 
     spec: AttentionSpec
@@ -64,6 +66,7 @@ class Case:
     flavour: Flavour = "normal"
     poison: float = 1e4
     seed: int = 0
+    dtype: Dtype = "float32"
 
     def replace(self, **changes: Any) -> Case:
         """A copy with some fields changed."""
@@ -100,6 +103,8 @@ class Case:
         if spec.sliding_window:
             parts.append(f"window {spec.sliding_window}")
         parts.append(f"{self.flavour} data, seed {self.seed}")
+        if self.dtype != "float32":
+            parts.append(f"in {self.dtype}")
         return "; ".join(parts)
 
     def to_json(self) -> str:
@@ -136,6 +141,7 @@ class Problem:
     mask: np.ndarray
     static: StaticLayer | None
     calls: tuple[int, ...]
+    dtype: Dtype = "float32"
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def replace(self, **changes: Any) -> Problem:
@@ -156,6 +162,14 @@ class Problem:
             x=self.x[:, tokens], positions=self.positions[:, tokens], mask=self.mask[:, tokens], calls=calls
         )
 
+    def rounded(self) -> Problem:
+        """A copy whose arrays hold the nearest bfloat16 values."""
+        static = self.static
+        if static is not None:
+            static = static._replace(k=to_bfloat16(static.k), v=to_bfloat16(static.v))
+        weights = {name: to_bfloat16(value) for name, value in self.weights.items()}
+        return self.replace(weights=weights, x=to_bfloat16(self.x), static=static)
+
     @property
     def real(self) -> np.ndarray:
         """[B,T] bool: where the output is specified (MASKED-4)."""
@@ -175,7 +189,8 @@ def make_problem(case: Case) -> Problem:
     positions = case.start + np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     x[~mask] = np.where(rng.random(x[~mask].shape) < 0.5, case.poison, -case.poison)
     static = _static(case, rng, noise) if case.context is not None else None
-    return Problem(case.spec, weights, x, positions, mask, static, case.calls)
+    problem = Problem(case.spec, weights, x, positions, mask, static, case.calls, case.dtype)
+    return problem if case.dtype == "float32" else problem.rounded()
 
 
 def _weights(case: Case, noise: Noise) -> dict[str, np.ndarray]:

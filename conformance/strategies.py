@@ -15,6 +15,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from lyra.spec.attention import AttentionSpec, Live, Positions, QKNormSpec, RopeSpec, StaticSpec
+from lyra.spec.inputs import Dtype
 from lyra.spec.split import HasHeads, HeadSplit
 
 from .case import FLAVOURS, Case, Context, Flavour
@@ -123,6 +124,7 @@ def cases(
     min_calls: int = 1,
     min_tokens: int = 1,
     min_context: int = 0,
+    dtype: Dtype = "float32",
 ) -> Case:
     """Cases of the current run's frames. `context` True, False, or None for either; the rest narrows what is drawn."""
 
@@ -155,4 +157,5 @@ def cases(
         flavour=draw(st.sampled_from(flavours)),
         poison=draw(st.sampled_from(poison)),
         seed=draw(seeds()),
+        dtype=dtype,
     )

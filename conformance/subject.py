@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
-from lyra.backends.protocol import Attention, Backend, Engine, ModelBackend
+from lyra.backends.protocol import Attention, Backend, Bfloat16Backend, Engine, ModelBackend
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
 
 from .case import Problem
 from .record import Record
-from .tolerance import K_PAIR, MODEL, Distance, K, distance, model_distance
+from .tolerance import K_PAIR, MODEL, Distance, K, distance, model_distance, stored_distance
 
 Answer = TypeVar("Answer")
 
@@ -56,9 +56,41 @@ def expected(problem: Problem) -> dict[str, Uncertain]:
             positions=problem.positions,
             mask=problem.mask,
             static=problem.static,
+            dtype=problem.dtype,
         )
     found: dict[str, Uncertain] = problem.memo["oracle"]
     return found
+
+
+def label(problem: Problem, what: str) -> str:
+    """What a distance is recorded under: bfloat16 apart from float32."""
+    return what if problem.dtype == "float32" else f"{what}, {problem.dtype}"
+
+
+def stage_alone(problem: Problem, name: str, trace: Mapping[str, np.ndarray], *, moved: bool = True) -> Uncertain:
+    """The oracle's value of a stage, from a backend's own stages before it.
+
+    In float32 the two forms that POSITION allows are one up to rounding, and the literal one is taken. In bfloat16
+    heads are those of one form or the other, and `moved` says which: static keys at j - P, or live tokens at P + t.
+    """
+    return stage_from_trace(
+        problem.spec,
+        problem.weights,
+        name,
+        trace,
+        problem.x,
+        positions=problem.positions,
+        mask=problem.mask,
+        static=problem.static,
+        dtype=problem.dtype,
+        moved=moved and problem.dtype != "float32",
+    )
+
+
+def alone_distance(problem: Problem, got: np.ndarray, wanted: Uncertain) -> Distance:
+    """How far a traced stage is from the oracle's on the stages before it (TOLERANCE-2, TOLERANCE-4)."""
+    measure = distance if problem.dtype == "float32" else stored_distance
+    return measure(got, wanted, problem.real)
 
 
 class Subject:
@@ -74,8 +106,11 @@ class Subject:
         return capability in self.backend.capabilities
 
     def layer(self, problem: Problem) -> Attention:
-        """The backend's layer for a problem's spec and weights. Raises BackendError."""
-        return self.attempt(lambda: self.backend.attention(problem.spec, problem.weights))
+        """The backend's layer for a problem's spec, weights and dtype. Raises BackendError."""
+        if problem.dtype == "float32":
+            return self.attempt(lambda: self.backend.attention(problem.spec, problem.weights))
+        narrow = cast(Bfloat16Backend, self.backend)
+        return self.attempt(lambda: narrow.attention(problem.spec, problem.weights, dtype=problem.dtype))
 
     def run(
         self, problem: Problem, calls: tuple[int, ...] | None = None, *, trace: bool = False, cache: object = None
@@ -165,7 +200,7 @@ class Subject:
             raise Divergence(self.name, f"{stage} has shape {got.shape}, expected {wanted.value.shape}", problem)
         far = distance(got, wanted, problem.real)
         if limit:
-            self.record.saw(self.name, stage if against == "the oracle" else against, far.ratio)
+            self.record.saw(self.name, label(problem, stage if against == "the oracle" else against), far.ratio)
         if far.ratio > limit:
             raise Divergence(self.name, f"{far.describe(stage, limit)} against {against}", problem)
 
@@ -173,7 +208,7 @@ class Subject:
         """Every traced stage (or those named) is within K·σ of the oracle on the stage before. Raises Divergence."""
         for name, far in self.stage_distances(problem, outcome.trace).items():
             if names is None or name in names:
-                self.record.saw(self.name, f"{name} alone", far.ratio)
+                self.record.saw(self.name, label(problem, f"{name} alone"), far.ratio)
                 if far.ratio > K:
                     message = f"{far.describe(name, K)} against the oracle on the stage before"
                     raise Divergence(self.name, message, problem, name)
@@ -206,20 +241,14 @@ class Subject:
         for name in problem.spec.trace_names():
             if name not in trace:
                 raise Divergence(self.name, f"the trace lacks {name!r}; it has {list(trace)}", problem, name)
-            wanted = stage_from_trace(
-                problem.spec,
-                problem.weights,
-                name,
-                trace,
-                problem.x,
-                positions=problem.positions,
-                mask=problem.mask,
-                static=problem.static,
-            )
+            wanted = stage_alone(problem, name, trace)
             if trace[name].shape != wanted.value.shape:
                 message = f"{name} has shape {trace[name].shape}, expected {wanted.value.shape}"
                 raise Divergence(self.name, message, problem, name)
-            found[name] = distance(trace[name], wanted, problem.real)
+            found[name] = far = alone_distance(problem, trace[name], wanted)
+            if name == "heads" and problem.dtype != "float32" and far.ratio > K:
+                other = alone_distance(problem, trace[name], stage_alone(problem, name, trace, moved=False))
+                found[name] = min(far, other, key=lambda one: one.ratio)
         return found
 
     def first_diverging_stage(self, problem: Problem) -> str | None:

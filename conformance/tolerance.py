@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lyra.spec.bfloat16 import beyond
 from lyra.spec.uncertain import K, Uncertain
 
-__all__ = ["K_PAIR", "MODEL", "Distance", "K", "distance", "model_distance"]
+__all__ = ["K_PAIR", "MODEL", "Distance", "K", "distance", "model_distance", "stored_distance"]
 
 K_PAIR = K * 2**0.5
 
@@ -38,9 +39,22 @@ def distance(got: np.ndarray, expected: Uncertain, where: np.ndarray | None = No
     """
     if got.shape != expected.value.shape:
         raise ValueError(f"got shape {got.shape}, expected {expected.value.shape}")
+    return _largest(np.abs(got.astype(np.float64) - expected.value), got, expected, where)
+
+
+def stored_distance(got: np.ndarray, expected: Uncertain, where: np.ndarray | None = None) -> Distance:
+    """How far the oracle's value is, in σ, from the numbers that round to the bfloat16 `got` (TOLERANCE-4).
+
+    A value that is no bfloat16 is infinitely far. Raises ValueError on another shape.
+    """
+    if got.shape != expected.value.shape:
+        raise ValueError(f"got shape {got.shape}, expected {expected.value.shape}")
+    return _largest(beyond(expected.value, got), got, expected, where)
+
+
+def _largest(delta: np.ndarray, got: np.ndarray, expected: Uncertain, where: np.ndarray | None) -> Distance:
     if got.size == 0 or (where is not None and not where.any()):
         return Distance(0.0, (), 0.0, 0.0, 0.0)
-    delta = np.abs(got.astype(np.float64) - expected.value)
     sigma = expected.sigma
     ratio = np.divide(delta, sigma, out=np.where(delta > 0, np.inf, 0.0), where=sigma > 0)
     ratio = np.where(np.isfinite(got), ratio, np.inf)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .attention import AttentionSpec, StaticSpec
+from .bfloat16 import bfloat16_bits
 from .errors import ContextError, SpecError
 from .model import ModelSpec
 
@@ -101,12 +102,6 @@ def hash_weights(weights: Mapping[str, np.ndarray]) -> str:
             digest.update(f"{name} {list(weights[name].shape)}".encode())
             digest.update(bfloat16_bits(weights[name]).tobytes())
     return digest.hexdigest()
-
-
-def bfloat16_bits(values: np.ndarray) -> np.ndarray:
-    """The bfloat16 nearest to each float32 value, ties to even, as uint16 little-endian."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
 def hash_vocabulary(vocabulary: Mapping[str, int]) -> str:

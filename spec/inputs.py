@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 
 from .attention import AttentionSpec
 from .errors import InputError
 from .sequential import SequentialSpec
+
+Dtype = Literal["float32", "bfloat16"]
+"""The types that a layer may compute in (clause DTYPE)."""
 
 
 class StaticLayer(NamedTuple):
@@ -169,6 +172,21 @@ def check_cotangent(cotangent: np.ndarray, inputs: CallInputs) -> np.ndarray:
             f"expected float32 {inputs.x.shape}, the shape of the output"
         )
     return np.where(inputs.mask[:, :, None], cotangent, 0.0).astype(np.float32)
+
+
+def check_dtype(dtype: str) -> Dtype:
+    """The type that a layer is asked to compute in. Clause DTYPE-3. Raises InputError."""
+    if dtype not in get_args(Dtype):
+        raise InputError(
+            f"dtype is {dtype!r}; an attention layer computes in {' or '.join(map(repr, get_args(Dtype)))}"
+        )
+    return cast(Dtype, dtype)
+
+
+def check_differentiable(dtype: Dtype) -> None:
+    """Refuse gradients of a layer that does not compute in float32. Clause DTYPE-3. Raises InputError."""
+    if dtype != "float32":
+        raise InputError(f"a layer with dtype={dtype!r} has no gradients; make one with dtype='float32' for them")
 
 
 class HasWeights(Protocol):

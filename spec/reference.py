@@ -13,17 +13,18 @@ from typing import NamedTuple
 import numpy as np
 
 from .attention import AttentionSpec
-from .inputs import StaticLayer, check_call
+from .inputs import StaticLayer, check_call, check_dtype
 from .uncertain import (
-    U_BFLOAT16,
     Uncertain,
     exact,
     linear,
     rms_norm,
     rotate,
+    rounded,
     scores,
     softmax_average,
     stored,
+    stored_turned,
 )
 
 BLOCK = 2**22
@@ -51,11 +52,12 @@ def reference(
     """Every stage of the layer for all live tokens of a sequence, by trace name (ORDER-3), with σ.
 
     x [B,T,E], positions [B,T], mask [B,T] bool or None, static or None. `dtype` is the type a backend would store
-    stages in, "float32" or "bfloat16"; the values are float64 either way. Raises InputError.
+    stages in, "float32" or "bfloat16" (DTYPE); the values are float64 either way, and what comes in is taken as it is.
+    Raises InputError.
     """
+    check_dtype(dtype)
     x, positions, mask, static = check_call(spec, x, positions, mask, static)
-    unit = U_BFLOAT16 if dtype == "bfloat16" else 0.0
-    return stages_of(spec, weights, exact(x), positions, mask, static, unit)
+    return stages_of(spec, weights, exact(x), positions, mask, static, dtype)
 
 
 def stages_of(
@@ -65,28 +67,26 @@ def stages_of(
     positions: np.ndarray,
     mask: np.ndarray,
     static: StaticLayer | None,
-    unit: float = 0.0,
+    dtype: str = "float32",
 ) -> dict[str, Uncertain]:
-    """The same for checked arguments and an x [B,T,E] that may itself be uncertain.
-
-    `unit` is the unit roundoff of the type that stages are stored in, 0 for float32.
-    """
+    """The same for checked arguments and an x [B,T,E] that may itself be uncertain."""
     stages = {"q_proj": project(spec, weights, "q", x), "k_proj": project(spec, weights, "k", x)}
     stages["v_proj"] = project(spec, weights, "v", x)
-    stages = {name: stored(value, unit) for name, value in stages.items()}
+    stages = {name: stored(value, dtype) for name, value in stages.items()}
     q, k = stages["q_proj"], stages["k_proj"]
     if spec.qk_norm is not None:
-        q = stages["q_norm"] = stored(rms_norm(q, weights["q_norm.weight"], spec.qk_norm.eps), unit)
-        k = stages["k_norm"] = stored(rms_norm(k, weights["k_norm.weight"], spec.qk_norm.eps), unit)
-    lyra_q, lyra_k = q, k
+        q = stages["q_norm"] = stored(rms_norm(q, weights["q_norm.weight"], spec.qk_norm.eps), dtype)
+        k = stages["k_norm"] = stored(rms_norm(k, weights["k_norm.weight"], spec.qk_norm.eps), dtype)
+    lyra_q, lyra_k, lyra_static = q, k, static_keys(spec, static)
     if spec.rope is not None:
         own = positions + context_end(spec, static)[:, None]
-        lyra_q, lyra_k = stored(at(spec, q, own), unit), stored(at(spec, k, own), unit)
-        q = stages["q_rope"] = stored(at(spec, q, positions), unit)
-        k = stages["k_rope"] = stored(at(spec, k, positions), unit)
-    vanilla, lyra = Stream(q, k, None), Stream(lyra_q, lyra_k, static_keys(spec, static))
-    stages["heads"] = stored(attend(spec, vanilla, lyra, stages["v_proj"], positions, mask, static), unit)
-    stages["output"] = stored(output(spec, weights, stages["heads"]), unit)
+        lyra_q, lyra_k = stored_turned(at(spec, q, own), dtype), stored_turned(at(spec, k, own), dtype)
+        lyra_static = None if lyra_static is None else stored_turned(lyra_static, dtype)
+        q = stages["q_rope"] = stored(at(spec, q, positions), dtype)
+        k = stages["k_rope"] = stored(at(spec, k, positions), dtype)
+    vanilla, lyra = Stream(q, k, None), Stream(lyra_q, lyra_k, lyra_static)
+    stages["heads"] = stored(attend(spec, vanilla, lyra, stages["v_proj"], positions, mask, static), dtype)
+    stages["output"] = stored(output(spec, weights, stages["heads"]), dtype)
     return stages
 
 
@@ -100,10 +100,14 @@ def stage_from_trace(
     positions: np.ndarray,
     mask: np.ndarray | None = None,
     static: StaticLayer | None = None,
+    dtype: str = "float32",
+    moved: bool = False,
 ) -> Uncertain:
     """One stage, computed from a backend's own values of the stages before it, taken as exact (TOLERANCE-2).
 
-    `trace` holds those values for all live tokens of the sequence. Raises InputError, KeyError for an unknown stage.
+    `trace` holds those values for all live tokens of the sequence. The stage itself is not rounded, whatever `dtype`
+    is; with "bfloat16" what is rotated again for Lyra heads is. `moved` takes the other form that POSITION allows:
+    static keys at j - P, live tokens at t. Raises InputError, KeyError for an unknown stage.
     """
     x, positions, mask, static = check_call(spec, x, positions, mask, static)
     before = {key: exact(value) for key, value in trace.items()}
@@ -118,12 +122,13 @@ def stage_from_trace(
         return at(spec, before[f"{kind}_{normed}"], positions)
     if name == "heads":
         last = "rope" if spec.rope is not None else normed
-        q, k = before[f"q_{normed}"], before[f"k_{normed}"]
-        if spec.rope is not None:  # a trace is rotated at t in every mode (ORDER-3); Lyra heads attend at P + t
-            own = positions + context_end(spec, static)[:, None]
-            q, k = at(spec, q, own), at(spec, k, own)
         vanilla = Stream(before[f"q_{last}"], before[f"k_{last}"], None)
-        lyra = Stream(q, k, static_keys(spec, static))
+        end = context_end(spec, static)[:, None]
+        q, k, turned = vanilla.q, vanilla.k, static_keys(spec, static, end if moved else 0)
+        if spec.rope is not None and not moved:  # a trace is at t in every mode (ORDER-3); Lyra heads attend at P + t
+            q, k = (at(spec, before[f"{kind}_{normed}"], positions + end) for kind in "qk")
+            q, k = (q, k) if dtype == "float32" else (rounded(q), rounded(k))
+        lyra = Stream(q, k, turned if turned is None or dtype == "float32" else rounded(turned))
         return attend(spec, vanilla, lyra, before["v_proj"], positions, mask, static)
     if name == "output":
         return output(spec, weights, before["heads"])
@@ -156,13 +161,13 @@ def angles(spec: AttentionSpec, positions: np.ndarray) -> np.ndarray:
     return positions[..., None] * (spec.rope.theta**-exponent / spec.rope.factor)
 
 
-def static_keys(spec: AttentionSpec, static: StaticLayer | None) -> Uncertain | None:
-    """Static keys [Bc,G,S,D], rotated at their positions."""
+def static_keys(spec: AttentionSpec, static: StaticLayer | None, back: np.ndarray | int = 0) -> Uncertain | None:
+    """Static keys [Bc,G,S,D], rotated at their positions, or `back` [Bc,1] behind them."""
     if static is None:
         return None
     if spec.rope is None:
         return exact(static.k)
-    return rotate(exact(static.k), angles(spec, static.positions)[:, None])
+    return rotate(exact(static.k), angles(spec, static.positions - back)[:, None])
 
 
 def attend(

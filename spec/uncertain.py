@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .bfloat16 import to_bfloat16
+
 U = 2.0**-24
 """Unit roundoff of float32."""
 
-U_BFLOAT16 = 2.0**-9
-"""Unit roundoff of bfloat16."""
+BFLOAT16 = 2.0**-9
+"""Standard deviation, relative to a value, of rounding it to bfloat16, whose unit roundoff is 2⁻⁸."""
 
 K = 10.0
 """A backend passes where |Δ| ≤ K·σ at every element; two backends may differ by K·√2·σ (TOLERANCE-1).
@@ -49,9 +51,25 @@ def exact(value: np.ndarray) -> Uncertain:
     return Uncertain(value, np.zeros_like(value))
 
 
-def stored(y: Uncertain, unit: float) -> Uncertain:
-    """What storing a value in a narrower type adds; `unit` is that type's unit roundoff, 0 for float32."""
-    return Uncertain(y.value, y.variance + (unit * y.value) ** 2) if unit else y
+def stored(y: Uncertain, dtype: str) -> Uncertain:
+    """What storing a value between two stages adds: nothing in float32, the rounding in bfloat16 (DTYPE-1)."""
+    return y if dtype == "float32" else Uncertain(y.value, y.variance + (BFLOAT16 * y.value) ** 2)
+
+
+def stored_turned(y: Uncertain, dtype: str) -> Uncertain:
+    """The same for pairs (i, i + D/2) that a backend may store at another angle, as POSITION allows."""
+    if dtype == "float32":
+        return y
+    first, second = np.split(y.value, 2, axis=-1)
+    pair = BFLOAT16**2 * (first**2 + second**2)
+    return Uncertain(y.value, y.variance + np.concatenate([pair, pair], axis=-1))
+
+
+def rounded(y: Uncertain) -> Uncertain:
+    """The bfloat16 a value is stored as; where K·σ decides which of two it is, their distance becomes its σ."""
+    spread = K * y.sigma
+    low, high = to_bfloat16(y.value - spread), to_bfloat16(y.value + spread)
+    return Uncertain(to_bfloat16(y.value).astype(np.float64), (high.astype(np.float64) - low) ** 2)
 
 
 def sum_error(n: int) -> float:

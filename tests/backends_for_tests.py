@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from lyra.backends.protocol import CAPABILITIES, CapturedLayer, Gradients, Result, get_backend
+from lyra.backends.protocol import CAPABILITIES, Bfloat16Backend, CapturedLayer, Gradients, Result, get_backend
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
@@ -132,8 +132,10 @@ class NullBackend:
     capabilities = frozenset(CAPABILITIES)
     make: Make = staticmethod(zeros)
 
-    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> NullAttention:
-        """A layer that ignores its weights."""
+    def attention(
+        self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
+    ) -> NullAttention:
+        """A layer that ignores its weights and its dtype."""
         return NullAttention(spec, self.make)
 
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> NullEngine:
@@ -186,8 +188,8 @@ class WrongShape(NullBackend):
 class WrappedAttention:
     """PyTorch's layer, its answers passed through the backend's `change`."""
 
-    def __init__(self, backend: Wrapped, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> None:
-        self._layer = get_backend("torch").attention(spec, weights)
+    def __init__(self, backend: Wrapped, spec: AttentionSpec, weights: Mapping[str, np.ndarray], dtype: str) -> None:
+        self._layer = cast(Bfloat16Backend, get_backend("torch")).attention(spec, weights, dtype=dtype)
         self._backend = backend
 
     def __call__(self, x: np.ndarray, **rest: Any) -> Result:
@@ -203,9 +205,11 @@ class Wrapped:
     name = "wrapped"
     capabilities: frozenset[str] = get_backend("torch").capabilities
 
-    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> WrappedAttention:
+    def attention(
+        self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
+    ) -> WrappedAttention:
         """PyTorch's layer behind the door."""
-        return WrappedAttention(self, spec, weights)
+        return WrappedAttention(self, spec, weights, dtype)
 
     def change(self, result: Result) -> Result:
         """What comes out; nothing changes here."""

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lyra.spec import AttentionSpec, ContextError, ContextLayer, Fingerprint, ModelSpec, RopeSpec, StaticContext
+from lyra.spec.bfloat16 import to_bfloat16
 from lyra.spec.context import rotation_tables
-from lyra.spec.fingerprint import bfloat16_bits, hash_vocabulary, hash_weights
+from lyra.spec.fingerprint import hash_vocabulary, hash_weights
 
 BOS = 2
 HEADS, KV_HEADS, DIM = 8, 4, 16
@@ -355,8 +356,7 @@ def test_a_fingerprint_survives_json() -> None:
 
 def test_bfloat16_rounding_is_to_nearest_even() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, 1.0040, -2.5, 0.0], np.float32)
-    rounded = (bfloat16_bits(values).astype(np.uint32) << 16).view(np.float32)
-    np.testing.assert_array_equal(rounded, np.array([1.0, 1.0, 1.015625, 1.0078125, -2.5, 0.0], np.float32))
+    np.testing.assert_array_equal(to_bfloat16(values), np.array([1.0, 1.0, 1.015625, 1.0078125, -2.5, 0.0], np.float32))
 
 
 def test_a_hash_is_that_of_the_bfloat16_weights_that_make_keys_and_values() -> None:
@@ -365,7 +365,7 @@ def test_a_hash_is_that_of_the_bfloat16_weights_that_make_keys_and_values() -> N
         f"{name}.weight": rng.standard_normal((4, 8), dtype=np.float32) for name in ("q_proj", "k_proj", "v_proj")
     }
     digest = hash_weights(weights)
-    rounded = {name: (bfloat16_bits(w).astype(np.uint32) << 16).view(np.float32) for name, w in weights.items()}
+    rounded = {name: to_bfloat16(w) for name, w in weights.items()}
     assert hash_weights(rounded) == digest
     assert hash_weights(weights | {"q_proj.weight": weights["q_proj.weight"] + 1}) == digest
     assert hash_weights(weights | {"v_proj.weight": weights["v_proj.weight"] * 1.01}) != digest

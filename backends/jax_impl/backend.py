@@ -13,11 +13,20 @@ from jax import Array
 from lyra.backends.protocol import Gradients, Result
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import CallInputs, StaticLayer, check_call, check_cotangent, check_weights
+from lyra.spec.inputs import (
+    CallInputs,
+    StaticLayer,
+    check_call,
+    check_cotangent,
+    check_differentiable,
+    check_dtype,
+    check_weights,
+)
 from lyra.spec.sequential import SequentialSpec
 
 from . import cache as live
 from .cache import LiveCache
+from .dtype import DTYPES, enter, leave
 from .gradients import complete, layer_gradients
 from .layer import Cache, Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
 from .shapes import general, pad_slots, pad_tokens
@@ -48,11 +57,14 @@ def call_layer(
 class JaxAttention:
     """One attention layer in JAX (protocol `Attention`). The weights move to the device here, once."""
 
-    def __init__(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
         """Raises InputError where the weights are not those of the spec."""
         self.spec = spec
+        self.dtype = check_dtype(dtype)
+        self._stored = DTYPES[self.dtype]
         self._shape = shape_of(spec)
-        self._weights: dict[str, Array] = jax.device_put(check_weights(spec, weights))
+        entered = {name: enter(value, self._stored) for name, value in check_weights(spec, weights).items()}
+        self._weights: dict[str, Array] = jax.device_put(entered)
         self._constants: Constants = jax.device_put(general(constants_of(spec), spec.num_attention_heads))
         self._trace_names = spec.trace_names()
 
@@ -74,7 +86,7 @@ class JaxAttention:
         tokens = inputs.mask.shape[1]
         inputs, past, placed = self.prepare(inputs, cache)
         output, cache_after, stages = call_layer(
-            inputs.x,
+            enter(inputs.x, self._stored),
             inputs.positions.astype(np.int32),
             inputs.mask,
             self._weights,
@@ -83,8 +95,8 @@ class JaxAttention:
             live.with_room(past, inputs.mask.shape[1]),
             shape=self._shape,
         )
-        values = {name: np.asarray(stages[name])[:, :tokens] for name in self._trace_names} if trace else {}
-        return Result(np.asarray(output)[:, :tokens], cache_after._replace(length=past.length + tokens), values)
+        values = {name: leave(stages[name])[:, :tokens] for name in self._trace_names} if trace else {}
+        return Result(leave(output)[:, :tokens], cache_after._replace(length=past.length + tokens), values)
 
     def prepare(self, inputs: CallInputs, cache: object | None) -> tuple[CallInputs, LiveCache, PlacedStatic | None]:
         """Checked arguments, padded to a common number of tokens; the cache, or an empty one; the context in place.
@@ -96,7 +108,10 @@ class JaxAttention:
         past = self._empty_cache(batch, inputs.mask.shape[1]) if cache is None else _live_cache(cache)
         if past.batch != batch:
             raise InputError(f"the cache has {past.batch} rows, x has {batch}; reorder the cache or give matching rows")
-        return inputs, past, None if inputs.static is None else place_static(self.spec, inputs.static)
+        if past.keys.dtype != self._stored:
+            raise InputError(f"the cache is not that of a {self.dtype} layer; give one that this layer returned")
+        placed = None if inputs.static is None else place_static(self.spec, inputs.static, self._stored)
+        return inputs, past, placed
 
     def vjp(
         self,
@@ -108,6 +123,7 @@ class JaxAttention:
         static: StaticLayer | None = None,
     ) -> Gradients:
         """Gradients of sum(cotangent * output); cotangent [B,T,E], the rest as in a call. Raises InputError."""
+        check_differentiable(self.dtype)
         inputs = check_call(self.spec, x, positions, mask, static)
         found = layer_gradients(
             self.spec, self._weights, self._constants, self._shape, inputs, check_cotangent(cotangent, inputs)
@@ -123,18 +139,20 @@ class JaxAttention:
         return live.crop(_live_cache(cache), length)
 
     def _empty_cache(self, batch: int, tokens: int) -> LiveCache:
-        return live.empty_cache(batch, self._shape.kv_heads, self._shape.head_dim, live.bucket(tokens))
+        return live.empty_cache(batch, self._shape.kv_heads, self._shape.head_dim, live.bucket(tokens), self._stored)
 
 
 class JaxBackend:
     """Attention layers, injected blocks and whole Gemma-3 models in JAX (`SequentialBackend` and `ModelBackend`)."""
 
     name = "jax"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential"})
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16"})
 
-    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> JaxAttention:
-        """One attention layer. `weights` carry Hugging Face names and layouts. Raises InputError."""
-        return JaxAttention(spec, weights)
+    def attention(
+        self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
+    ) -> JaxAttention:
+        """One attention layer. `weights` carry Hugging Face names and layouts. Clause DTYPE. Raises InputError."""
+        return JaxAttention(spec, weights, dtype)
 
     def sequential(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> JaxSequential:
         """One injected block with its weights (names as in `spec.weight_shapes()`). Raises InputError."""

@@ -16,6 +16,8 @@ from jax import Array, lax
 
 from lyra.spec.errors import InputError
 
+from .dtype import DTYPES
+
 SMALLEST = 16
 
 
@@ -35,8 +37,8 @@ SLOT_AXES = (3, 2, 1, 1)
 class LiveCache(NamedTuple):
     """Live keys and values of one layer.
 
-    keys       [B,Hkv,D,C] float32, rotated at their own positions (D before C: see partial_attention)
-    values     [B,Hkv,C,D] float32
+    keys       [B,Hkv,D,C], rotated at their own positions (D before C: see partial_attention)
+    values     [B,Hkv,C,D]
     mask       [B,C] bool; False for padding
     positions  [B,C] int32
     length     slots in use, the same for all rows: an int outside compiled code, int32 inside
@@ -90,23 +92,27 @@ def bucket(length: int) -> int:
     return max(SMALLEST, 1 << (length - 1).bit_length()) if length > 0 else SMALLEST
 
 
-def empty_keys(batch: int, kv_heads: int, head_dim: int, slots: int) -> LiveKeys:
+def empty_keys(
+    batch: int, kv_heads: int, head_dim: int, slots: int, dtype: np.dtype[Any] = DTYPES["float32"]
+) -> LiveKeys:
     """Slots with nothing in them: NumPy arrays, which the first compiled call takes to the device.
 
     Making them with jnp.zeros would compile for every shape.
     """
     zeros: Any = np.zeros
     return LiveKeys(
-        keys=zeros((batch, kv_heads, head_dim, slots), np.float32),
-        values=zeros((batch, kv_heads, slots, head_dim), np.float32),
+        keys=zeros((batch, kv_heads, head_dim, slots), dtype),
+        values=zeros((batch, kv_heads, slots, head_dim), dtype),
         mask=zeros((batch, slots), bool),
         positions=zeros((batch, slots), np.int32),
     )
 
 
-def empty_cache(batch: int, kv_heads: int, head_dim: int, capacity: int) -> LiveCache:
+def empty_cache(
+    batch: int, kv_heads: int, head_dim: int, capacity: int, dtype: np.dtype[Any] = DTYPES["float32"]
+) -> LiveCache:
     """A cache with nothing in it."""
-    return LiveCache(*empty_keys(batch, kv_heads, head_dim, capacity), length=0)
+    return LiveCache(*empty_keys(batch, kv_heads, head_dim, capacity, dtype), length=0)
 
 
 @partial(jax.jit, static_argnames="capacity")

@@ -19,6 +19,7 @@ from jax import Array
 from lyra.spec.attention import TRACES, AttentionSpec
 
 from .cache import LiveCache, LiveKeys, live_keys
+from .dtype import store
 from .heads import SplitArrays, fold, fold_visible, split_arrays, unfold
 from .norm import rms_norm
 from .partial import HIGHEST, finish, merge, partial_attention
@@ -158,7 +159,8 @@ def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
         tokens = call.mask.shape[1]
         static = static_attention(query, call.static, constants.split, tokens, constants.scale, constants.softcap)
         partial = merge(partial, static)
-    return flow.add(heads=unfold(finish(partial), shape.query_heads))
+    heads = store(finish(partial), flow.values["q"].dtype)
+    return flow.add(heads=unfold(heads, shape.query_heads))
 
 
 def output(flow: Flow, layer: Layer, call: Call) -> Flow:
@@ -174,7 +176,8 @@ STAGES: dict[str, Stage] = {"project": project, "norm": norm, "rope": rope, "att
 def run_layer(x: Array, layer: Layer, call: Call) -> tuple[Array, LiveCache | RollingCache, dict[str, Array]]:
     """Run the stages in the spec's order: output [B,T,E], the cache with the call's tokens, every stage's values.
 
-    x [B,T,E] float32. Padding enters as zeros: nothing it holds can overflow, and no real token sees it. MASKED-4.
+    x [B,T,E], of the type that stages are stored in. Padding enters as zeros: nothing it holds can overflow, and no
+    real token sees it. MASKED-4.
     """
     flow = Flow(call.cache, {"x": jnp.where(call.mask[:, :, None], x, 0.0)})
     trace: dict[str, Array] = {}
@@ -185,10 +188,10 @@ def run_layer(x: Array, layer: Layer, call: Call) -> tuple[Array, LiveCache | Ro
 
 
 def _linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
-    """x · Wᵀ (+ bias): x [B,T,in], W [out,in]."""
-    y = jnp.einsum("bti,oi->bto", x, weights[f"{name}.weight"], precision=HIGHEST)
+    """x · Wᵀ (+ bias): x [B,T,in], W [out,in]; summed in float32, rounded to x's type once (DTYPE-2)."""
+    y = jnp.einsum("bti,oi->bto", x, weights[f"{name}.weight"], precision=HIGHEST, preferred_element_type=jnp.float32)
     bias = weights.get(f"{name}.bias")
-    return y if bias is None else y + bias
+    return store(y if bias is None else y + bias, x.dtype)
 
 
 def _heads(x: Array, heads: int) -> Array:

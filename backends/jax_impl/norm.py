@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .dtype import store
+
 
 def rms_norm(x: Array, weight: Array, eps: Array | float) -> Array:
     """x · rsqrt(mean(x²) + eps) · (1 + w) over the last axis, computed in float32 and cast back. Clause NORM.
@@ -14,4 +16,4 @@ def rms_norm(x: Array, weight: Array, eps: Array | float) -> Array:
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = wide * lax.rsqrt(mean_square + eps) * (1.0 + weight.astype(jnp.float32))
-    return normed.astype(x.dtype)
+    return store(normed, x.dtype)

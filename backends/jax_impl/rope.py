@@ -8,6 +8,8 @@ from jax import Array
 
 from lyra.spec.attention import AttentionSpec
 
+from .dtype import store
+
 
 def inverse_frequencies(spec: AttentionSpec) -> Array | None:
     """theta^(−2i/D) / factor for pair i: float32 [D/2], rounded once from float64; None where the spec has no RoPE."""
@@ -27,6 +29,9 @@ def cos_sin(positions: Array, frequencies: Array) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn element i together with element i + D/2: x [..., D], cos and sin broadcast to [..., D/2]. Clause ROPE-1."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Turn element i together with element i + D/2: x [..., D], cos and sin broadcast to [..., D/2]. Clause ROPE-1.
+
+    Computed in float32, rounded to x's type once.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return store(jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1), x.dtype)

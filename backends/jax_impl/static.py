@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import Array
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 
+from .dtype import DTYPES, enter
 from .heads import SplitArrays, select_readers, spread_readers
 from .partial import Partial, partial_attention
 from .rope import cos_sin, inverse_frequencies, rotate
@@ -20,7 +21,7 @@ from .rope import cos_sin, inverse_frequencies, rotate
 class PlacedStatic(NamedTuple):
     """A StaticLayer whose positions are those its keys are to be rotated at; mask None where every slot is visible.
 
-    k, v [Bc,G,S,D] float32; positions [Bc,S] int32; mask [Bc,S] bool or None.
+    k, v [Bc,G,S,D]; positions [Bc,S] int32; mask [Bc,S] bool or None.
     """
 
     k: np.ndarray | Array
@@ -37,11 +38,14 @@ class StaticKV(NamedTuple):
     mask: Array | None
 
 
-def place_static(spec: AttentionSpec, static: StaticLayer) -> PlacedStatic | None:
+def place_static(
+    spec: AttentionSpec, static: StaticLayer, dtype: np.dtype[Any] = DTYPES["float32"]
+) -> PlacedStatic | None:
     """Where static keys are rotated when live tokens stay at t; None for an empty context. Clause POSITION.
 
     "overlay": at their own position j. "continue": at j − P, which is the same as moving live tokens by P, since
-    RoPE is relative; P is one more than the row's highest visible position. Masked slots go to 0.
+    RoPE is relative; P is one more than the row's highest visible position. Masked slots go to 0. Keys and values are
+    rounded to `dtype`.
     """
     if static.mask.shape[1] == 0:
         return None
@@ -50,7 +54,7 @@ def place_static(spec: AttentionSpec, static: StaticLayer) -> PlacedStatic | Non
         highest = np.where(static.mask, static.positions, -1).max(axis=1, keepdims=True)
         positions = np.where(static.mask, positions - (highest + 1), 0)
     mask = None if static.mask.all() else static.mask
-    return PlacedStatic(static.k, static.v, positions.astype(np.int32), mask)
+    return PlacedStatic(enter(static.k, dtype), enter(static.v, dtype), positions.astype(np.int32), mask)
 
 
 def rotate_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:

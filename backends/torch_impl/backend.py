@@ -11,10 +11,19 @@ import torch
 from lyra.backends.protocol import Gradients, Result
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import CallInputs, StaticLayer, check_call, check_cotangent, check_weights
+from lyra.spec.inputs import (
+    CallInputs,
+    StaticLayer,
+    check_call,
+    check_cotangent,
+    check_differentiable,
+    check_dtype,
+    check_weights,
+)
 from lyra.spec.sequential import SequentialSpec
 
 from .cache import LiveCache
+from .dtype import DTYPES, enter
 from .gradients import complete, layer_gradients
 from .heads import lyra_heads
 from .layer import Call, run
@@ -26,11 +35,13 @@ if TYPE_CHECKING:
 
 
 class TorchAttention:
-    """One attention layer in PyTorch, float32 on the CPU. Implements `lyra.backends.protocol.Attention`."""
+    """One attention layer in PyTorch, on the CPU. Implements `lyra.backends.protocol.Attention`."""
 
-    def __init__(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
         self.spec = spec
-        self.weights = {name: torch.tensor(value) for name, value in check_weights(spec, weights).items()}
+        self.dtype = check_dtype(dtype)
+        self.stored = DTYPES[self.dtype]
+        self.weights = {name: enter(value, self.stored) for name, value in check_weights(spec, weights).items()}
         self.lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads)
 
     def __call__(
@@ -47,8 +58,8 @@ class TorchAttention:
         inputs = check_call(self.spec, x, positions, mask, static)
         with torch.inference_mode():
             output, live, stages = run(self.spec, self.weights, self.lyra, self.prepare(inputs, cache))
-            traced = {name: value.numpy() for name, value in stages.items()} if trace else {}
-            return Result(output.numpy(), live, traced)
+            traced = {name: leave(value) for name, value in stages.items()} if trace else {}
+            return Result(leave(output), live, traced)
 
     def prepare(self, inputs: CallInputs, cache: object | None) -> Call:
         """Checked arguments and a cache as tensors. Raises InputError for a cache that does not fit."""
@@ -57,12 +68,14 @@ class TorchAttention:
             raise InputError(
                 f"cache holds {len(past.mask)} rows and x {len(inputs.x)}; reorder the cache or start without one"
             )
+        if past is not None and past.k.dtype != self.stored:
+            raise InputError(f"the cache is not that of a {self.dtype} layer; give one that this layer returned")
         # Copies, so that the caller's arrays are never aliased and every call sees the same memory alignment.
         return Call(
-            torch.tensor(inputs.x),
+            enter(inputs.x, self.stored),
             torch.tensor(inputs.positions),
             torch.tensor(inputs.mask),
-            prepare_static(self.spec, inputs.static),
+            prepare_static(self.spec, inputs.static, self.stored),
             past,
         )
 
@@ -76,6 +89,7 @@ class TorchAttention:
         static: StaticLayer | None = None,
     ) -> Gradients:
         """Gradients of sum(cotangent * output); cotangent [B,T,E], the rest as in a call. Raises InputError."""
+        check_differentiable(self.dtype)
         inputs = check_call(self.spec, x, positions, mask, static)
         found = layer_gradients(self.spec, self.weights, self.lyra, inputs, check_cotangent(cotangent, inputs))
         return complete(found, static)
@@ -104,11 +118,13 @@ class TorchBackend:
     """PyTorch. Implements `lyra.backends.protocol.ModelBackend` and `SequentialBackend`."""
 
     name = "torch"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential"})
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16"})
 
-    def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> TorchAttention:
-        """One attention layer with its weights (Hugging Face names and layouts). Raises InputError."""
-        return TorchAttention(spec, weights)
+    def attention(
+        self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
+    ) -> TorchAttention:
+        """One attention layer with its weights (Hugging Face names and layouts). Clause DTYPE. Raises InputError."""
+        return TorchAttention(spec, weights, dtype)
 
     def sequential(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> TorchSequential:
         """One injected block with its weights (names as in `spec.weight_shapes()`). Raises InputError."""

@@ -12,6 +12,7 @@ from lyra.spec.attention import TRACES, AttentionSpec
 
 from . import visibility
 from .cache import LiveCache, live_tokens
+from .dtype import store
 from .heads import LyraHeads, fold, fold_batch, unfold, unfold_batch
 from .norm import rms_norm
 from .partial import Partial, finish, keep, merge, partial_attention
@@ -22,7 +23,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class Call(NamedTuple):
-    """x [B,T,E] float32; positions int [B,T]; mask bool [B,T]; static and cache or None."""
+    """x [B,T,E], of the type that stages are stored in; positions int [B,T]; mask bool [B,T]; static, cache or None."""
 
     x: torch.Tensor
     positions: torch.Tensor
@@ -38,7 +39,10 @@ def project(spec: AttentionSpec, weights: Weights, x: torch.Tensor) -> tuple[tor
 
 
 def projection(spec: AttentionSpec, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    """x [B,T,E] through one projection, "q_proj", "k_proj" or "v_proj", and into heads [B,T,H,D]. Clause ORDER-1."""
+    """x [B,T,E] through one projection, "q_proj", "k_proj" or "v_proj", and into heads [B,T,H,D]. Clause ORDER-1.
+
+    A product of bfloat16 matrices is summed in float32, its bias added, and rounded once (DTYPE-2).
+    """
     flat = linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
     return flat.unflatten(-1, (-1, spec.head_dim))
 
@@ -72,7 +76,7 @@ def attend(spec: AttentionSpec, lyra: LyraHeads, q: torch.Tensor, live: LiveCach
     if call.static is not None:
         real = None if call.mask.all() else call.mask[:, None, None, :, None]
         total = add_static(total, queries, call.static, lyra, real, spec.scale, spec.softcap)
-    return unfold(finish(total))
+    return unfold(store(finish(total), q.dtype))
 
 
 def add_static(

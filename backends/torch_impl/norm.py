@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .dtype import store
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x · rsqrt(mean(x²) + eps) · (1 + weight) over the last axis, in float32, cast back to x's type. Clause NORM-1.
@@ -12,4 +14,4 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     wide = x.float()
     inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse_rms * (1.0 + weight.float())).to(x.dtype)
+    return store(wide * inverse_rms * (1.0 + weight.float()), x.dtype)

@@ -6,6 +6,8 @@ import torch
 
 from lyra.spec.attention import RopeSpec
 
+from .dtype import store
+
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     """Radians per position of every pair: theta^(-2i/D) / factor, float64 [D/2]. Clause ROPE-2."""
@@ -24,6 +26,9 @@ def cos_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.T
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn element i with element i + D/2: x [..., D], cos and sin broadcastable to [..., D/2]. Clause ROPE-1."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Turn element i with element i + D/2: x [..., D], cos and sin broadcastable to [..., D/2]. Clause ROPE-1.
+
+    Computed in float32, rounded to x's type once.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return store(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1), x.dtype)

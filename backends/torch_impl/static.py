@@ -10,24 +10,28 @@ import torch
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 
+from .dtype import enter
 from .rope import cos_sin, inverse_frequencies, rotate
 
 
 class PreparedStatic(NamedTuple):
-    """k (rotated), v [Bc,G,S,D] float32; visible bool [Bc,S], or None where every slot is."""
+    """k (rotated), v [Bc,G,S,D]; visible bool [Bc,S], or None where every slot is."""
 
     k: torch.Tensor
     v: torch.Tensor
     visible: torch.Tensor | None
 
 
-def prepare_static(spec: AttentionSpec, static: StaticLayer | None) -> PreparedStatic | None:
+def prepare_static(
+    spec: AttentionSpec, static: StaticLayer | None, dtype: torch.dtype = torch.float32
+) -> PreparedStatic | None:
     """Rotate static keys to where live tokens at t meet them: at j - P for "continue", at j for "overlay".
 
-    A context shared by all rows keeps its visible slots only. None where no slot is visible. `static` must have
-    passed `check_static`. Clauses STORED-2, POSITION-1, POSITION-2.
+    Keys and values are rounded to `dtype` first, the rotated keys once more (DTYPE-1). A context shared by all rows
+    keeps its visible slots only. None where no slot is visible. `static` must have passed `check_static`. Clauses
+    STORED-2, POSITION-1, POSITION-2.
     """
-    return None if static is None else place_static(spec, static, torch.tensor(static.k), torch.tensor(static.v))
+    return None if static is None else place_static(spec, static, enter(static.k, dtype), enter(static.v, dtype))
 
 
 def place_static(spec: AttentionSpec, static: StaticLayer, k: torch.Tensor, v: torch.Tensor) -> PreparedStatic | None:
