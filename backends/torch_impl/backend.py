@@ -23,7 +23,7 @@ from lyra.spec.inputs import (
 from lyra.spec.sequential import SequentialSpec
 
 from .cache import LiveCache
-from .dtype import DTYPES, enter
+from .dtype import DTYPES, enter, leave
 from .gradients import complete, layer_gradients
 from .heads import lyra_heads
 from .layer import Call, run
