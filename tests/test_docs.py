@@ -204,6 +204,15 @@ def test_the_context_table_is_the_one_that_is_measured(monkeypatch: pytest.Monke
     assert told == [row.published for row in rows]
 
 
+def test_the_head_map_is_the_one_that_the_command_draws(workplace: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page = next(page for page in PAGES if page.name == "spec.md")
+    (line,) = [one for block in blocks(page) for one in block.text.splitlines() if "--svg" in one]
+    run_command(line)
+    shown = (ROOT / "docs" / "images" / "split.svg").read_text(encoding="utf-8")
+    assert Path("split.svg").read_text(encoding="utf-8") == shown
+
+
 def test_the_picture_is_the_one_that_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     script, drawn = ROOT / "docs" / "images" / "draw_layer.py", tmp_path / "layer.svg"

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from lyra.backends.protocol import import_extra
 from lyra.spec.errors import InputError
 
-from .output import show
+from .output import refuse_missing_folder, show
 
 
 class ProfileName(StrEnum):
@@ -112,9 +112,3 @@ def _list(json_path: Path | None) -> None:
 
     found = listing()
     show(found.model_dump(), json_path, listing_table(found))
-
-
-def refuse_missing_folder(path: Path | None) -> None:
-    """A report that cannot be written is refused before the run, not after it."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")

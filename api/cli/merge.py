@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lyra.backends.protocol import import_extra
 
-from .conform import refuse_missing_folder
+from .output import refuse_missing_folder
 
 
 def merge(

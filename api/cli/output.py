@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from lyra.spec.base import write_atomically
+from lyra.spec.errors import InputError
 
 
 def show(data: Mapping[str, Any], json_path: Path | None, *tables: RenderableType) -> None:
@@ -56,3 +57,9 @@ def head_list(heads: tuple[int, ...] | list[int]) -> str:
         else:
             runs.append([head])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "none"
+
+
+def refuse_missing_folder(path: Path | None) -> None:
+    """A file that cannot be written is refused before the work, not after it. Raises InputError."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lyra.spec.attention import AttentionSpec
-from lyra.spec.errors import SpecError
+from lyra.spec.errors import InputError, SpecError
 from lyra.spec.model import ModelSpec, load_spec, presets
 from lyra.spec.split import HeadSplit
 
+from .headmap import save_head_map
 from .options import JsonPath, LyraKV, LyraQ, ShareKV, chosen_split
-from .output import head_list, show, size
+from .output import head_list, refuse_missing_folder, show, size
 
 FLOAT32 = 4
 TOKENS = 1000
@@ -30,6 +31,8 @@ def split(
     lyra_q: LyraQ = None,
     share_kv: ShareKV = False,
     json_path: JsonPath = None,
+    svg: Annotated[Path | None, typer.Option(metavar="PATH.svg", help="Draw the head map as SVG.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the head map as PNG.")] = None,
 ) -> None:
     """Explain a head split: heads of each stream, groups, parameters, cache; or why it is illegal."""
     spec = read_spec(model)
@@ -38,7 +41,18 @@ def split(
     attention = attention.replace(split=asked)
     layers = len(spec.global_layers) if isinstance(spec, ModelSpec) else 1
     data = {"model": spec.name if isinstance(spec, ModelSpec) else model} | explain(attention, layers)
+    pictures = [_picture(path, kind) for path, kind in ((svg, "svg"), (png, "png")) if path is not None]
+    if pictures:
+        save_head_map(pictures, Path(data["model"]).name, attention, spec if isinstance(spec, ModelSpec) else None)
     show(data, json_path, _table(data), _head_map(attention), _notes(data))
+
+
+def _picture(path: Path, kind: str) -> Path:
+    """The path of a picture, once its ending and its folder are right. Raises InputError."""
+    if path.suffix != f".{kind}":
+        raise InputError(f"--{kind} {str(path)!r}: the name must end in .{kind}")
+    refuse_missing_folder(path)
+    return path
 
 
 def read_spec(source: str) -> ModelSpec | AttentionSpec:
