@@ -16,18 +16,21 @@ from typer.testing import CliRunner
 
 from lyra.cli import application
 from lyra.conformance.case import Case, Context
+from lyra.conformance.declared import declared
 from lyra.conformance.record import Failure, Record
+from lyra.conformance.registry import prop
 from lyra.conformance.report.charts import head_map, histogram_chart
 from lyra.conformance.report.data import EDGES, Report, histogram, limit, report_data
 from lyra.conformance.report.markdown import SHOWN, append_summary, markdown
 from lyra.conformance.report.page import html
 from lyra.conformance.report.table import print_report
-from lyra.conformance.report.traceability import NOT_HELD, declared, listing
+from lyra.conformance.report.traceability import NOT_HELD, listing
 from lyra.conformance.session import Session, start
 from lyra.conformance.tolerance import K_PAIR, K
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.clauses import clauses, statements
 from lyra.spec.model import ModelSpec
+from lyra.spec.split import HeadSplit
 
 LAYER = ModelSpec.preset("gemma-3-12b-lyra-8q4kv").attention
 CASE = Case(LAYER, context=Context(3))
@@ -197,6 +200,7 @@ def test_the_page(session: Session) -> None:
         HOSTILE,
         "first diverging stage q_rope",
         CASE.describe(),
+        "Query heads below the KV head they read: L Lyra, v vanilla.",
         "lyra conform --backend wrong --replay cases/one.json",
         "RuntimeError: no",
         "lacks static",
@@ -211,7 +215,7 @@ def test_the_page(session: Session) -> None:
     ):
         assert shown in read.text, shown
     assert "cut short" not in read.text
-    assert read.tags.count("svg") == 1 + 1 + 2  # head map, one large histogram, two small ones
+    assert read.tags.count("svg") == 2 + 1 + 2  # head maps of spec and case, one large histogram, two small ones
 
 
 def test_a_page_of_a_run_cut_short_says_so(session: Session) -> None:
@@ -244,6 +248,8 @@ def test_charts() -> None:
     picture = head_map(LAYER)
     assert picture.count('<rect class="lyra"') == picture.count('<rect class="vanilla"') == 8
     assert picture.count('<rect class="kv"') == 8
+    cut = LAYER.replace(split=HeadSplit((1, 2, 3), share_kv=True))
+    assert head_map(cut).count('<rect class="kv both"') == 1
     wide = AttentionSpec(hidden_size=8, num_attention_heads=64, num_key_value_heads=1, head_dim=4, scale=1.0)
     assert head_map(wide).count('<rect class="vanilla"') == 64
 
@@ -315,3 +321,17 @@ def test_conform_list(tmp_path: Path) -> None:
     assert data == listing().model_dump()
     run("--json", tmp_path / "list.json")
     assert json.loads((tmp_path / "list.json").read_text()) == data
+
+
+def test_a_property_cites_statements_that_there_are_and_says_what_must_hold() -> None:
+    def says(judge: object) -> None:
+        """Something holds."""
+
+    def silent(judge: object) -> None: ...
+
+    assert prop("STATIC-1")(says).pytestmark[0].args[0].statements == ("STATIC-1",)
+    for cited in ((), ("STATIC-99",), ("STATIC-1", "nothing")):
+        with pytest.raises(ValueError, match="must cite statements of SPEC"):
+            prop(*cited)
+    with pytest.raises(ValueError, match="says in its docstring"):
+        prop("STATIC-1")(silent)

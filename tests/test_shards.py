@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from lyra.cli import application
+from lyra.conformance.declared import declared
 from lyra.conformance.report.data import Report
+from lyra.conformance.report.markdown import markdown
 from lyra.conformance.report.merge import merged, read_report
-from lyra.conformance.report.traceability import declared
 from lyra.conformance.shard import FIXED_COST, Shard, places
 from lyra.spec.errors import InputError
 
@@ -72,11 +73,20 @@ def comparable(report: Report) -> dict[str, Any]:
     return report.model_dump(exclude=SLOWLY_DIFFERENT)
 
 
-def test_the_reports_of_all_shards_add_up_to_that_of_one_run(tmp_path: Path) -> None:
+def test_the_reports_of_all_shards_add_up_to_that_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_of(tmp_path / "whole.json")[1]
     paths = [tmp_path / f"{index}.json" for index in (1, 2, 3)]
-    shards = [run_of(path, "--shard", f"{index}/3") for index, path in enumerate(paths, start=1)]
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    shards = [
+        run_of(path, "--shard", f"{index}/3", "--junit", path.with_suffix(".xml"))
+        for index, path in enumerate(paths, start=1)
+    ]
     assert min(report.planned for _, report in shards) > 0
+    tested = [one.count("<testcase ") for one in (path.with_suffix(".xml").read_text() for path in paths)]
+    assert tested == [report.planned for _, report in shards]
+    assert [f"Of shard {index} of 3: the others" in summary.read_text() for index in (1, 2, 3)] == [True] * 3
+    summary.unlink()
     done = lyra("merge", *reversed(paths), "--json", "all.json", "--report", "all.html")
     assert done.exit_code == 1
     found = read_report(Path("all.json"))
@@ -87,6 +97,7 @@ def test_the_reports_of_all_shards_add_up_to_that_of_one_run(tmp_path: Path) -> 
     assert (found.shards.count, found.shards.present) == (3, [1, 2, 3])
     assert "off: does not conform" in done.stdout
     assert f"{found.cases:,} compared cases" in done.stdout
+    assert summary.read_text() == markdown(found) + "\n"
     page = Path("all.html").read_text()
     assert "cut short" not in page
     assert all(failure.picture in page.replace("&#x27;", "'") for failure in found.failures)
@@ -139,9 +150,9 @@ def test_reports_that_are_not_of_one_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_shard_with_nothing_to_run_is_refused_with_the_reason() -> None:
-    done = lyra("conform", "--only", "every_stage", "--backend", "backends_for_tests:Wrapped", "--shard", "2/2")
+    done = lyra("conform", "--only", "every_stage", "--backend", "backends_for_tests:Wrapped", "--shard", "99/99")
     assert done.exit_code == 2
-    assert "error: shard 2/2 has nothing to run: fewer than 2 properties are selected" in done.stderr
+    assert "error: shard 99/99 has nothing to run: fewer than 99 properties are selected" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -174,10 +185,10 @@ def test_what_cannot_be_followed_is_one_line_with_workers_too() -> None:
     unknown = plain_pytest("-n", "2", "--lyra-backend", "torhc")
     assert unknown.returncode == 4
     assert "ERROR: unknown backend 'torhc'" in unknown.stderr
-    shard = ("--lyra-backend", "backends_for_tests:Wrapped", "--lyra-only", "every_stage", "--lyra-shard", "2/2")
+    shard = ("--lyra-backend", "backends_for_tests:Wrapped", "--lyra-only", "every_stage", "--lyra-shard", "99/99")
     empty = plain_pytest(*shard, "-n", "1")
     assert empty.returncode == 4
-    assert "shard 2/2 has nothing to run" in empty.stdout
+    assert "shard 99/99 has nothing to run" in empty.stdout
     assert "INTERNALERROR" not in empty.stdout
 
 

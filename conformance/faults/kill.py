@@ -6,8 +6,6 @@ killed early, by a property that says what is wrong. The first failing case sett
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -17,11 +15,11 @@ import pytest
 from hypothesis import settings
 
 from lyra.backends.protocol import Backend, get_backend
-from lyra.conformance import properties
+from lyra.conformance.declared import declared
 from lyra.conformance.launch import prepare_environment
 from lyra.conformance.record import Failure, Record
 from lyra.conformance.registry import Declaration
-from lyra.conformance.runner import forget_properties, run
+from lyra.conformance.runner import run
 from lyra.conformance.session import PROFILES, Session
 
 from .catalogue import Fault, FaultError
@@ -144,13 +142,8 @@ def _but(wanted: str, without: list[str]) -> str:
 @cache
 def declarations() -> dict[tuple[str, str], Declaration]:
     """What every property of the suite says of itself, by the names of its module and its function."""
-    found: dict[tuple[str, str], Declaration] = {}
-    for info in pkgutil.iter_modules(properties.__path__, f"{properties.__name__}."):
-        for name, function in vars(importlib.import_module(info.name)).items():
-            marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "lyra"]
-            found |= {(info.name.rpartition(".")[2], name): mark.args[0] for mark in marks}
-    forget_properties()
-    return found
+    named = ((name.split("::"), one) for name, one in declared().items())
+    return {(f"test_{module}", f"test_{function}"): one for (module, function), one in named}
 
 
 def _verdict(fault: Fault, backend: str, cases: int, failure: Failure | None, seconds: float) -> Verdict:

@@ -7,7 +7,7 @@ import pytest
 from lyra.conformance.judge import Judge
 from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
 from lyra.conformance.registry import prop
-from lyra.conformance.subject import Subject
+from lyra.conformance.subject import BackendError, Subject
 from lyra.spec.attention import StaticSpec
 from lyra.spec.split import HeadSplit
 
@@ -65,8 +65,13 @@ def test_attached_context_equals_oracle(judge: Judge, live: str, positions: str)
     def check(subject: Subject) -> None:
         loaded = engine(subject, small_folder())
         for maker in judge.subjects:
-            source = engine(maker, small_folder())
-            captured = maker.attempt(lambda source=source: source.capture(context_ids, (first, last)))
+            try:
+                source = engine(maker, small_folder())
+                captured = maker.attempt(lambda source=source: source.capture(context_ids, (first, last)))
+            except BackendError:
+                if maker is subject:
+                    raise
+                continue  # its own turn says so; the others are not to blame
             static = {layer: static_of(captured, layer, one.lyra_kv_heads) for layer, one in splits.items()}
             subject.attempt(lambda static=static: loaded.attach(static, splits, mode))
             got = subject.attempt(lambda: loaded.logits(ids))

@@ -43,16 +43,22 @@ def small_histogram(counts: Sequence[int], edges: Sequence[float], limit: float,
 
 
 def head_map(spec: AttentionSpec) -> str:
-    """Every KV head over the query heads that read it; Lyra heads filled and marked L, vanilla ones outlined, v."""
+    """Every KV head over the query heads that read it; Lyra heads filled and marked L, vanilla ones outlined, v.
+
+    A KV head that serves both streams is outlined and says so.
+    """
     lyra, group = set(spec.lyra_q_heads), spec.group_size
+    cut = set(spec.split.cut_kv_heads) if spec.split else set()
     wide = group * HEAD + (group - 1) * GAP
     a_line = max(1, min(GROUPS_A_LINE, 24 // group, spec.num_key_value_heads))
     lines = -(-spec.num_key_value_heads // a_line)
     parts = []
     for kv_head in range(spec.num_key_value_heads):
         left, y = (kv_head % a_line) * (wide + GROUP_GAP), (kv_head // a_line) * 56
-        parts.append(f'<rect class="kv" x="{left}" y="{y + 1}" width="{wide}" height="16" rx="3"/>')
+        kind = "kv both" if kv_head in cut else "kv"
+        parts.append(f'<rect class="{kind}" x="{left}" y="{y + 1}" width="{wide}" height="16" rx="3"/>')
         name = f"KV {kv_head}" if group > 1 else f"{kv_head}"
+        name += ", both" if kv_head in cut and group > 2 else ""
         parts.append(f'<text x="{left + wide / 2}" y="{y + 13}" text-anchor="middle">{name}</text>')
         for place in range(group):
             head, x = kv_head * group + place, left + place * (HEAD + GAP)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 
+from lyra.conformance.case import Case
 from lyra.conformance.record import Status
 from lyra.conformance.tolerance import MODEL
 from lyra.spec.attention import AttentionSpec
@@ -120,8 +122,15 @@ def _failure(failure: FailurePart) -> str:
         f'<div class="card {failure.kind}"><h3><span class="{failure.kind}">{SIGN[failure.kind]} {failure.kind}</span> '
         f"{escape(failure.backend)}: <code>{escape(failure.property)}</code></h3>"
         f'<p class="dim">{failure.statements[0]}: {_prose(says)}</p>'
-        f"<pre>{escape(failure.message)}</pre>{_list(rows)}{command}</div>"
+        f"<pre>{escape(failure.message)}</pre>{_list(rows)}{_case_map(failure)}{command}</div>"
     )
+
+
+def _case_map(failure: FailurePart) -> str:
+    """Which heads of the failing case go to Lyra."""
+    if not isinstance(failure.case, dict):
+        return ""
+    return _drawing(Case.from_json(json.dumps(failure.case)).spec)
 
 
 def _prose(text: str) -> str:
@@ -139,8 +148,15 @@ def _spec(report: Report) -> str:
         f"{spec.hidden_size}, scale {spec.scale:.6g}; {lyra}; live {spec.static.live}, positions "
         f"{spec.static.positions}"
     )
-    drawing = head_map(spec) if spec.split is not None else ""
-    return f"<h2>The spec that the suite was held to</h2>\n<p>{escape(sizes)}</p>\n{drawing}"
+    return f"<h2>The spec that the suite was held to</h2>\n<p>{escape(sizes)}</p>\n{_drawing(spec)}"
+
+
+def _drawing(spec: AttentionSpec) -> str:
+    """The head map of a spec that has a split, and what its marks mean."""
+    if spec.split is None or not spec.lyra_q_heads:
+        return ""
+    both = "; a KV head with a frame serves both" if spec.split.cut_kv_heads else ""
+    return f'{head_map(spec)}<p class="dim">Query heads below the KV head they read: L Lyra, v vanilla{both}.</p>'
 
 
 def _distances(report: Report) -> str:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from typing import Literal
 
 from pydantic import Field
 from rich.table import Table
 from rich.text import Text
 
-from lyra.conformance import properties
+from lyra.conformance.declared import declared
 from lyra.conformance.faults.catalogue import catalogue
-from lyra.conformance.registry import Declaration
-from lyra.conformance.runner import forget_properties
 from lyra.spec.clauses import clauses
 
 from .data import Part
@@ -66,19 +62,6 @@ class Listing(Part):
 
     format: Literal[1]
     clauses: list[ListedClause]
-
-
-def declared() -> dict[str, Declaration]:
-    """Every property of the suite by its name in reports, without parameters: `static::one_softmax`."""
-    found = {}
-    for info in pkgutil.iter_modules(properties.__path__, f"{properties.__name__}."):
-        short = info.name.rpartition(".")[2].removeprefix("test_")
-        for name, function in vars(importlib.import_module(info.name)).items():
-            for mark in getattr(function, "pytestmark", []):
-                if mark.name == "lyra" and function.__module__ == info.name:
-                    found[f"{short}::{name.removeprefix('test_')}"] = mark.args[0]
-    forget_properties()
-    return found
 
 
 def listing() -> Listing:
