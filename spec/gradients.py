@@ -3,7 +3,7 @@
 Like the oracle it takes the literal form of every clause: queries and keys of the Lyra stream sit at P + t, one softmax
 runs over static and live keys together. Each function is the transpose of one row of SPEC.md's table TOLERANCE, and σ
 follows by the same rules: rounding errors count as independent and propagate to first order, a sum of n products adds
-c(n). So one constant K serves values and gradients alike.
+c(n) and d(n). So one constant K serves values and gradients alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from .attention import AttentionSpec
 from .inputs import StaticLayer, check_call, check_cotangent
 from .reference import Stream, angles, at, by_head, context_end, reference, static_keys, visible_live
-from .uncertain import U, Uncertain, exact, linear, rms_norm, rotate, scores, softmax_average, sum_error
+from .uncertain import U, Uncertain, exact, linear, rms_norm, rotate, running_error, scores, softmax_average, sum_error
 
 SMALLEST = 2.0**-126
 """The smallest normal float32: a weight of a softmax, or a product, may come out as 0 below it."""
@@ -80,7 +80,7 @@ def gradients(
 
 
 def contract(subscripts: str, a: Uncertain, b: Uncertain) -> Uncertain:
-    """An einsum of two arrays: every element a sum of n products. Adds c(n), and SMALLEST where there is an error."""
+    """An einsum of two arrays, each element a sum of n products. Adds c(n), d(n) and, where it errs, SMALLEST."""
     inputs, _, out = subscripts.partition("->")
     sizes = dict(zip(inputs.replace(",", ""), (*a.value.shape, *b.value.shape), strict=True))
     terms = int(np.prod([size for axis, size in sizes.items() if axis not in out]))
@@ -89,7 +89,9 @@ def contract(subscripts: str, a: Uncertain, b: Uncertain) -> Uncertain:
         return np.einsum(subscripts, one, other, optimize=True)
 
     variance = sum_of(a.variance + sum_error(terms) ** 2 * a.value**2, b.value**2) + sum_of(a.value**2, b.variance)
-    return Uncertain(sum_of(a.value, b.value), np.where(variance > 0, variance + SMALLEST**2, 0.0))
+    value = sum_of(a.value, b.value)
+    variance = variance + (running_error(terms) * value) ** 2
+    return Uncertain(value, np.where(variance > 0, variance + SMALLEST**2, 0.0))
 
 
 def added(a: Uncertain, b: Uncertain) -> Uncertain:

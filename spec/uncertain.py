@@ -77,12 +77,22 @@ def sum_error(n: int) -> float:
     return float(U * (np.sqrt(n) / 4 + 2))
 
 
+def running_error(n: Any) -> Any:
+    """d(n): what a sum of n products adds relative to its own value.
+
+    Each of n additions rounds a partial sum. On their way to a large sum the partial sums are large too, however small
+    the products are: about y·i/n after i of them, so that the squares of n roundings add up to (u·y)²·n/9.
+    """
+    return U * np.sqrt(n) / 3
+
+
 def linear(x: Uncertain, weight: np.ndarray, bias: np.ndarray | None) -> Uncertain:
     """x [..., n] times weight [m, n] transposed, plus bias [m]."""
     weight = np.array(weight, dtype=np.float64)
     value = _rows_times(x.value, weight)
     np.square(weight, out=weight)  # in place: a second array of this size costs more than the product
     variance = _rows_times(x.variance + sum_error(weight.shape[1]) ** 2 * x.value**2, weight)
+    variance = variance + (running_error(weight.shape[1]) * value) ** 2
     if bias is not None:
         value = value + np.asarray(bias, dtype=np.float64)
         variance = variance + (U * value) ** 2
@@ -146,7 +156,10 @@ def softmax_average(s: Uncertain, v: Uncertain) -> Uncertain:
     pull = score_pull(p, s) ** 2  # Σ g²(v − o)², multiplied out
     spread = pull @ v.value**2 - 2 * o * (pull @ v.value) + o**2 * pull.sum(axis=-1, keepdims=True)
     summing = p**2 @ (sum_error(s.value.shape[-1]) ** 2 * v.value**2 + v.variance)
-    return Uncertain(o, np.maximum(spread, 0.0) + summing + (2 * U * o) ** 2)
+    squares = (p**2).sum(axis=-1, keepdims=True)
+    keys = np.divide(1.0, squares, out=np.zeros_like(squares), where=squares > 0)  # how many keys share the weight
+    running = (2 * U * o) ** 2 + (running_error(keys) * o) ** 2
+    return Uncertain(o, np.maximum(spread, 0.0) + summing + running)
 
 
 def score_pull(p: np.ndarray, s: Uncertain) -> np.ndarray:

@@ -12,6 +12,7 @@ from lyra.conformance.tolerance import K, distance
 from lyra.spec.attention import AttentionSpec, RopeSpec
 from lyra.spec.reference import context_end, reference, stage_from_trace
 from lyra.spec.split import HeadSplit
+from lyra.spec.uncertain import exact, linear
 
 FLOAT = np.float32
 
@@ -179,3 +180,13 @@ def test_what_is_not_rounding_is_far_beyond_k(stage: str, wrong: object) -> None
     trace = Naive(problem, np.random.default_rng(0)).stages()
     assert distance(trace[stage], stages_of(problem)[stage]).ratio < K
     assert distance(wrong(trace[stage]), stages_of(problem)[stage]).ratio > 2 * K  # type: ignore[operator]
+
+
+def test_one_accumulator_stays_near_sigma_where_its_sum_is_large() -> None:
+    """A kernel that adds one product after the other errs by more the larger its sum is, however small the products."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((8000, 64), FLOAT), rng.standard_normal((40, 64), FLOAT)
+    total = np.zeros((8000, 40), FLOAT)
+    for index in range(64):
+        total += x[:, index, None] * weight[None, :, index]
+    assert distance(total, linear(exact(x), weight, None)).ratio < 0.6 * K
