@@ -2,6 +2,10 @@
 
 A backend that compiles does so once per shape, so shapes come from a small pool, drawn once per run,
 while everything else (which heads, eps, theta, scale, positions, masks, data) stays free in every case.
+
+A pool of a dozen frames has small shapes only. A longer one, as `thorough` has, goes on to the ends of what the suite
+covers (EXTREMES), one at a time, the other sizes as small as COST asks for. LARGE are the same ends at larger sizes,
+each a few cases of its own (properties/test_shapes.py).
 """
 
 from __future__ import annotations
@@ -37,6 +41,42 @@ CALLS = (
 CONTEXT_TOKENS = (9, 3, 40, 1, 0, 17)
 BATCHES = (2, 1, 3)
 
+EXTREMES: tuple[dict[str, Any], ...] = (
+    {"batch": 8},
+    {"calls": (64,)},
+    {"context_tokens": 4096},
+    {"heads": (64, 64)},
+    {"head_dim": 256},
+    {"calls": (1,)},
+    {"heads": (64, 8)},
+    {"head_dim": 80},
+    {"hidden_size": 2048},
+    {"heads": (64, 1)},
+    {"head_dim": 128},
+    {"batch": 8, "context_batch": 8, "context_tokens": 300},
+    {"calls": (60, 3, 1)},
+    {"head_dim": 96},
+    {"heads": (32, 16)},
+    {"head_dim": 8, "heads": (64, 64)},
+    {"calls": (31, 33), "context_tokens": 1000},
+)
+"""The ends of what the suite covers, and some shapes between them. Each pins some sizes of a frame."""
+
+COST = 3_000_000
+"""The highest cost of a frame in a pool."""
+
+MODEST: tuple[dict[str, Any], ...] = (
+    {"batch": 1},
+    {"hidden_size": 32},
+    {"head_dim": 16},
+    {"calls": (2, 1)},
+    {"heads": (4, 2)},
+    {"context_tokens": 9},
+    {"head_dim": 8},
+    {"heads": (2, 1)},
+)
+"""What a frame above COST gives up, in this order, unless it is pinned."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -56,9 +96,37 @@ class Frame:
     softcap: bool = False
 
     def replace(self, **changes: Any) -> Frame:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed; `groups` and `context_batch` follow heads and batch where they must."""
+        found = dataclasses.replace(self, **changes)
+        groups, rows = min(found.groups, found.heads[1]), min(found.context_batch, found.batch)
+        return dataclasses.replace(found, groups=groups, context_batch=rows if rows == found.batch else 1)
 
+    @property
+    def cost(self) -> int:
+        """Multiplications of one case: its projections, scores and averages of values."""
+        tokens = sum(self.calls)
+        projected = 2 * self.hidden_size * sum(self.heads)
+        attended = 2 * self.heads[0] * (self.context_tokens + tokens)
+        return self.batch * tokens * self.head_dim * (projected + attended)
+
+
+LARGE: dict[str, Frame] = {
+    "8-rows": Frame((8, 4), 32, 48, 2, (7, 1), 8, 40, 8),
+    "64-tokens": Frame((8, 2), 32, 48, 1, (64,), 2, 9, 1),
+    "64-tokens-in-calls": Frame((6, 3), 16, 32, 2, (60, 3, 1), 1, 17, 1),
+    "4096-slots": Frame((4, 2), 64, 64, 2, (2, 1), 2, 4096, 1),
+    "4096-slots-by-row": Frame((4, 1), 16, 32, 1, (3,), 3, 4096, 3),
+    "64-by-64-heads": Frame((64, 64), 16, 64, 33, (4,), 1, 40, 1),
+    "64-by-8-heads": Frame((64, 8), 16, 64, 5, (3, 1), 2, 40, 1),
+    "64-by-1-heads": Frame((64, 1), 16, 64, 1, (4,), 2, 40, 2, bias=True),
+    "head-dim-256": Frame((4, 1), 256, 640, 1, (5,), 1, 100, 1),
+    "head-dim-128": Frame((8, 4), 128, 96, 3, (4,), 2, 40, 1, softcap=True),
+    "head-dim-96": Frame((6, 2), 96, 48, 1, (4,), 1, 40, 1, rope=False),
+    "head-dim-80": Frame((8, 8), 80, 48, 6, (4,), 1, 40, 1, qk_norm=False),
+    "head-dim-8": Frame((16, 2), 8, 512, 2, (4,), 8, 300, 1),
+    "hidden-2048": Frame((4, 2), 32, 2048, 1, (4,), 1, 40, 1),
+}
+"""Layers at the ends of what the suite covers, by name."""
 
 SMALLEST = Frame((2, 1), 8, 12, 1, (3, 1), 1, 3, 1)
 
@@ -71,7 +139,10 @@ def make_frames(count: int, seed: int, spec: AttentionSpec | None = None) -> tup
     fixed, fresh = np.random.default_rng(20), np.random.default_rng([seed, 21])
     frames = [SMALLEST]
     while len(frames) < count:
-        frames.append(_draw(fixed if len(frames) < max(2, count * 3 // 4) else fresh, len(frames) - 1))
+        index = len(frames) - 1
+        frame = _draw(fixed if len(frames) < max(2, count * 3 // 4) else fresh, index)
+        wide = index >= len(HEADS) and spec is None
+        frames.append(_pin(frame, EXTREMES[index % len(EXTREMES)]) if wide else frame)
     return tuple(dict.fromkeys(_fit(frame, spec) for frame in frames))
 
 
@@ -95,6 +166,15 @@ def _draw(rng: np.random.Generator, index: int) -> Frame:
         bias=not plain and bool(rng.random() < 0.25),
         softcap=not plain and bool(rng.random() < 0.25),
     )
+
+
+def _pin(frame: Frame, pinned: dict[str, Any]) -> Frame:
+    """The frame with some sizes pinned, the others no larger than COST allows."""
+    frame = frame.replace(**pinned)
+    for smaller in MODEST:
+        if frame.cost > COST and not smaller.keys() & pinned.keys():
+            frame = frame.replace(**smaller)
+    return frame
 
 
 def _fit(frame: Frame, spec: AttentionSpec | None) -> Frame:

@@ -1,0 +1,83 @@
+"""The shapes of the suite: every size that it promises occurs, whatever the seed, at a cost that is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from lyra.conformance.frames import COST, LARGE, Frame, make_frames
+from lyra.conformance.session import PROFILES
+from lyra.spec.model import ModelSpec
+
+THOROUGH, CI = PROFILES["thorough"].frames, PROFILES["ci"].frames
+SEEDS = (0, 1, 7, 2**31)
+
+COVERED: dict[str, Callable[[Frame], bool]] = {
+    "one row": lambda f: f.batch == 1,
+    "8 rows": lambda f: f.batch == 8,
+    "8 rows with a context each": lambda f: f.batch == f.context_batch == 8,
+    "8 rows with one context": lambda f: f.batch == 8 and f.context_batch == 1,
+    "64 tokens at once": lambda f: f.calls == (64,),
+    "64 tokens in calls": lambda f: sum(f.calls) == 64 and len(f.calls) > 1,
+    "4,096 slots": lambda f: f.context_tokens == 4096,
+    "64 Q / 64 KV heads": lambda f: f.heads == (64, 64),
+    "64 Q / 8 KV heads": lambda f: f.heads == (64, 8),
+    "64 Q / 1 KV heads": lambda f: f.heads == (64, 1),
+    "head_dim 8": lambda f: f.head_dim == 8,
+    "head_dim 80": lambda f: f.head_dim == 80,
+    "head_dim 96": lambda f: f.head_dim == 96,
+    "head_dim 128": lambda f: f.head_dim == 128,
+    "head_dim 256": lambda f: f.head_dim == 256,
+    "hidden size 2,048": lambda f: f.hidden_size == 2048,
+    "no norm": lambda f: not f.qk_norm,
+    "no RoPE": lambda f: not f.rope,
+    "a softcap": lambda f: f.softcap,
+    "biases": lambda f: f.bias,
+}
+SMALL: dict[str, Callable[[Frame], bool]] = {
+    "one token": lambda f: sum(f.calls) == 1,
+    "an empty context": lambda f: f.context_tokens == 0,
+    "one slot": lambda f: f.context_tokens == 1,
+    "one head": lambda f: f.heads == (1, 1),
+    "as many KV heads as query heads": lambda f: f.heads[0] == f.heads[1] > 1,
+    "one KV head": lambda f: f.heads[0] > f.heads[1] == 1,
+}
+
+
+def missing(frames: Iterable[Frame], wanted: dict[str, Callable[[Frame], bool]]) -> list[str]:
+    pool = tuple(frames)
+    return [name for name, occurs in wanted.items() if not any(map(occurs, pool))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_thorough_draws_every_size_the_suite_promises(seed: int) -> None:
+    assert missing(make_frames(THOROUGH, seed), COVERED | SMALL) == []
+
+
+def test_ci_meets_every_large_size_in_cases_of_their_own() -> None:
+    assert missing(LARGE.values(), COVERED) == []
+
+
+def test_a_case_of_thorough_costs_at_most_twice_one_of_ci() -> None:
+    def costs(count: int) -> list[int]:
+        return [frame.cost for seed in SEEDS for frame in make_frames(count, seed)]
+
+    ci, thorough = costs(CI), costs(THOROUGH)
+    assert max(ci + thorough) <= COST
+    assert sum(thorough) / len(thorough) <= 2 * sum(ci) / len(ci)
+
+
+@pytest.mark.parametrize("count", [CI, THOROUGH])
+def test_three_quarters_of_a_pool_are_the_same_for_every_seed(count: int) -> None:
+    pools = [set(make_frames(count, seed)) for seed in SEEDS]
+    assert len(set.intersection(*pools)) >= count * 3 // 4 - 1
+    assert len({frozenset(pool) for pool in pools}) == len(SEEDS)
+
+
+def test_a_spec_of_its_own_keeps_its_sizes_and_meets_no_large_ones() -> None:
+    spec = ModelSpec.preset("gemma-3-1b").attention
+    for frame in make_frames(THOROUGH, 0, spec):
+        assert (frame.heads, frame.head_dim, frame.hidden_size) == ((4, 1), 256, 1152)
+        assert frame.batch * sum(frame.calls) <= 3 * 64
+        assert frame.context_tokens <= 40
