@@ -113,13 +113,21 @@ class Subject:
         return self.attempt(lambda: narrow.attention(problem.spec, problem.weights, dtype=problem.dtype))
 
     def run(
-        self, problem: Problem, calls: tuple[int, ...] | None = None, *, trace: bool = False, cache: object = None
+        self,
+        problem: Problem,
+        calls: tuple[int, ...] | None = None,
+        *,
+        trace: bool = False,
+        cache: object = None,
+        layer: Attention | None = None,
     ) -> Outcome:
-        """All live tokens of a problem, cut into calls (the problem's own unless given). Raises BackendError."""
+        """All live tokens of a problem, cut into calls (the problem's own unless given), by a layer of its own unless
+        one is given. Raises BackendError.
+        """
         calls = calls if calls is not None else problem.calls
         if not self.can("cache"):
             calls = (sum(calls),)
-        layer = self.layer(problem)
+        layer = layer if layer is not None else self.layer(problem)
         outputs: list[np.ndarray] = []
         traces: list[dict[str, np.ndarray]] = []
         start = 0

@@ -62,6 +62,7 @@ class CacheMachine(RuleBasedStateMachine):
         """A layer with its weights and no live tokens."""
         self.steps = [f"layer {spec.lyra_q_heads}, {spec.static}, seed {seed}"]
         self.problem = Case(spec, calls=(LONGEST,), batch=ROWS, seed=seed).problem()
+        self.layers: dict[str, Any] = {}
         self.reset()
         self.other = self.life
 
@@ -146,7 +147,8 @@ class CacheMachine(RuleBasedStateMachine):
         outcomes: dict[str, Outcome] = {}
 
         def check(subject: Subject) -> None:
-            outcomes[subject.name] = outcome = subject.run(last, cache=self.life.caches.get(subject.name))
+            cache, layer = self.life.caches.get(subject.name), self._layer(subject)
+            outcomes[subject.name] = outcome = subject.run(last, cache=cache, layer=layer)
             subject.expect_last(whole, outcome.output)
 
         story = "; ".join(self.steps)
@@ -161,10 +163,16 @@ class CacheMachine(RuleBasedStateMachine):
         positions = np.maximum(np.cumsum(life.mask, axis=1) - 1, 0)
         return self.problem.replace(x=life.x, mask=life.mask, positions=positions, calls=(life.tokens,))
 
+    def _layer(self, subject: Subject) -> Any:
+        """A backend's one layer for all calls: whatever it keeps from a call must not show in another."""
+        if subject.name not in self.layers:
+            self.layers[subject.name] = subject.layer(self.problem)
+        return self.layers[subject.name]
+
     def _each_cache(self, change: Any) -> dict[str, Any]:
         found = {}
         for subject in self.judge.subjects:
-            layer, cache = subject.layer(self.problem), self.life.caches[subject.name]
+            layer, cache = self._layer(subject), self.life.caches[subject.name]
             found[subject.name] = subject.attempt(lambda layer=layer, cache=cache: change(layer, cache))
         return found
 

@@ -61,7 +61,7 @@ def case_of(frame: Frame, rng: np.random.Generator) -> Case:
             frame.context_tokens,
             batch=frame.context_batch,
             start=int(rng.integers(0, FAR - 3 * frame.context_tokens)),
-            hidden=tuple(int(n) for n in rng.integers(0, frame.context_tokens, frame.context_batch)),
+            hidden=tuple(int(n) for n in rng.integers(0, frame.context_tokens // 4, frame.context_batch)),
             gaps=bool(rng.integers(2)),
         ),
         padding=tuple(int(n) for n in rng.integers(0, tokens, frame.batch)) if rng.integers(2) else (),
