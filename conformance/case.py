@@ -13,6 +13,7 @@ import numpy as np
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.bfloat16 import to_bfloat16
 from lyra.spec.inputs import Dtype, StaticLayer
+from lyra.spec.sequential import SequentialSpec, Source
 from lyra.spec.split import HeadSplit
 
 from .noise import Noise
@@ -46,6 +47,26 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Block:
+    """What an injected block puts around an attention (clause SEQUENTIAL); the fields are those of a SequentialSpec."""
+
+    residual: bool = True
+    gate: float = 0.0
+    norm_eps: float = 1e-6
+    output_norm: bool = True
+    source: Source = "external"
+
+    def replace(self, **changes: Any) -> Block:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def around(self, spec: AttentionSpec) -> SequentialSpec:
+        """The block with this attention in it; one that shares its layer's cache has no Lyra heads."""
+        inner = spec.replace(split=None) if self.source == "own" else spec
+        return SequentialSpec(inner, **dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
 class Case:
     """One attention layer, its data (from `seed` and `flavour`) and the way its tokens are cut into calls.
 
@@ -54,6 +75,7 @@ class Case:
     start     position of the first real token of every row
     poison    the value that every masked slot holds: padding inputs, hidden static keys and values
     dtype     what the layer computes in; with "bfloat16" all data are values of that type (clause DTYPE)
+    block     the injected block whose attention `spec` is, or None: the layer itself
     """
 
     spec: AttentionSpec
@@ -67,6 +89,7 @@ class Case:
     poison: float = 1e4
     seed: int = 0
     dtype: Dtype = "float32"
+    block: Block | None = None
 
     def replace(self, **changes: Any) -> Case:
         """A copy with some fields changed."""
@@ -102,6 +125,9 @@ class Case:
             parts.append(f"static {self.context.tokens} tokens × {self.context.batch}, hidden {self.context.hidden}")
         if spec.sliding_window:
             parts.append(f"window {spec.sliding_window}")
+        if self.block is not None:
+            fields = dataclasses.asdict(self.block).items()
+            parts.append(f"in a block with {', '.join(f'{name}={value!r}' for name, value in fields)}")
         parts.append(f"{self.flavour} data, seed {self.seed}")
         if self.dtype != "float32":
             parts.append(f"in {self.dtype}")
@@ -111,7 +137,8 @@ class Case:
         """The case as JSON text."""
         fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         fields["spec"] = self.spec.to_dict()
-        fields["context"] = dataclasses.asdict(self.context) if self.context else None
+        for name in ("context", "block"):
+            fields[name] = dataclasses.asdict(fields[name]) if fields[name] else None
         return json.dumps(fields)
 
     @classmethod
@@ -125,14 +152,19 @@ class Case:
                 fields[name] = tuple(fields.get(name, ()))
             if context is not None:
                 context = Context(**(context | {"hidden": tuple(context.get("hidden", (0,)))}))
-            return cls(spec=spec, context=context, **fields)
+            block = fields.pop("block", None)
+            return cls(spec=spec, context=context, block=None if block is None else Block(**block), **fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a case: {error}") from None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The arrays of a case: what goes into the calls, for all live tokens of the sequence at once."""
+    """The arrays of a case: what goes into the calls, for all live tokens of the sequence at once.
+
+    With a block, `spec` is that of its attention, x is h, and `own` is the layer whose cache a block with source "own"
+    reads, called with the same tokens.
+    """
 
     spec: AttentionSpec
     weights: dict[str, np.ndarray]
@@ -142,6 +174,8 @@ class Problem:
     static: StaticLayer | None
     calls: tuple[int, ...]
     dtype: Dtype = "float32"
+    block: Block | None = None
+    own: Problem | None = None
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def replace(self, **changes: Any) -> Problem:
@@ -159,7 +193,11 @@ class Problem:
     def part(self, tokens: slice, calls: tuple[int, ...]) -> Problem:
         """Some of the live tokens, cut into `calls`."""
         return self.replace(
-            x=self.x[:, tokens], positions=self.positions[:, tokens], mask=self.mask[:, tokens], calls=calls
+            x=self.x[:, tokens],
+            positions=self.positions[:, tokens],
+            mask=self.mask[:, tokens],
+            calls=calls,
+            own=None if self.own is None else self.own.part(tokens, calls),
         )
 
     def rounded(self) -> Problem:
@@ -169,6 +207,11 @@ class Problem:
             static = static._replace(k=to_bfloat16(static.k), v=to_bfloat16(static.v))
         weights = {name: to_bfloat16(value) for name, value in self.weights.items()}
         return self.replace(weights=weights, x=to_bfloat16(self.x), static=static)
+
+    @property
+    def described(self) -> AttentionSpec | SequentialSpec:
+        """What a backend makes of it: an attention, or the block around it."""
+        return self.spec if self.block is None else self.block.around(self.spec)
 
     @property
     def real(self) -> np.ndarray:
@@ -189,14 +232,18 @@ def make_problem(case: Case) -> Problem:
     positions = case.start + np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     x[~mask] = np.where(rng.random(x[~mask].shape) < 0.5, case.poison, -case.poison)
     static = _static(case, rng, noise) if case.context is not None else None
-    problem = Problem(case.spec, weights, x, positions, mask, static, case.calls, case.dtype)
+    problem = Problem(case.spec, weights, x, positions, mask, static, case.calls, case.dtype, case.block)
+    if case.block is not None and case.block.source == "own":
+        own = make_problem(case.replace(block=None, seed=case.seed + 1))  # other data, the same tokens
+        problem = problem.replace(spec=case.spec.replace(split=None), static=None, own=own)
     return problem if case.dtype == "float32" else problem.rounded()
 
 
 def _weights(case: Case, noise: Noise) -> dict[str, np.ndarray]:
     """Weights as a trained layer has them; norm weights are never zero, which would hide their place in the order."""
     weights = {}
-    for name, shape in case.spec.weight_shapes().items():
+    described = case.spec if case.block is None else case.block.around(case.spec)
+    for name, shape in described.weight_shapes().items():
         if name.endswith("norm.weight"):
             spread = 2.0 if case.flavour == "peaked" else 0.5
         elif name.endswith("bias"):

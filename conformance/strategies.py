@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from lyra.spec.attention import AttentionSpec, Live, Positions, QKNormSpec, RopeSpec, StaticSpec
 from lyra.spec.inputs import Dtype
+from lyra.spec.sequential import Source
 from lyra.spec.split import HasHeads, HeadSplit
 
-from .case import FLAVOURS, Case, Context, Flavour
+from .case import FLAVOURS, Block, Case, Context, Flavour
 from .frames import Frame
 from .session import current
 
@@ -159,3 +160,29 @@ def cases(
         seed=draw(seeds()),
         dtype=dtype,
     )
+
+
+@st.composite
+def blocks(
+    draw: st.DrawFn,
+    *,
+    source: Source = "external",
+    residual: Sequence[bool] = (True, False),
+    output_norm: bool = True,
+) -> Block:
+    """Injected blocks with an open gate, of either sign."""
+    return Block(
+        residual=draw(st.sampled_from(residual)),
+        gate=draw(st.floats(0.1, 8.0)) * draw(st.sampled_from([1, -1])),
+        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
+        output_norm=output_norm,
+        source=source,
+    )
+
+
+def block_cases(
+    *, source: Source = "external", residual: Sequence[bool] = (True, False), output_norm: bool = True, **rest: Any
+) -> st.SearchStrategy[Case]:
+    """Cases of injected blocks: `rest` narrows `cases`, which give the attention in them and the data."""
+    around = blocks(source=source, residual=residual, output_norm=output_norm)
+    return st.builds(lambda case, block: case.replace(block=block), cases(**rest), around)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from lyra.backends.protocol import Attention, Backend, Bfloat16Backend, Engine, 
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
 
+from .blocks import expected_of_block, make_block, stage_of_block
 from .case import Problem
 from .record import Record
 from .tolerance import K_PAIR, MODEL, Distance, K, distance, model_distance, stored_distance
@@ -48,7 +49,9 @@ class Outcome:
 
 def expected(problem: Problem) -> dict[str, Uncertain]:
     """The oracle's stages for a problem, computed once per problem."""
-    if "oracle" not in problem.memo:
+    if "oracle" not in problem.memo and problem.block is not None:
+        problem.memo["oracle"] = expected_of_block(problem)
+    elif "oracle" not in problem.memo:
         problem.memo["oracle"] = reference(
             problem.spec,
             problem.weights,
@@ -73,6 +76,8 @@ def stage_alone(problem: Problem, name: str, trace: Mapping[str, np.ndarray], *,
     In float32 the two forms that POSITION allows are one up to rounding, and the literal one is taken. In bfloat16
     heads are those of one form or the other, and `moved` says which: static keys at j - P, or live tokens at P + t.
     """
+    if problem.block is not None:
+        return stage_of_block(problem, name, trace)
     return stage_from_trace(
         problem.spec,
         problem.weights,
@@ -106,7 +111,9 @@ class Subject:
         return capability in self.backend.capabilities
 
     def layer(self, problem: Problem) -> Attention:
-        """The backend's layer for a problem's spec, weights and dtype. Raises BackendError."""
+        """The backend's layer, or injected block, for a problem's spec, weights and dtype. Raises BackendError."""
+        if problem.block is not None:
+            return self.attempt(lambda: make_block(self.backend, problem))
         if problem.dtype == "float32":
             return self.attempt(lambda: self.backend.attention(problem.spec, problem.weights))
         narrow = cast(Bfloat16Backend, self.backend)
@@ -128,21 +135,19 @@ class Subject:
         if not self.can("cache"):
             calls = (sum(calls),)
         layer = layer if layer is not None else self.layer(problem)
+        owner = None if problem.own is None else self.layer(problem.own)
         outputs: list[np.ndarray] = []
         traces: list[dict[str, np.ndarray]] = []
         start = 0
         for length in calls:
             part = slice(start, start + length)
             start += length
+            mask = problem.mask[:, part] if not problem.mask.all() else None
+            tokens: dict[str, Any] = {"positions": problem.positions[:, part], "mask": mask}
             try:
-                result = layer(
-                    problem.x[:, part],
-                    positions=problem.positions[:, part],
-                    mask=problem.mask[:, part] if not problem.mask.all() else None,
-                    static=problem.static,
-                    cache=cache,
-                    trace=trace,
-                )
+                if owner is not None and problem.own is not None:
+                    cache = owner(problem.own.x[:, part], static=problem.own.static, cache=cache, **tokens).cache
+                result = layer(problem.x[:, part], static=problem.static, cache=cache, trace=trace, **tokens)
                 output, cache, stages = result
                 outputs.append(np.asarray(output))
                 traces.append({name: np.asarray(value) for name, value in stages.items()})
@@ -246,7 +251,7 @@ class Subject:
     def stage_distances(self, problem: Problem, trace: dict[str, np.ndarray]) -> dict[str, Distance]:
         """Each traced stage against the oracle run on this backend's own previous stage (TOLERANCE-2)."""
         found = {}
-        for name in problem.spec.trace_names():
+        for name in problem.described.trace_names():
             if name not in trace:
                 raise Divergence(self.name, f"the trace lacks {name!r}; it has {list(trace)}", problem, name)
             wanted = stage_alone(problem, name, trace)

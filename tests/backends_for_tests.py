@@ -10,10 +10,20 @@ from typing import Any, cast
 
 import numpy as np
 
-from lyra.backends.protocol import CAPABILITIES, Bfloat16Backend, CapturedLayer, Gradients, Result, get_backend
+from lyra.backends.protocol import (
+    CAPABILITIES,
+    Attention,
+    Bfloat16Backend,
+    CapturedLayer,
+    Gradients,
+    Result,
+    SequentialBackend,
+    get_backend,
+)
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
+from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 Make = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
@@ -35,18 +45,20 @@ def noise(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
 
 
-def stage_shapes(spec: AttentionSpec, batch: int, tokens: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every stage of a trace (ORDER-3)."""
-    queries = (batch, tokens, spec.num_attention_heads, spec.head_dim)
-    keys = (batch, tokens, spec.num_key_value_heads, spec.head_dim)
-    shapes = {name: queries if name[0] in "qh" else keys for name in spec.trace_names()}
-    return shapes | {"output": (batch, tokens, spec.hidden_size)}
+def stage_shapes(spec: AttentionSpec | SequentialSpec, batch: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every stage of a trace (ORDER-3, SEQUENTIAL-8)."""
+    layer = spec.attention if isinstance(spec, SequentialSpec) else spec
+    heads = dict.fromkeys("qh", layer.num_attention_heads) | dict.fromkeys("kv", layer.num_key_value_heads)
+    return {
+        name: (batch, tokens, heads[name[0]], layer.head_dim) if name[0] in heads else (batch, tokens, spec.hidden_size)
+        for name in spec.trace_names()
+    }
 
 
 class NullAttention:
     """Answers every call with what `make` makes, in the right shapes."""
 
-    def __init__(self, spec: AttentionSpec, make: Make) -> None:
+    def __init__(self, spec: AttentionSpec | SequentialSpec, make: Make) -> None:
         self.spec = spec
         self.make = make
 
@@ -138,6 +150,10 @@ class NullBackend:
         """A layer that ignores its weights and its dtype."""
         return NullAttention(spec, self.make)
 
+    def sequential(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> NullAttention:
+        """A block that ignores its weights."""
+        return NullAttention(spec, self.make)
+
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> NullEngine:
         """A model that has read its config.json and nothing else."""
         return NullEngine(ModelSpec.from_hf_config(json.loads((Path(folder) / "config.json").read_text())), self.make)
@@ -186,10 +202,10 @@ class WrongShape(NullBackend):
 
 
 class WrappedAttention:
-    """PyTorch's layer, its answers passed through the backend's `change`."""
+    """PyTorch's layer or block, its answers passed through the backend's `change`."""
 
-    def __init__(self, backend: Wrapped, spec: AttentionSpec, weights: Mapping[str, np.ndarray], dtype: str) -> None:
-        self._layer = cast(Bfloat16Backend, get_backend("torch")).attention(spec, weights, dtype=dtype)
+    def __init__(self, backend: Wrapped, layer: Attention) -> None:
+        self._layer = layer
         self._backend = backend
 
     def __call__(self, x: np.ndarray, **rest: Any) -> Result:
@@ -209,7 +225,12 @@ class Wrapped:
         self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
     ) -> WrappedAttention:
         """PyTorch's layer behind the door."""
-        return WrappedAttention(self, spec, weights, dtype)
+        layer = cast(Bfloat16Backend, get_backend("torch")).attention(spec, weights, dtype=dtype)
+        return WrappedAttention(self, layer)
+
+    def sequential(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> WrappedAttention:
+        """PyTorch's block behind the door."""
+        return WrappedAttention(self, cast(SequentialBackend, get_backend("torch")).sequential(spec, weights))
 
     def change(self, result: Result) -> Result:
         """What comes out; nothing changes here."""

@@ -35,7 +35,7 @@ from lyra.conformance.report.data import STATUSES
 from lyra.conformance.runner import Run, run
 from lyra.conformance.selection import selects
 from lyra.conformance.session import Profile, Session, start
-from lyra.conformance.strategies import cases
+from lyra.conformance.strategies import block_cases, cases
 from lyra.spec.errors import InputError
 
 FEW = Profile("smoke", examples=2, frames=3)
@@ -237,14 +237,15 @@ def test_a_case_survives_its_json() -> None:
     start(Session())
 
     @settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(case=cases())
+    @given(case=cases() | block_cases() | block_cases(source="own"))
     def survives(case: Case) -> None:
         again = Case.from_json(case.to_json())
         assert again == case
         assert again.describe() == case.describe()
         one, two = case.problem(), again.problem()
         assert one.x.tobytes() == two.x.tobytes()
-        assert one.spec == two.spec
+        assert one.described == two.described
+        assert (one.own is None) == (case.block is None or case.block.source == "external")
 
     survives()
 

@@ -316,7 +316,7 @@ def test_conform_list(tmp_path: Path) -> None:
     assert all(statement in shown for statement in statements())
     assert "static::one_softmax_over_static_and_live" in shown
     assert "norm-after-rope" in shown
-    assert "no backend has the capability" in shown
+    assert "none: says how fast" in shown
     data = json.loads(run("--json", "-"))
     assert data == listing().model_dump()
     run("--json", tmp_path / "list.json")

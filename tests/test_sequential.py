@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from small_layers import layer
 
+from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
 from lyra.conformance.tolerance import K, distance
-from lyra.spec import HeadSplit, InputError, QKNormSpec, SequentialSpec, SpecError, StaticSpec
+from lyra.spec import HeadSplit, InputError, QKNormSpec, RopeSpec, SequentialSpec, SpecError, StaticSpec
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer, check_block_call, check_call, check_own_cache, check_weights
 from lyra.spec.reference import reference
@@ -268,3 +269,32 @@ def test_a_stage_follows_from_the_one_before(changes: dict[str, Any]) -> None:
         assert distance(off, alone).ratio > 2 * K, name
     with pytest.raises(KeyError, match="unknown stage"):
         block_stage_from_trace(block, weights, "nothing", trace, h, positions=at, own=own_or_none)
+
+
+# Hugging Face's decoder layer
+
+STRUCTURES = [{}, {"bias": True}, {"sliding_window": 2}, {"scale": 168**-0.5, "rope": RopeSpec(1e4, 8.0)}]
+
+
+@pytest.mark.parametrize("changes", STRUCTURES)
+def test_a_decoder_layer_is_its_two_halves(changes: dict[str, Any]) -> None:
+    """The place where a block stands is right: the halves give the bits of the whole, and neither does by itself."""
+    block, weights, x, at = a_block(attention=layer(**changes))
+    theirs = DecoderLayerOracle(block.attention, weights, at, np.ones(at.shape, bool), seed=3)
+    h = theirs.attention_half(x)
+    assert np.array_equal(theirs.feed_forward_half(h), theirs.whole(x))
+    assert np.abs(theirs.whole(x) - h).max() > 0.1
+    assert np.abs(h - x).max() > 0.1
+    taken = block.weights_of(theirs.weights)
+    assert all(np.array_equal(taken[name], weights[name]) for name in block.weight_shapes())
+
+
+def test_the_attention_half_is_the_block_at_gate_one() -> None:
+    block, weights, x, at = a_block(gate=1.0)
+    mask = np.array([[False, True, True], [True, True, True]])
+    at = np.array([[0, 0, 1], [5, 6, 7]])
+    theirs = DecoderLayerOracle(block.attention, weights, at, mask).attention_half(x)
+    ours = reference_sequential(block, weights, x, positions=at, mask=mask)["output"]
+    assert distance(theirs, ours, mask).ratio < K
+    unlike = DecoderLayerOracle(block.attention, weights, at, mask | True).attention_half(x)
+    assert distance(unlike, ours, mask).ratio > K

@@ -17,7 +17,6 @@ from .data import Part
 
 NOT_HELD = {
     "BATCH-4": "says how fast, not what: benchmarks measure it",
-    **{f"SEQUENTIAL-{number}": "no backend has the capability 'sequential' yet" for number in range(1, 9)},
 }
 """Statements that no property holds, and why. The harness's own tests refuse any other one, and a stale entry here."""
 

@@ -1,0 +1,341 @@
+"""Clause SEQUENTIAL: an injected attention block, its gate, its own context, and the cache it may share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from lyra.conformance.case import Block, Case, Problem
+from lyra.conformance.judge import Judge
+from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
+from lyra.conformance.registry import prop
+from lyra.conformance.strategies import block_cases
+from lyra.conformance.subject import BackendError, Subject
+from lyra.spec.attention import QKNormSpec, RopeSpec
+from lyra.spec.errors import InputError, SpecError
+from lyra.spec.sequential import SequentialSpec
+from lyra.spec.split import HeadSplit
+from lyra.spec.uncertain import exact, rms_norm
+
+NEEDS = ("sequential", "static", "cache")
+
+
+def block_of(case: Case) -> Block:
+    """The case's block."""
+    assert case.block is not None
+    return case.block
+
+
+def alone(problem: Problem) -> Problem:
+    """The same block, without residual and its gate at 1."""
+    assert problem.block is not None
+    return problem.replace(block=problem.block.replace(residual=False, gate=1.0))
+
+
+@prop("SEQUENTIAL-1", "SEQUENTIAL-4", "TOLERANCE-1", case=block_cases(), needs=NEEDS)
+def test_block_equals_oracle(case: Case, judge: Judge) -> None:
+    """A block around any attention, with and without residual, in any live mode, call by call: the oracle's values."""
+    judge.oracle(case)
+
+
+@prop("SEQUENTIAL-1", case=block_cases(output_norm=False), needs=NEEDS, weight=0.25)
+def test_block_without_an_outer_norm(case: Case, judge: Judge) -> None:
+    """Without an output norm the gate multiplies what the attention gives."""
+    judge.oracle(case)
+
+
+@prop("SEQUENTIAL-2", case=block_cases(flavours=("small",), far=False), needs=NEEDS, weight=0.5)
+def test_eps_decides_small_inputs(case: Case, judge: Judge) -> None:
+    """Residual streams so small that norm_eps decides both norms."""
+    judge.oracle(case)
+
+
+def hold_stages(case: Case, judge: Judge) -> None:
+    """The trace has the stages of the block, in order; each is right by itself, and the last is what the block gave."""
+    problem = case.problem()
+    wanted = problem.described.trace_names()
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem, trace=True)
+        names = tuple(outcome.trace)
+        subject.expect(problem, names == wanted, f"trace {names}, expected {wanted}")
+        subject.expect_stages(problem, outcome)
+        subject.expect_equal(problem, outcome.trace["output"], outcome.output, "what the block gave")
+
+    judge.each(case, check)
+
+
+@prop("SEQUENTIAL-8", "TOLERANCE-2", case=block_cases(), needs=(*NEEDS, "trace"), weight=0.5)
+def test_stages_of_a_block(case: Case, judge: Judge) -> None:
+    """Every stage of a block is right by itself."""
+    hold_stages(case, judge)
+
+
+@prop("SEQUENTIAL-8", "SEQUENTIAL-5", case=block_cases(source="own"), needs=(*NEEDS, "trace"), weight=0.5)
+def test_stages_of_a_block_that_shares_its_cache(case: Case, judge: Judge) -> None:
+    """Every stage of a block that shares its layer's cache is right by itself; there are none of keys and values."""
+    hold_stages(case, judge)
+
+
+def hold_closed(case: Case, judge: Judge) -> None:
+    """Gate 0 gives h to the last bit, the sign of zero included; the gate of the case gives the oracle's values."""
+    problem = case.problem()
+    h = problem.x.copy()
+    h[:, :, 0] = -0.0
+    closed = problem.replace(x=h, block=block_of(case).replace(gate=0.0))
+
+    def check(subject: Subject) -> None:
+        got = np.asarray(subject.run(closed).output, np.float32)
+        same = got[closed.real].tobytes() == h[closed.real].tobytes()
+        subject.expect(closed, same, "a closed gate changes bits of the residual stream")
+        subject.expect_oracle(problem, subject.run(problem))
+
+    judge.each(case, check)
+
+
+@prop("SEQUENTIAL-3", case=block_cases(residual=(True,)), needs=NEEDS, weight=0.5)
+def test_a_closed_gate_gives_the_bits_of_h(case: Case, judge: Judge) -> None:
+    """Gate 0 with residual changes no bit, whatever the context holds."""
+    hold_closed(case, judge)
+
+
+@prop("SEQUENTIAL-3", "SEQUENTIAL-5", case=block_cases(source="own", residual=(True,)), needs=NEEDS, weight=0.25)
+def test_a_closed_gate_on_a_shared_cache(case: Case, judge: Judge) -> None:
+    """Gate 0 with residual changes no bit when the block shares its layer's cache either."""
+    hold_closed(case, judge)
+
+
+@prop("SEQUENTIAL-1", "SEQUENTIAL-3", case=block_cases(), needs=NEEDS, weight=0.5)
+def test_block_is_an_attention_between_two_norms(case: Case, judge: Judge) -> None:
+    """Without residual and at gate 1 it is the backend's own attention layer, normed before and after."""
+    problem = alone(case.problem())
+    block, weights = block_of(case), problem.weights
+    normed = rms_norm(exact(problem.x), weights["input_norm.weight"], block.norm_eps).value.astype(np.float32)
+    names = problem.spec.weight_shapes()
+    inner = problem.replace(block=None, x=normed, weights={name: weights[name] for name in names})
+
+    def check(subject: Subject) -> None:
+        attended = subject.run(inner).output
+        by_parts = rms_norm(exact(attended), weights["output_norm.weight"], block.norm_eps).value
+        subject.expect_close(problem, subject.run(problem).output, by_parts, "an attention between two norms")
+
+    judge.each(case, check)
+
+
+@prop("SEQUENTIAL-1", case=block_cases(), needs=NEEDS, weight=0.5)
+def test_gate_is_a_factor(case: Case, judge: Judge) -> None:
+    """What a gate lets through is gate times what gate 1 lets through, on top of h where there is a residual."""
+    problem, block = case.problem(), block_of(case)
+    base = problem.x.astype(np.float64) if block.residual else 0.0
+
+    def check(subject: Subject) -> None:
+        added = block.gate * subject.run(alone(problem)).output.astype(np.float64)
+        subject.expect_close(problem, subject.run(problem).output, base + added, "h and gate times the plain block")
+
+    judge.each(case, check)
+
+
+def hold_cuts(case: Case, judge: Judge) -> None:
+    """In one call, in the case's calls and, if these are few, token by token: the same outputs."""
+    problem = case.problem()
+
+    def check(subject: Subject) -> None:
+        whole = subject.run(problem, (case.tokens,))
+        subject.expect_oracle(problem, whole)
+        subject.expect_close(problem, subject.run(problem).output, whole.output, "one call")
+        if case.tokens <= 7:
+            singly = subject.run(problem, (1,) * case.tokens)
+            subject.expect_close(problem, singly.output, whole.output, "one call, against token by token")
+
+    judge.each(case, check)
+
+
+@prop("SEQUENTIAL-4", "LIVE-4", case=block_cases(min_tokens=2), needs=NEEDS, weight=0.5)
+def test_calls_of_a_block_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
+    """How the tokens of a block are cut into calls has no effect: its own cache serves it as a layer's does."""
+    hold_cuts(case, judge)
+
+
+@prop(
+    "SEQUENTIAL-4",
+    "BATCH-5",
+    case=block_cases(min_calls=2, padding=False),
+    needs=(*NEEDS, "reorder", "crop"),
+    weight=0.5,
+)
+def test_tokens_and_rows_of_the_cache_of_a_block(case: Case, judge: Judge) -> None:
+    """Tokens taken back from a block's cache and its rows reordered: going on is going on from those rows."""
+    if case.context is not None:
+        case = case.replace(context=case.context.replace(batch=1))
+    problem = case.problem()
+    rows = np.random.default_rng(case.seed).integers(0, case.batch, case.batch)
+    first = case.calls[0]
+    reordered = problem.replace(x=np.concatenate([problem.x[rows, :first], problem.x[:, first:]], axis=1))
+
+    def check(subject: Subject) -> None:
+        layer, long = subject.layer(problem), subject.run(problem)
+        cache = layer.reorder(layer.crop(long.cache, first), rows)  # type: ignore[attr-defined]
+        rest = subject.run(reordered.part(slice(first, None), case.calls[1:]), cache=cache).output
+        joined = np.concatenate([long.output[rows, :first], rest], axis=1)
+        subject.expect_close(reordered, joined, subject.run(reordered).output, "these rows from the start")
+
+    judge.each(case, check)
+
+
+@prop("SEQUENTIAL-4", "MASKED-1", case=block_cases(context=True, min_context=1), needs=NEEDS, weight=0.5)
+def test_what_is_hidden_from_a_block_has_no_influence(case: Case, judge: Judge) -> None:
+    """Other garbage at padding and in masked static slots changes no bit."""
+    problem, other = case.problem(), case.replace(poison=-0.5).problem()
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem)
+        subject.expect_equal(problem, subject.run(other).output, outcome.output, "the same with other garbage")
+        subject.expect_oracle(problem, outcome)
+
+    judge.each(case, check)
+
+
+@prop("SEQUENTIAL-5", "TOLERANCE-1", case=block_cases(source="own"), needs=NEEDS)
+def test_shared_cache_equals_oracle(case: Case, judge: Judge) -> None:
+    """The block's queries over the keys and values that the layer keeps, whatever its split, mode and context."""
+    judge.oracle(case)
+
+
+@prop("SEQUENTIAL-5", "SLIDING-1", case=block_cases(source="own", window=True, min_tokens=4), needs=NEEDS, weight=0.25)
+def test_shared_cache_of_a_window(case: Case, judge: Judge) -> None:
+    """In a sliding-window layer the block's queries see what is within the window."""
+    judge.oracle(case)
+
+
+@prop("SEQUENTIAL-5", "LIVE-4", case=block_cases(source="own", min_tokens=2), needs=NEEDS, weight=0.5)
+def test_calls_on_a_shared_cache_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
+    """How the tokens of layer and block are cut into calls has no effect."""
+    hold_cuts(case, judge)
+
+
+@prop("SEQUENTIAL-5", case=block_cases(source="own"), needs=NEEDS, weight=0.5)
+def test_own_keys_of_the_block_are_not_read(case: Case, judge: Judge) -> None:
+    """Other k and v projections and another k_norm in the block change no bit."""
+    problem = case.problem()
+    rng = np.random.default_rng(case.seed)
+    unread = {name: array for name, array in problem.weights.items() if name.startswith(("k_", "v_"))}
+    noise = {name: (1e3 * rng.normal(size=array.shape)).astype(np.float32) for name, array in unread.items()}
+    other = problem.replace(weights=problem.weights | noise)
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem)
+        subject.expect_equal(problem, subject.run(other).output, outcome.output, "the block with other k and v")
+        subject.expect_oracle(problem, outcome)
+
+    judge.each(case, check)
+
+
+@prop("SEQUENTIAL-6", case=block_cases(source="own", min_calls=2), needs=NEEDS, weight=0.5)
+def test_a_shared_cache_comes_back_as_it_was(case: Case, judge: Judge) -> None:
+    """The layer goes on from the cache that the block returned as from its own, to the bit, and so does the block."""
+    problem = case.problem()
+    first = case.calls[0]
+    head, tail = problem.part(slice(0, first), (first,)), problem.part(slice(first, None), case.calls[1:])
+    assert head.own is not None
+    assert tail.own is not None
+
+    def check(subject: Subject) -> None:
+        given = subject.run(head.own).cache
+        untouched = subject.run(tail.own, cache=given).output
+        answered = subject.run(head)
+        returned = subject.run(tail.own, cache=answered.cache).output
+        subject.expect_equal(tail.own, returned, untouched, "the layer by itself")
+        again = subject.run(tail.own, cache=given).output
+        subject.expect_equal(tail.own, again, untouched, "the layer before the block read its cache")
+        subject.expect_oracle(problem, subject.run(problem))
+
+    judge.each(case, check)
+
+
+@prop(
+    "SEQUENTIAL-6",
+    case=block_cases(source="own", context=True, min_context=1, min_calls=2, padding=False),
+    needs=NEEDS,
+    weight=0.25,
+)
+def test_what_a_shared_cache_excludes_is_refused(case: Case, judge: Judge) -> None:
+    """No cache, a static context, a cache without the call's tokens, and Lyra heads in the spec are refused."""
+    problem, first = case.problem(), case.calls[0]
+    head, tail = problem.part(slice(0, first), (first,)), problem.part(slice(first, None), case.calls[1:])
+    assert head.own is not None
+    with pytest.raises(SpecError, match="no head goes to Lyra"):
+        SequentialSpec(problem.spec.replace(split=HeadSplit.all(problem.spec), sliding_window=None), source="own")
+
+    def check(subject: Subject) -> None:
+        layer, cache = subject.layer(problem), subject.run(head.own).cache
+        refused = {
+            "no cache": lambda: layer(head.x, positions=head.positions),
+            "a static context": lambda: layer(head.x, positions=head.positions, static=head.own.static, cache=cache),
+            "the cache of other tokens": lambda: layer(tail.x, positions=tail.positions, cache=cache),
+        }
+        for what, call in refused.items():
+            subject.expect(problem, refuses(subject, call), f"{what} was not refused with an InputError")
+        subject.expect_oracle(problem, subject.run(problem))
+
+    judge.each(case, check)
+
+
+def refuses(subject: Subject, call: Callable[[], object]) -> bool:
+    """Whether a call is refused with an InputError. Raises BackendError for another error."""
+    try:
+        call()
+    except InputError:
+        return True
+    except Exception as error:
+        raise BackendError(subject.name, error) from error
+    return False
+
+
+def decoder_layer(case: Case) -> Case:
+    """The case as Hugging Face's decoder layer can express it: one eps, norms, RoPE, no softcap, finite padding."""
+    spec = case.spec
+    norm = spec.qk_norm or QKNormSpec()
+    case = case.replace(
+        poison=min(case.poison, 1e3), block=block_of(case).replace(gate=1.0, residual=True, norm_eps=norm.eps)
+    )
+    return case.respec(qk_norm=norm, rope=spec.rope or RopeSpec(), softcap=None)
+
+
+def with_its_layer(problem: Problem, seed: int) -> tuple[Problem, DecoderLayerOracle]:
+    """The problem with weights taken from a decoder layer, and that layer."""
+    plain = problem.spec.replace(split=None)
+    layer = DecoderLayerOracle(plain, problem.weights, problem.positions, problem.mask, seed)
+    described = problem.described
+    assert isinstance(described, SequentialSpec)
+    return problem.replace(weights=described.weights_of(layer.weights)), layer
+
+
+@prop("SEQUENTIAL-7", case=block_cases(context=False, live=("causal",)).map(decoder_layer), needs=NEEDS)
+def test_block_equals_the_attention_half_of_a_decoder_layer(case: Case, judge: Judge) -> None:
+    """With its layer's weights, no context and gate 1 it is the attention half of Gemma3DecoderLayer, in any split."""
+    problem, layer = with_its_layer(case.problem(), case.seed)
+    theirs = layer.attention_half(problem.x)
+
+    def check(subject: Subject) -> None:
+        got = subject.run(problem).output
+        subject.expect_close(problem, got, theirs, "the attention half of Gemma3DecoderLayer")
+
+    judge.each(case, check)
+
+
+@prop("SEQUENTIAL-7", "SEQUENTIAL-3", case=block_cases().map(decoder_layer), needs=NEEDS, weight=0.5)
+def test_a_closed_gate_leaves_a_decoder_layer_alone(case: Case, judge: Judge) -> None:
+    """Gemma3DecoderLayer with a block at gate 0 in its place gives the bits that it gives without one."""
+    problem, layer = with_its_layer(case.problem(), case.seed)
+    plain = layer.whole(problem.x)
+    at_its_place = problem.replace(x=layer.attention_half(problem.x))
+    closed = at_its_place.replace(block=block_of(case).replace(gate=0.0))
+
+    def check(subject: Subject) -> None:
+        output = layer.feed_forward_half(np.asarray(subject.run(closed).output, np.float32))
+        subject.expect_equal(closed, output, plain, "Gemma3DecoderLayer without a block")
+        subject.expect_oracle(at_its_place, subject.run(at_its_place))
+
+    judge.each(case, check)
