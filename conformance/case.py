@@ -63,7 +63,7 @@ class Block:
     def around(self, spec: AttentionSpec) -> SequentialSpec:
         """The block with this attention in it; one that shares its layer's cache has no Lyra heads."""
         inner = spec.replace(split=None) if self.source == "own" else spec
-        return SequentialSpec(inner, **dataclasses.asdict(self))
+        return SequentialSpec(attention=inner, **dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,20 @@ def test_a_replay_file_gives_the_failure_again(tmp_path: Path) -> None:
     assert judged(Wrapped(), replay=str(path)).record.ok
 
 
+def test_a_failure_of_a_block_is_shrunk_and_replayed_too() -> None:
+    """Its block, and the layer whose cache it shares, come back from the file."""
+    outcome = judged(SlightlyOff(), only="shared_cache_equals_oracle")
+    (failure,) = outcome.record.failures.values()
+    assert failure.replay is not None
+    recorded = Replay.read(failure.replay).case
+    assert recorded is not None
+    assert recorded.block is not None
+    assert (recorded.block.source, recorded.batch, recorded.seed) == ("own", 1, 0)
+    (again,) = judged(SlightlyOff(), replay=failure.replay).record.failures.values()
+    assert (again.message, again.stage) == (failure.message, "output")
+    assert judged(Wrapped(), replay=failure.replay).record.ok
+
+
 def drawn(seed: int) -> list[str]:
     """The cases of a run, as every backend under test is given them."""
 
