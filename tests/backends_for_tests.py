@@ -189,6 +189,12 @@ class Raises(NullBackend):
         """No answer."""
         raise RuntimeError("out of order")
 
+    def attention(
+        self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
+    ) -> NullAttention:
+        """No layer either: it could not even refuse a dtype."""
+        return self.make(np.zeros(0), ())  # type: ignore[return-value]
+
 
 class WrongShape(NullBackend):
     """Returns one column too few."""
