@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lyra.spec.context import StaticContext
     from lyra.spec.errors import ContextError, InputError, SpecError
     from lyra.spec.model import ModelSpec
+    from lyra.spec.sequential import SequentialSpec
     from lyra.spec.split import HeadSplit
 
     from .errors import CheckpointError, ModelError
@@ -39,6 +40,7 @@ __all__ = [
     "QKNormSpec",
     "RopeSpec",
     "Score",
+    "SequentialSpec",
     "SpecError",
     "StaticContext",
     "StaticSpec",
@@ -55,6 +57,7 @@ _HOMES = {
     "lyra.spec.context": ("StaticContext",),
     "lyra.spec.errors": ("ContextError", "InputError", "SpecError"),
     "lyra.spec.model": ("ModelSpec",),
+    "lyra.spec.sequential": ("SequentialSpec",),
     "lyra.spec.split": ("HeadSplit",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
