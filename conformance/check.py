@@ -17,7 +17,7 @@ from . import session as sessions
 from .case import Case
 from .judge import Judge
 from .launch import load_backends, prepare_environment
-from .record import Property, Record
+from .record import NARROW, Property, Record
 from .replay import describe, write_replay
 from .session import Profile, Session, UsageError
 from .strategies import LIVE, POSITIONS, cases
@@ -26,6 +26,9 @@ from .subject import BackendError, Divergence
 PROPERTY = Property(
     "split::any_split_equals_oracle", ("SPLIT-2", "STATIC-1"), "The property of the suite that replays these cases."
 )
+OUTPUTS = ("output", "output" + NARROW)
+"""What is recorded of outputs, by dtype; a check has one of them."""
+
 FRAMES = 4
 """Shapes that the cases of one split come from: a backend that compiles does so this often, for each mode."""
 
@@ -130,4 +133,4 @@ def _explain(judge: Judge, error: Divergence | BackendError) -> None:
 
 def _checked(judge: Judge) -> Checked:
     distances = judge.record.distances.items()
-    return Checked(judge.record.cases, {name: max(ratios) for (name, stage), ratios in distances if stage == "output"})
+    return Checked(judge.record.cases, {name: max(ratios) for (name, stage), ratios in distances if stage in OUTPUTS})

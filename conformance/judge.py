@@ -13,7 +13,7 @@ from lyra.spec.uncertain import Uncertain
 
 from .case import Case, Problem
 from .record import Failure, Property, Record
-from .subject import BackendError, Divergence, Outcome, Subject, expected
+from .subject import BackendError, Divergence, Outcome, Subject, expected, label
 from .tolerance import K_PAIR, distance
 
 
@@ -91,7 +91,7 @@ class Judge:
         """The same for any value, by backend; `where` [B,T] shows the rows to compare."""
         for one, other in combinations(values, 2):
             far = distance(values[one], Uncertain(values[other].astype(float), wanted.variance), where)
-            self.record.saw(f"{one} ↔ {other}", what, far.ratio)
+            self.record.saw(f"{one} ↔ {other}", label(problem, what), far.ratio)
             if far.ratio > K_PAIR:
                 blamed = max((one, other), key=lambda name: distance(values[name], wanted, where).ratio)
                 error = Divergence(blamed, f"{far.describe(what, K_PAIR)} between {one} and {other}", problem)

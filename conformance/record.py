@@ -11,6 +11,9 @@ from .shard import Shard
 Status = Literal["passed", "failed", "errored", "unsupported"]
 SEVERITY: tuple[Status, ...] = ("unsupported", "passed", "failed", "errored")
 
+NARROW = ", bfloat16"
+"""Ends the name of what was compared in bfloat16, where σ is another one (TOLERANCE-4)."""
+
 
 @dataclass(frozen=True)
 class Failure:

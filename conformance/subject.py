@@ -14,7 +14,7 @@ from lyra.spec.uncertain import Uncertain, exact
 
 from .blocks import expected_of_block, make_block, stage_of_block
 from .case import Problem
-from .record import Record
+from .record import NARROW, Record
 from .tolerance import K_PAIR, MODEL, Distance, K, distance, model_distance, stored_distance
 
 Answer = TypeVar("Answer")
@@ -67,7 +67,7 @@ def expected(problem: Problem) -> dict[str, Uncertain]:
 
 def label(problem: Problem, what: str) -> str:
     """What a distance is recorded under: bfloat16 apart from float32."""
-    return what if problem.dtype == "float32" else f"{what}, {problem.dtype}"
+    return what if problem.dtype == "float32" else what + NARROW
 
 
 def stage_alone(problem: Problem, name: str, trace: Mapping[str, np.ndarray], *, moved: bool = True) -> Uncertain:

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from lyra.conformance.case import Case
-from lyra.conformance.record import SEVERITY, Failure, Property, Status
+from lyra.conformance.record import NARROW, SEVERITY, Failure, Property, Status
 from lyra.conformance.replay import command
 from lyra.conformance.session import ProfileName, Session
 from lyra.conformance.tolerance import K_PAIR, K
@@ -249,6 +249,7 @@ def limit(backend: str, compared: str) -> float:
     """What the ratios of a kind of comparison may reach: K against the oracle, K·√2 between two computed values."""
     if compared.endswith(WHOLE_MODEL):
         return 1.0
+    compared = compared.removesuffix(NARROW)
     one_side = "↔" not in backend and (compared in AGAINST_ORACLE or compared.endswith(" alone"))
     return K if one_side else K_PAIR
 

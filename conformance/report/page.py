@@ -162,7 +162,7 @@ def _drawing(spec: AttentionSpec) -> str:
 def _distances(report: Report) -> str:
     parts = [
         "<h2>How far from the oracle</h2>",
-        f"<p class='dim'>σ is the standard deviation that float32 rounding gives the oracle's value; a backend passes "
+        f"<p class='dim'>σ is the standard deviation that rounding gives the oracle's value; a backend passes "
         f"where |Δ| ≤ {report.tolerance:g}·σ at every element, two backends agree within {report.tolerance:g}·√2·σ. "
         f"Whole models have no σ: there the unit is {MODEL:g} of the largest value, and the limit 1.</p>",
     ]
