@@ -185,11 +185,11 @@ def test_what_there_is_not_is_refused(case: Case, judge: Judge) -> None:
         return "nothing was refused"
 
     def check(subject: Subject) -> None:
+        outcome = subject.run(problem)
         for dtype in ("float16", "float64", ""):
             said = refusal(subject, dtype)
             named = all(name in said for name in (repr(dtype), "float32", "bfloat16"))
             subject.expect(problem, named, f"dtype {dtype!r}: {said}")
-        outcome = subject.run(problem)
         named_layer = subject.attempt(
             lambda: cast(Bfloat16Backend, subject.backend).attention(problem.spec, problem.weights, dtype="float32")
         )
