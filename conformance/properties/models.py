@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from functools import cache
 from importlib.util import find_spec
@@ -17,11 +19,28 @@ from lyra.spec.inputs import StaticLayer
 
 
 @cache
-def small_folder() -> str:
-    """A small random Gemma-3, in a folder that goes with the process."""
+def small_folder(seed: int = 0) -> str:
+    """A small random Gemma-3, its weights drawn from `seed`, in a folder that goes with the process."""
+    folder = _folder()
+    save_small_model(folder, seed)
+    return folder
+
+
+@cache
+def stretched_folder() -> str:
+    """The small model with another linear factor of RoPE in its global layers and the same weights."""
+    folder = _folder()
+    shutil.copytree(small_folder(), folder, dirs_exist_ok=True)
+    file = Path(folder) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["rope_parameters"]["full_attention"]["factor"] = 4.0
+    file.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def _folder() -> str:
     keep = tempfile.TemporaryDirectory(prefix="lyra-small-model-")
     _kept.append(keep)
-    save_small_model(keep.name)
     return keep.name
 
 

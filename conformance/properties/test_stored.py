@@ -10,13 +10,17 @@ import pytest
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
+from lyra.conformance.properties.models import engine, oracle, small_folder, stretched_folder, tokens
 from lyra.conformance.properties.test_rope import rotated
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
+from lyra.model import Model
+from lyra.spec.attention import StaticSpec
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.errors import ContextError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
+from lyra.spec.split import HeadSplit
 
 LAYER = 0
 BOS = 2
@@ -136,3 +140,46 @@ def test_a_context_knows_its_model(case: Case, judge: Judge) -> None:
     stranger = problem.respec(rope=problem.spec.rope.replace(theta=problem.spec.rope.theta * 2))
     assert any("rope" in one for one in context.fingerprint.differences(context_of(stranger).fingerprint))
     judge.each(case, lambda subject: subject.expect_oracle(problem, subject.run(problem)))
+
+
+STRANGERS = {
+    "weights": (lambda: small_folder(seed=1), "the k and v projections or k_norm of layers [2, 5] differ"),
+    "rope": (stretched_folder, "rope (theta 1000000.0, factor 4.0) against (theta 1000000.0, factor 8.0)"),
+}
+"""Models that are not the small one: their folders, and the difference to it."""
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+@prop("FINGERPRINT-2", "FINGERPRINT-1", needs=("model",), profile="ci")
+def test_a_context_of_another_model_is_refused(judge: Judge, stranger: str) -> None:
+    """A model refuses another one's context, says what differs and stays as it was; with override it takes it."""
+    make_folder, difference = STRANGERS[stranger]
+    folder, ids = make_folder(), tokens(11, seed=1)
+    judged = oracle(small_folder())
+    splits = dict.fromkeys(judged.spec.global_layers, HeadSplit.last_kv(judged.spec.attention, 1))
+
+    def check(subject: Subject) -> None:
+        model, other = Model(engine(subject, small_folder())), Model(engine(subject, folder))
+        context = subject.attempt(lambda: other.capture(tokens(9)[0]))
+        before = subject.attempt(lambda: model.logits(ids))
+        subject.expect_model(before, judged.logits(ids), "logits", "Hugging Face's")
+        refusal = refusal_of(model, context)
+        subject.expect(None, difference in refusal, f"refused with {refusal!r}; expected that it says {difference!r}")
+        subject.expect(None, bool((model.logits(ids) == before).all()), "a refused context changed the model")
+        subject.attempt(lambda: model.attach(context, splits, override=True))
+        got = subject.attempt(lambda: model.logits(ids))
+        model.detach()
+        static = {layer: context.static_layer(layer, one.lyra_kv_heads) for layer, one in splits.items()}
+        wanted = judged.logits_with(ids, static, splits, StaticSpec())
+        subject.expect_model(got, wanted, "logits with a stranger's context", "the oracle's model")
+
+    judge.each(stranger, check)
+
+
+def refusal_of(model: Model, context: StaticContext) -> str:
+    """What a model says against a context; nothing where it takes it."""
+    try:
+        model.attach(context)
+    except ContextError as refusal:
+        return str(refusal)
+    return ""
