@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -131,3 +133,69 @@ def backend(request: pytest.FixtureRequest) -> str:
     """The name of a backend that loads whole models."""
     pytest.importorskip(request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Any:
+    """Hugging Face's model of `tiny_gemma`."""
+    from tiny_gemma import make_model
+
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(gemma: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, saved."""
+    path = tmp_path_factory.mktemp("gemma")
+    gemma.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def _loaded_jax_engine(gemma_folder: Path) -> Any:
+    from lyra.backends.jax_impl import JaxBackend
+
+    return JaxBackend().load(str(gemma_folder))
+
+
+@pytest.fixture
+def jax_engine(_loaded_jax_engine: Any) -> Iterator[Any]:
+    """The same model in JAX, with nothing attached."""
+    yield _loaded_jax_engine
+    _loaded_jax_engine.detach()
+
+
+@pytest.fixture(scope="session")
+def torch_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model of `torch_gemma`: six layers, two of them global, RoPE factor 8 on these."""
+    from torch_gemma import SIZES, save_random_model
+    from transformers import Gemma3TextConfig
+
+    path = tmp_path_factory.mktemp("gemma")
+    save_random_model(Gemma3TextConfig(**SIZES), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def _loaded_torch_engine(torch_folder: str) -> Any:
+    from lyra.backends.torch_impl import TorchBackend
+
+    return TorchBackend().load(torch_folder)
+
+
+@pytest.fixture
+def torch_engine(_loaded_torch_engine: Any) -> Iterator[Any]:
+    """The same model in PyTorch, with nothing attached; a test that changes the module itself loads its own."""
+    yield _loaded_torch_engine
+    _loaded_torch_engine.detach()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products of small models are not worth waking a second thread for."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,9 +1,10 @@
-"""Small layers that several tests of the spec share."""
+"""Small layers that several tests share, and how near values of two implementations of one are."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from lyra.spec import AttentionSpec, HeadSplit, QKNormSpec, RopeSpec, StaticSpec
@@ -44,3 +45,10 @@ def layers(draw: st.DrawFn, window: bool = True) -> AttentionSpec:
         return spec
     heads = draw(st.sets(st.integers(0, query_heads - 1)))
     return spec.replace(split=HeadSplit.from_q_heads(spec, heads, share_kv=None))
+
+
+def assert_real_tokens_close(got: np.ndarray, want: np.ndarray, mask: np.ndarray, atol: float = 5e-6) -> None:
+    """float32, finite everywhere, and close where the mask [B,T] is True."""
+    assert got.dtype == np.float32
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[mask], want[mask], rtol=0, atol=atol)

@@ -28,23 +28,6 @@ from lyra.backends.jax_impl.params import module_path  # noqa: E402
 from lyra.spec import InputError  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def reference() -> Any:
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def folder(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    reference.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> JaxEngine:
-    return JaxBackend().load(str(folder))
-
-
 def rewrite(source: Path, target: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:
     """A copy of a model's folder with other tensors."""
     target.mkdir(exist_ok=True)
@@ -54,24 +37,24 @@ def rewrite(source: Path, target: Path, change: Callable[[dict[str, np.ndarray]]
 
 
 def test_sharded_bfloat16_and_multimodal_checkpoints(
-    folder: Path, reference: Any, engine: JaxEngine, tmp_path: Path
+    gemma_folder: Path, gemma: Any, jax_engine: JaxEngine, tmp_path: Path
 ) -> None:
     ids = random_ids(1, 6)
-    expected = engine.logits(ids)
+    expected = jax_engine.logits(ids)
     sharded, outer, half = tmp_path / "sharded", tmp_path / "outer", tmp_path / "half"
-    reference.save_pretrained(sharded, max_shard_size="40KB")
+    gemma.save_pretrained(sharded, max_shard_size="40KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
     np.testing.assert_array_equal(JaxBackend().load(str(sharded)).logits(ids), expected)
     for prefix in ("language_model.model.", "model.language_model."):
         rewrite(
-            folder,
+            gemma_folder,
             outer,
             lambda tensors, prefix=prefix: (
                 {name.replace("model.", prefix, 1): value for name, value in tensors.items()}
                 | {"vision_tower.x.weight": np.zeros(3, np.float32)}
             ),
         )
-        config = {"model_type": "gemma3", "text_config": json.loads((folder / "config.json").read_text())}
+        config = {"model_type": "gemma3", "text_config": json.loads((gemma_folder / "config.json").read_text())}
         (outer / "config.json").write_text(json.dumps(config))
         np.testing.assert_array_equal(JaxBackend().load(str(outer)).logits(ids), expected)
     make_model().to(torch.bfloat16).save_pretrained(half)
@@ -90,9 +73,9 @@ def test_untied_head_softcap_and_linear_rope(tmp_path: Path) -> None:
     assert_close(JaxBackend().load(str(tmp_path)).logits(ids), hf_logits(model, ids))
 
 
-def test_checkpoints_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_do_not_fit_are_refused(gemma_folder: Path, tmp_path: Path) -> None:
     def load(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
-        JaxBackend().load(str(rewrite(folder, tmp_path / "other", change)))
+        JaxBackend().load(str(rewrite(gemma_folder, tmp_path / "other", change)))
 
     q, extra = "model.layers.1.self_attn.q_proj.weight", np.zeros((48, 32), np.float32)
     with pytest.raises(InputError, match=r"1 tensors are missing, among them layers\.1\.self_attn\.q_proj\.weight"):
@@ -106,18 +89,18 @@ def test_checkpoints_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -
     with pytest.raises(InputError, match=r"has shape \(3, 32\); the config says \(64, 32\)"):
         load(lambda tensors: tensors | {q: np.zeros((3, 32), np.float32)})
     with pytest.raises(InputError, match="dtype is 'int8'"):
-        JaxBackend().load(str(folder), dtype="int8")
+        JaxBackend().load(str(gemma_folder), dtype="int8")
     with pytest.raises(InputError, match="device is 'cpu:7'"):
-        JaxBackend().load(str(folder), device="cpu:7")
+        JaxBackend().load(str(gemma_folder), device="cpu:7")
 
 
-def test_every_name_has_one_entry(reference: Any) -> None:
-    names = list(reference.state_dict())
+def test_every_name_has_one_entry(gemma: Any) -> None:
+    names = list(gemma.state_dict())
     assert len({module_path(name) for name in names}) == len(names)
     assert module_path("model.vision_tower.encoder.layers.0.weight") is None
 
 
-def test_loads_without_torch_and_transformers(folder: Path, engine: JaxEngine) -> None:
+def test_loads_without_torch_and_transformers(gemma_folder: Path, jax_engine: JaxEngine) -> None:
     ids = random_ids(1, 6)
     code = f"""
         import sys
@@ -125,11 +108,11 @@ def test_loads_without_torch_and_transformers(folder: Path, engine: JaxEngine) -
             sys.modules[name] = None
         import numpy as np
         from lyra.backends.jax_impl import JaxBackend
-        engine = JaxBackend().load({str(folder)!r})
+        engine = JaxBackend().load({str(gemma_folder)!r})
         print(*engine.generate(np.array({ids.tolist()}), max_new_tokens=4)[0])
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=os.environ, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(token) for token in engine.generate(ids, max_new_tokens=4)[0]]
+    assert done.stdout.split() == [str(token) for token in jax_engine.generate(ids, max_new_tokens=4)[0]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +34,6 @@ from lyra.spec import AttentionSpec, HeadSplit, InputError, StaticSpec  # noqa: 
 from lyra.spec.inputs import StaticLayer  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def reference() -> Any:
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def folder(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    reference.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> JaxEngine:
-    return JaxBackend().load(str(folder))
-
-
-@pytest.fixture
-def engine(loaded: JaxEngine) -> Iterator[JaxEngine]:
-    yield loaded
-    loaded.detach()
-
-
 def in_chunks(engine: JaxEngine, ids: np.ndarray, mask: np.ndarray, cuts: list[int]) -> np.ndarray:
     """Logits [B,T,V] of one text fed in the given pieces through the model's cache."""
     graph = forward.split_module(engine.module)
@@ -70,47 +46,47 @@ def in_chunks(engine: JaxEngine, ids: np.ndarray, mask: np.ndarray, cuts: list[i
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 23, 530])
-def test_logits_equal_hugging_face(engine: JaxEngine, reference: Any, tokens: int) -> None:
+def test_logits_equal_hugging_face(jax_engine: JaxEngine, gemma: Any, tokens: int) -> None:
     ids = random_ids(2, tokens)
-    got = engine.logits(ids)
+    got = jax_engine.logits(ids)
     assert got.shape == (2, tokens, VOCAB)
     assert got.dtype == np.float32
-    assert_close(got, hf_logits(reference, ids))
+    assert_close(got, hf_logits(gemma, ids))
 
 
-def test_logits_of_padded_rows_equal_hugging_face(engine: JaxEngine, reference: Any) -> None:
+def test_logits_of_padded_rows_equal_hugging_face(jax_engine: JaxEngine, gemma: Any) -> None:
     ids, mask = random_ids(3, 21), left_padding(3, 21)
-    got = engine.logits(ids, mask)
+    got = jax_engine.logits(ids, mask)
     assert np.isfinite(got).all()
-    assert_close(got[mask], hf_logits(reference, ids, mask)[mask])
+    assert_close(got[mask], hf_logits(gemma, ids, mask)[mask])
 
 
 @pytest.mark.parametrize("padding", ["right", "holes"])
-def test_padding_may_be_anywhere(engine: JaxEngine, padding: str) -> None:
+def test_padding_may_be_anywhere(jax_engine: JaxEngine, padding: str) -> None:
     ids, mask = random_ids(2, 21), np.ones((2, 21), bool)
     mask[1, 14:] = False
     if padding == "holes":
         mask[1, [0, 4, 5, 6, 7, 8, 9, 12]] = False
-    got = engine.logits(ids, mask)
-    assert_close(got[0], engine.logits(ids[:1])[0])
-    assert_close(got[1][mask[1]], engine.logits(ids[1:, mask[1]])[0])
+    got = jax_engine.logits(ids, mask)
+    assert_close(got[0], jax_engine.logits(ids[:1])[0])
+    assert_close(got[1][mask[1]], jax_engine.logits(ids[1:, mask[1]])[0])
 
 
 @pytest.mark.parametrize("cuts", [[7, 8, 20], list(range(1, 29)), [1, 2, 12, 13]], ids=["chunks", "single", "mixed"])
-def test_chunks_equal_one_shot(engine: JaxEngine, reference: Any, cuts: list[int]) -> None:
+def test_chunks_equal_one_shot(jax_engine: JaxEngine, gemma: Any, cuts: list[int]) -> None:
     ids, mask = random_ids(2, 29), left_padding(2, 29)
-    assert_close(in_chunks(engine, ids, mask, cuts)[mask], hf_logits(reference, ids, mask)[mask])
+    assert_close(in_chunks(jax_engine, ids, mask, cuts)[mask], hf_logits(gemma, ids, mask)[mask])
 
 
-def test_log_probs_equal_hugging_face(engine: JaxEngine, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probs_equal_hugging_face(jax_engine: JaxEngine, gemma: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = random_ids(2, 23)
-    expected = torch.log_softmax(torch.tensor(hf_logits(reference, ids)), dim=-1)[:, :-1]
+    expected = torch.log_softmax(torch.tensor(hf_logits(gemma, ids)), dim=-1)[:, :-1]
     expected = expected.gather(2, torch.tensor(ids[:, 1:, None]))[:, :, 0].numpy()
-    assert_close(engine.log_probs(ids), expected)
+    assert_close(jax_engine.log_probs(ids), expected)
     monkeypatch.setattr("lyra.backends.jax_impl.model.LOGITS_AT_ONCE", 7 * VOCAB)
-    assert_close(engine.log_probs(ids), expected)
-    assert_close(engine.logits(ids), hf_logits(reference, ids))
-    assert engine.log_probs(ids[:, :1]).shape == (2, 0)
+    assert_close(jax_engine.log_probs(ids), expected)
+    assert_close(jax_engine.logits(ids), hf_logits(gemma, ids))
+    assert jax_engine.log_probs(ids[:, :1]).shape == (2, 0)
 
 
 def hf_generate(model: Any, ids: np.ndarray, mask: np.ndarray | None, count: int) -> np.ndarray:
@@ -120,27 +96,27 @@ def hf_generate(model: Any, ids: np.ndarray, mask: np.ndarray | None, count: int
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "left padded"])
-def test_generate_equals_hugging_face(engine: JaxEngine, reference: Any, padded: bool) -> None:
+def test_generate_equals_hugging_face(jax_engine: JaxEngine, gemma: Any, padded: bool) -> None:
     ids = random_ids(3, 11)
     mask = left_padding(3, 11) if padded else None
-    made = engine.generate(ids, mask, max_new_tokens=24)
+    made = jax_engine.generate(ids, mask, max_new_tokens=24)
     assert np.issubdtype(made.dtype, np.integer)
-    np.testing.assert_array_equal(made, hf_generate(reference, ids, mask, 24))
+    np.testing.assert_array_equal(made, hf_generate(gemma, ids, mask, 24))
 
 
-def test_stop_ids_and_on_token(engine: JaxEngine) -> None:
+def test_stop_ids_and_on_token(jax_engine: JaxEngine) -> None:
     ids = random_ids(3, 11)
-    free = engine.generate(ids, max_new_tokens=12)
+    free = jax_engine.generate(ids, max_new_tokens=12)
     stop = [int(free[0, 3]), int(free[1, 6]), int(free[2, 8])]
     ends = [int(np.argmax(np.isin(row, stop))) for row in free]
     steps: list[np.ndarray] = []
-    made = engine.generate(ids, max_new_tokens=12, stop_ids=stop, on_token=steps.append)
+    made = jax_engine.generate(ids, max_new_tokens=12, stop_ids=stop, on_token=steps.append)
     assert made.shape == (3, max(ends) + 1)
     for row, end in enumerate(ends):
         np.testing.assert_array_equal(made[row, : end + 1], free[row, : end + 1])
         assert (made[row, end:] == free[row, end]).all()
     np.testing.assert_array_equal(np.stack(steps, axis=1), made)
-    assert engine.generate(ids, max_new_tokens=0).shape == (3, 0)
+    assert jax_engine.generate(ids, max_new_tokens=0).shape == (3, 0)
 
 
 def hf_capture(model: Any, ids: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,12 +132,12 @@ def hf_capture(model: Any, ids: np.ndarray, layer: int) -> tuple[np.ndarray, np.
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 512])
-def test_capture_equals_hooks_on_hugging_face(engine: JaxEngine, reference: Any, chunk_size: int) -> None:
+def test_capture_equals_hooks_on_hugging_face(jax_engine: JaxEngine, gemma: Any, chunk_size: int) -> None:
     ids, done = random_ids(1, 45), []
-    found = engine.capture(ids, [3, 0, 1], chunk_size=chunk_size, on_chunk=done.append)
+    found = jax_engine.capture(ids, [3, 0, 1], chunk_size=chunk_size, on_chunk=done.append)
     assert set(found) == {0, 1, 3}
     for layer, (k, v) in found.items():
-        expected_k, expected_v = hf_capture(reference, ids, layer)
+        expected_k, expected_v = hf_capture(gemma, ids, layer)
         assert k.shape == v.shape == (1, 2, 45, 16)
         assert_close(k, expected_k)
         assert_close(v, expected_v)
@@ -183,15 +159,15 @@ def make_context(engine: JaxEngine, tokens: int, split: HeadSplit, rows: int = 1
     return context
 
 
-def test_attached_layers_equal_the_attention_level(engine: JaxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attached_layers_equal_the_attention_level(jax_engine: JaxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last global layer's output inside the model is that of the attention level for the same input."""
-    context = make_context(engine, 19, CUT)
+    context = make_context(jax_engine, 19, CUT)
     mode = StaticSpec(live="self", positions="overlay")
-    engine.attach(context, dict.fromkeys(GLOBAL, CUT), mode)
+    jax_engine.attach(context, dict.fromkeys(GLOBAL, CUT), mode)
     ids, width = random_ids(2, 9), 16
     packed = pack_left(Tokens(ids, np.ones_like(ids, bool)))
     seen: dict[str, np.ndarray] = {}
-    attention_class = type(engine.module.layers[3].self_attn)
+    attention_class = type(jax_engine.module.layers[3].self_attn)
     original = attention_class.__call__
 
     def watched(self: Any, x: Any, call: Any, attached: Any) -> Any:
@@ -201,10 +177,10 @@ def test_attached_layers_equal_the_attention_level(engine: JaxEngine, monkeypatc
         return made
 
     monkeypatch.setattr(attention_class, "__call__", watched)
-    graph = forward.split_module(engine.module)
-    engine.module(packed.ids, packed.mask, forward.open_cache(graph, 2, width), engine._attached)
+    graph = forward.split_module(jax_engine.module)
+    jax_engine.module(packed.ids, packed.mask, forward.open_cache(graph, 2, width), jax_engine._attached)
     layer = JaxBackend().attention(
-        engine.spec.attention.replace(split=CUT, static=mode), engine.attention_weights(GLOBAL[-1])
+        jax_engine.spec.attention.replace(split=CUT, static=mode), jax_engine.attention_weights(GLOBAL[-1])
     )
     real = slice(width - 9, None)
     positions = np.tile(np.arange(9), (2, 1))
@@ -216,17 +192,17 @@ def test_attached_layers_equal_the_attention_level(engine: JaxEngine, monkeypatc
     ("live", "positions", "rows"),
     [("causal", "continue", 1), ("self", "continue", 2), ("none", "overlay", 1), ("causal", "overlay", 2)],
 )
-def test_attached_prefill_equals_token_by_token(engine: JaxEngine, live: Any, positions: Any, rows: int) -> None:
-    engine.attach(
-        make_context(engine, 19, CUT, rows), dict.fromkeys(GLOBAL, CUT), StaticSpec(live=live, positions=positions)
+def test_attached_prefill_equals_token_by_token(jax_engine: JaxEngine, live: Any, positions: Any, rows: int) -> None:
+    jax_engine.attach(
+        make_context(jax_engine, 19, CUT, rows), dict.fromkeys(GLOBAL, CUT), StaticSpec(live=live, positions=positions)
     )
     ids, mask = random_ids(2, 13), left_padding(2, 13)
-    one_shot = engine.logits(ids, mask)
-    assert_close(in_chunks(engine, ids, mask, list(range(1, 13)))[mask], one_shot[mask])
-    made = engine.generate(ids, mask, max_new_tokens=3)
+    one_shot = jax_engine.logits(ids, mask)
+    assert_close(in_chunks(jax_engine, ids, mask, list(range(1, 13)))[mask], one_shot[mask])
+    made = jax_engine.generate(ids, mask, max_new_tokens=3)
     whole = np.concatenate([ids, made], axis=1)
     whole_mask = np.concatenate([mask, np.ones_like(made, bool)], axis=1)
-    np.testing.assert_array_equal(engine.logits(whole, whole_mask)[:, 12:-1].argmax(-1), made)
+    np.testing.assert_array_equal(jax_engine.logits(whole, whole_mask)[:, 12:-1].argmax(-1), made)
 
 
 def test_all_heads_continuing_equal_an_ordinary_prefix(tmp_path: Path) -> None:
@@ -242,36 +218,36 @@ def test_all_heads_continuing_equal_an_ordinary_prefix(tmp_path: Path) -> None:
     assert_close(engine.logits(ids[:, 18:]), expected)
 
 
-def test_attaching_nothing_and_detaching_restore_the_model(engine: JaxEngine) -> None:
+def test_attaching_nothing_and_detaching_restore_the_model(jax_engine: JaxEngine) -> None:
     ids = random_ids(2, 13)
-    plain = engine.logits(ids)
-    engine.attach({}, dict.fromkeys(GLOBAL, HeadSplit.none()), StaticSpec(live="none"))
-    np.testing.assert_array_equal(engine.logits(ids), plain)
-    engine.attach({}, dict.fromkeys(GLOBAL, CUT), StaticSpec())
-    np.testing.assert_array_equal(engine.logits(ids), plain)
-    context = make_context(engine, 19, CUT)
-    engine.attach(context, dict.fromkeys(GLOBAL, CUT), StaticSpec())
-    assert np.abs(engine.logits(ids) - plain).max() > 0.1
-    engine.attach({3: context[3]}, {3: CUT}, StaticSpec())
-    assert np.abs(engine.logits(ids) - plain).max() > 0.1
-    engine.detach()
-    np.testing.assert_array_equal(engine.logits(ids), plain)
+    plain = jax_engine.logits(ids)
+    jax_engine.attach({}, dict.fromkeys(GLOBAL, HeadSplit.none()), StaticSpec(live="none"))
+    np.testing.assert_array_equal(jax_engine.logits(ids), plain)
+    jax_engine.attach({}, dict.fromkeys(GLOBAL, CUT), StaticSpec())
+    np.testing.assert_array_equal(jax_engine.logits(ids), plain)
+    context = make_context(jax_engine, 19, CUT)
+    jax_engine.attach(context, dict.fromkeys(GLOBAL, CUT), StaticSpec())
+    assert np.abs(jax_engine.logits(ids) - plain).max() > 0.1
+    jax_engine.attach({3: context[3]}, {3: CUT}, StaticSpec())
+    assert np.abs(jax_engine.logits(ids) - plain).max() > 0.1
+    jax_engine.detach()
+    np.testing.assert_array_equal(jax_engine.logits(ids), plain)
 
 
-def test_decoding_with_a_context_compiles_once(engine: JaxEngine, caplog: pytest.LogCaptureFixture) -> None:
+def test_decoding_with_a_context_compiles_once(jax_engine: JaxEngine, caplog: pytest.LogCaptureFixture) -> None:
     """Four rows and a context of 21 tokens, which no other test has: nothing is compiled yet."""
     for split in (CUT, HeadSplit((0, 2), share_kv=True)):
-        engine.attach(make_context(engine, 21, split), dict.fromkeys(GLOBAL, split), StaticSpec(live="self"))
+        jax_engine.attach(make_context(jax_engine, 21, split), dict.fromkeys(GLOBAL, split), StaticSpec(live="self"))
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
-            engine.generate(random_ids(4, 9), max_new_tokens=20)
-        engine.detach()
+            jax_engine.generate(random_ids(4, 9), max_new_tokens=20)
+        jax_engine.detach()
     compiled = [line for line in caplog.messages if "Finished XLA compilation of jit(_" in line]
     assert sum("jit(_decode)" in line for line in compiled) == 1
     assert sum("jit(_prefill)" in line for line in compiled) == 1
 
 
-def test_changes_to_the_module_show(folder: Path) -> None:
-    engine = JaxBackend().load(str(folder))
+def test_changes_to_the_module_show(gemma_folder: Path) -> None:
+    engine = JaxBackend().load(str(gemma_folder))
     ids = random_ids(1, 5)
     before = engine.logits(ids)
     weight = engine.module.layers[0].mlp.up_proj.weight
@@ -279,55 +255,55 @@ def test_changes_to_the_module_show(folder: Path) -> None:
     assert np.abs(engine.logits(ids) - before).max() > 1e-3
 
 
-def test_attention_weights_are_hugging_faces(engine: JaxEngine, reference: Any) -> None:
+def test_attention_weights_are_hugging_faces(jax_engine: JaxEngine, gemma: Any) -> None:
     for layer in (0, 3):
-        weights = engine.attention_weights(layer)
-        assert set(weights) == set(engine.spec.layer(layer).weight_shapes())
+        weights = jax_engine.attention_weights(layer)
+        assert set(weights) == set(jax_engine.spec.layer(layer).weight_shapes())
         for name, value in weights.items():
-            expected = reference.model.layers[layer].self_attn.get_parameter(name).detach().numpy()
+            expected = gemma.model.layers[layer].self_attn.get_parameter(name).detach().numpy()
             np.testing.assert_array_equal(value, expected)
             value[...] = 0
-    assert np.abs(engine.attention_weights(0)["q_norm.weight"]).max() > 0
+    assert np.abs(jax_engine.attention_weights(0)["q_norm.weight"]).max() > 0
 
 
-def test_the_backend_loads_whole_models(engine: JaxEngine) -> None:
+def test_the_backend_loads_whole_models(jax_engine: JaxEngine) -> None:
     assert isinstance(JaxBackend(), ModelBackend)
-    assert engine.spec.global_layers == GLOBAL
+    assert jax_engine.spec.global_layers == GLOBAL
 
 
-def test_refusals(engine: JaxEngine) -> None:
-    ids, context = random_ids(2, 6), make_context(engine, 5, CUT, rows=2)
+def test_refusals(jax_engine: JaxEngine) -> None:
+    ids, context = random_ids(2, 6), make_context(jax_engine, 5, CUT, rows=2)
     with pytest.raises(InputError, match="the vocabulary has ids 0 to 96"):
-        engine.logits(ids + VOCAB)
+        jax_engine.logits(ids + VOCAB)
     with pytest.raises(InputError, match="expected integers"):
-        engine.logits(ids[0])
+        jax_engine.logits(ids[0])
     with pytest.raises(InputError, match="mask has shape"):
-        engine.logits(ids, np.ones((2, 5), bool))
+        jax_engine.logits(ids, np.ones((2, 5), bool))
     with pytest.raises(InputError, match="put the padding on the left"):
-        engine.generate(ids, np.array([[True] * 6, [True] * 5 + [False]]), max_new_tokens=1)
+        jax_engine.generate(ids, np.array([[True] * 6, [True] * 5 + [False]]), max_new_tokens=1)
     with pytest.raises(InputError, match="max_new_tokens is -1"):
-        engine.generate(ids, max_new_tokens=-1)
+        jax_engine.generate(ids, max_new_tokens=-1)
     with pytest.raises(InputError, match="captured from one"):
-        engine.capture(ids, [1])
+        jax_engine.capture(ids, [1])
     with pytest.raises(InputError, match=r"there are no layers \[4\]"):
-        engine.capture(ids[:1], [4])
+        jax_engine.capture(ids[:1], [4])
     with pytest.raises(InputError, match="chunk_size is 0"):
-        engine.capture(ids[:1], [1], chunk_size=0)
+        jax_engine.capture(ids[:1], [1], chunk_size=0)
     with pytest.raises(InputError, match=r"layers \[2\] are not global"):
-        engine.attach({}, {2: CUT}, StaticSpec())
+        jax_engine.attach({}, {2: CUT}, StaticSpec())
     with pytest.raises(InputError, match=r"layers \[1, 3\] have a context and no Lyra heads"):
-        engine.attach(context, {1: HeadSplit.none()}, StaticSpec())
+        jax_engine.attach(context, {1: HeadSplit.none()}, StaticSpec())
     with pytest.raises(InputError, match="static k and v hold"):
-        engine.attach(context, dict.fromkeys(GLOBAL, HeadSplit((0, 1))), StaticSpec())
-    engine.attach(context, dict.fromkeys(GLOBAL, CUT), StaticSpec())
+        jax_engine.attach(context, dict.fromkeys(GLOBAL, HeadSplit((0, 1))), StaticSpec())
+    jax_engine.attach(context, dict.fromkeys(GLOBAL, CUT), StaticSpec())
     with pytest.raises(InputError, match="a context is attached"):
-        engine.capture(ids[:1], [1])
+        jax_engine.capture(ids[:1], [1])
     with pytest.raises(InputError, match="the attached context has 2"):
-        engine.logits(random_ids(3, 4))
+        jax_engine.logits(random_ids(3, 4))
 
 
-def test_specs_of_the_layers_are_the_models(engine: JaxEngine) -> None:
-    for index, layer in enumerate(engine.module.layers):
+def test_specs_of_the_layers_are_the_models(jax_engine: JaxEngine) -> None:
+    for index, layer in enumerate(jax_engine.module.layers):
         spec: AttentionSpec = layer.self_attn.spec
         assert (spec.sliding_window is None) == (index in GLOBAL)
-        assert spec == engine.spec.layer(index)
+        assert spec == jax_engine.spec.layer(index)

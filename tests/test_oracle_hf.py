@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from small_layers import assert_real_tokens_close
 
 from lyra.backends.protocol import StaticLayer, check_backend, get_backend
-from lyra.checkpoint import resolve
 from lyra.conformance.oracles.hf import HuggingFaceOracle
-from lyra.conformance.oracles.hf_real import RealLayer, load_model, real_layers
-from lyra.errors import CheckpointError
 from lyra.spec import AttentionSpec, HeadSplit, InputError, QKNormSpec, RopeSpec, SpecError, StaticSpec
 
 Weights = Mapping[str, np.ndarray]
@@ -133,12 +126,6 @@ def brute_force(
     return output
 
 
-def assert_close(got: np.ndarray, want: np.ndarray, mask: np.ndarray, atol: float = 5e-6) -> None:
-    assert got.dtype == np.float32
-    assert np.isfinite(got).all()
-    np.testing.assert_allclose(got[mask], want[mask], rtol=0, atol=atol)
-
-
 @pytest.mark.parametrize("batch", [1, B])
 @pytest.mark.parametrize(("live", "positions"), MODES)
 @pytest.mark.parametrize("split", SPLITS)
@@ -149,7 +136,7 @@ def test_every_split_and_mode_with_a_context(split: str, live: str, positions: s
     x, at, mask = random_call(spec, rng)
     given = static if spec.lyra_q_heads else None
     result = ORACLE.attention(spec, weights)(x, positions=at, mask=mask, static=given)
-    assert_close(result.output, brute_force(spec, weights, x, at, mask, given), mask)
+    assert_real_tokens_close(result.output, brute_force(spec, weights, x, at, mask, given), mask)
     assert result.cache is None
     assert result.trace == {}
 
@@ -162,7 +149,7 @@ def test_without_a_context(split: str, live: str) -> None:
     weights = random_weights(spec, rng)
     x, at, mask = random_call(spec, rng)
     got = ORACLE.attention(spec, weights)(x, positions=at, mask=mask).output
-    assert_close(got, brute_force(spec, weights, x, at, mask), mask)
+    assert_real_tokens_close(got, brute_force(spec, weights, x, at, mask), mask)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +173,7 @@ def test_every_field_of_the_spec(changes: dict[str, object]) -> None:
     weights, static = random_weights(spec, rng), random_context(spec, rng, B)
     x, at, mask = random_call(spec, rng)
     got = ORACLE.attention(spec, weights)(x, positions=at, mask=mask, static=static).output
-    assert_close(got, brute_force(spec, weights, x, at, mask, static), mask, atol=2e-5)
+    assert_real_tokens_close(got, brute_force(spec, weights, x, at, mask, static), mask, atol=2e-5)
 
 
 @pytest.mark.parametrize("positions", ["continue", "overlay"])
@@ -197,7 +184,7 @@ def test_far_positions(positions: str) -> None:
     x, at, mask = random_call(spec, rng, far=60_000)
     got = ORACLE.attention(spec, weights)(x, positions=at, mask=mask, static=static).output
     # a float32 frequency is right to about 2⁻²², so an angle of 120,000 · 0.03 radians to about 1e-3
-    assert_close(got, brute_force(spec, weights, x, at, mask, static), mask, atol=1e-3)
+    assert_real_tokens_close(got, brute_force(spec, weights, x, at, mask, static), mask, atol=1e-3)
     off_by_one = static._replace(positions=static.positions + (static.positions % 2))
     assert np.abs(got - brute_force(spec, weights, x, at, mask, off_by_one))[mask].max() > 0.03
 
@@ -209,8 +196,8 @@ def test_window(window: int) -> None:
     weights = random_weights(spec, rng)
     x, at, mask = random_call(spec, rng)
     want = brute_force(spec, weights, x, at, mask)
-    assert_close(ORACLE.attention(spec, weights)(x, positions=at, mask=mask).output, want, mask)
-    assert_close(ORACLE.plain(spec, weights, x, at, mask), want, mask)
+    assert_real_tokens_close(ORACLE.attention(spec, weights)(x, positions=at, mask=mask).output, want, mask)
+    assert_real_tokens_close(ORACLE.plain(spec, weights, x, at, mask), want, mask)
 
 
 def test_a_window_counts_positions_where_they_have_gaps() -> None:
@@ -219,7 +206,7 @@ def test_a_window_counts_positions_where_they_have_gaps() -> None:
     weights = random_weights(spec, rng)
     x, at, mask = random_call(spec, rng)
     at = at * 2
-    assert_close(
+    assert_real_tokens_close(
         ORACLE.attention(spec, weights)(x, positions=at, mask=mask).output,
         brute_force(spec, weights, x, at, mask),
         mask,
@@ -236,12 +223,12 @@ def test_plain_forward_is_the_composition_without_a_context(split: str, softcap:
     weights = random_weights(spec, rng)
     x, at, mask = random_call(spec, rng)
     plain = ORACLE.plain(spec, weights, x, at, mask)
-    assert_close(plain, brute_force(spec, weights, x, at, mask), mask)
-    assert_close(ORACLE.attention(spec, weights)(x, positions=at, mask=mask).output, plain, mask, atol=1e-6)
+    assert_real_tokens_close(plain, brute_force(spec, weights, x, at, mask), mask)
+    assert_real_tokens_close(ORACLE.attention(spec, weights)(x, positions=at, mask=mask).output, plain, mask, atol=1e-6)
     unpadded = np.broadcast_to(np.arange(T), (B, T))
     x = rng.standard_normal(x.shape).astype(np.float32)
     composed = ORACLE.attention(spec, weights)(x, positions=unpadded).output
-    assert_close(ORACLE.plain(spec, weights, x, unpadded), composed, np.ones((B, T), bool), atol=1e-6)
+    assert_real_tokens_close(ORACLE.plain(spec, weights, x, unpadded), composed, np.ones((B, T), bool), atol=1e-6)
 
 
 def test_a_row_that_sees_nothing_gives_exactly_zero() -> None:
@@ -304,117 +291,3 @@ def test_cache_and_trace_are_refused() -> None:
 def test_it_is_a_backend_by_name() -> None:
     found = check_backend(get_backend("lyra.conformance.oracles.hf:HuggingFaceOracle"))
     assert (found.name, found.capabilities) == ("huggingface", frozenset({"static"}))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Gemma-3 with two global layers, saved as a folder."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=50,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=3,
-        query_pre_attn_scalar=11,
-        initializer_range=0.3,
-        rope_parameters={
-            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        },
-    )
-    model = Gemma3ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    folder = tmp_path_factory.mktemp("gemma")
-    model.save_pretrained(folder)
-    return folder
-
-
-def model_outputs(model: Gemma3ForCausalLM, layer: int, ids: list[int]) -> np.ndarray:
-    """What the model's own self-attention returns in a layer, [1,T,E]."""
-    outputs = []
-    attention = model.model.layers[layer].self_attn
-    handle = attention.register_forward_hook(lambda _module, _args, output: outputs.append(output[0].detach().numpy()))
-    model(input_ids=torch.tensor([ids]))
-    handle.remove()
-    return outputs[0]
-
-
-@pytest.mark.parametrize("layers", [None, (0, 1, 2, 3)])
-def test_the_oracle_reproduces_a_whole_model_layer_by_layer(checkpoint: Path, layers: tuple[int, ...] | None) -> None:
-    ids = [2, 7, 49, 0, 13, 7, 31]
-    real = real_layers(checkpoint, ids, layers)
-    assert [layer.index for layer in real] == list(layers or (1, 3))
-    for layer in real:
-        assert layer.spec.scale == 11**-0.5
-        assert layer.spec.sliding_window == (3 if layer.index % 2 == 0 else None)
-        want = model_outputs(load_model(str(checkpoint)), layer.index, ids)
-        every = np.ones((1, len(ids)), dtype=bool)
-        composed = ORACLE.attention(layer.spec, layer.weights)(layer.x, positions=layer.positions).output
-        assert_close(composed, want, every, atol=1e-5)
-        assert_close(ORACLE.plain(layer.spec, layer.weights, layer.x, layer.positions), want, every, atol=1e-5)
-        assert np.abs(want).max() > 0.1
-
-
-def test_real_layers_refuses_what_is_not_there(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
-        real_layers(tmp_path, [2])
-    with pytest.raises(InputError, match=r"layers \[4\] do not exist"):
-        real_layers(checkpoint, [2], [4])
-    with pytest.raises(InputError, match="ids is empty"):
-        real_layers(checkpoint, [])
-    with pytest.raises(InputError, match=r"ids \[50\] are no tokens"):
-        real_layers(checkpoint, [2, 50])
-    shutil.copytree(checkpoint, tmp_path / "part")
-    tensors = load_file(tmp_path / "part" / "model.safetensors")
-    del tensors["model.layers.1.self_attn.k_norm.weight"]
-    save_file(tensors, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"lacks weights .*: \['model\.layers\.1\.self_attn\.k_norm\.weight'\]"):
-        real_layers(tmp_path / "part", [2])
-    assert not load_model(str(checkpoint)).model.layers[1].self_attn._forward_pre_hooks
-
-
-def assert_past_as_context_equals_plain(layer: RealLayer, start: int) -> None:
-    """A layer whose heads all go to Lyra, with the tokens before `start` as context, is the plain layer after them."""
-    spec = layer.spec.replace(split=HeadSplit.all(layer.spec))
-    w = {name: value.astype(np.float64) for name, value in layer.weights.items()}
-    past = layer.x[:, :start].astype(np.float64)
-    shape = (1, start, spec.num_key_value_heads, spec.head_dim)
-    k = (past @ w["k_proj.weight"].T).reshape(shape).swapaxes(1, 2)
-    v = (past @ w["v_proj.weight"].T).reshape(shape).swapaxes(1, 2)
-    k = k / np.sqrt(np.mean(k * k, axis=-1, keepdims=True) + spec.qk_norm.eps) * (1 + w["k_norm.weight"])
-    static = StaticLayer(
-        k.astype(np.float32), v.astype(np.float32), np.ones((1, start), dtype=bool), np.arange(start)[None]
-    )
-    live = layer.positions[:, : layer.x.shape[1] - start]
-    got = ORACLE.attention(spec, layer.weights)(layer.x[:, start:], positions=live, static=static).output
-    want = ORACLE.plain(layer.spec, layer.weights, layer.x, layer.positions)[:, start:]
-    assert_close(got, want, np.ones(live.shape, dtype=bool), atol=1e-5 * np.abs(want).max())
-    blind = ORACLE.attention(spec, layer.weights)(layer.x[:, start:], positions=live).output
-    assert np.abs(blind - want).max() > 0.01 * np.abs(want).max()
-
-
-def test_the_past_as_context_equals_the_plain_layer(checkpoint: Path) -> None:
-    for layer in real_layers(checkpoint, [2, 7, 49, 0, 13, 7, 31]):
-        assert_past_as_context_equals_plain(layer, start=3)
-
-
-def test_real_weights_of_the_270m() -> None:
-    try:
-        folder = resolve("gemma-3-270m")
-    except CheckpointError as reason:
-        pytest.skip(str(reason))
-    ids = [2, *range(1000, 9000, 300)]
-    layers = real_layers(folder, ids)
-    assert [layer.index for layer in layers] == [5, 11, 17]
-    for layer in layers:
-        want = model_outputs(load_model(str(folder)), layer.index, ids)
-        got = ORACLE.attention(layer.spec, layer.weights)(layer.x, positions=layer.positions).output
-        assert_close(got, want, np.ones((1, len(ids)), dtype=bool), atol=1e-5)
-        assert_past_as_context_equals_plain(layer, start=10)
