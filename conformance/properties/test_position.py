@@ -88,6 +88,7 @@ def test_overlay_does_not_follow(case: Case, judge: Judge) -> None:
     case=cases(context=True, min_context=1, positions=("overlay",), far=False).map(rotated),
     needs=("static",),
     weight=0.5,
+    profile="ci",
 )
 def test_overlay_keeps_its_distances(case: Case, judge: Judge) -> None:
     """In "overlay", moving static and live tokens together by 1,000 positions changes nothing but rounding."""
