@@ -124,6 +124,7 @@ LARGE: dict[str, Frame] = {
     "head-dim-96": Frame((6, 2), 96, 48, 1, (4,), 1, 40, 1, rope=False),
     "head-dim-80": Frame((8, 8), 80, 48, 6, (4,), 1, 40, 1, qk_norm=False),
     "head-dim-8": Frame((16, 2), 8, 512, 2, (4,), 8, 300, 1),
+    "5-million-scores": Frame((64, 8), 8, 16, 8, (20,), 1, 4096, 1),
     "hidden-2048": Frame((4, 2), 32, 2048, 1, (4,), 1, 40, 1),
 }
 """Layers at the ends of what the suite covers, by name."""
