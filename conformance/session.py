@@ -42,7 +42,7 @@ class Profile:
 PROFILES: dict[str, Profile] = {
     "smoke": Profile("smoke", examples=12, frames=4),
     "ci": Profile("ci", examples=60, frames=7),
-    "thorough": Profile("thorough", examples=600, frames=48),
+    "thorough": Profile("thorough", examples=240, frames=32),
 }
 
 
