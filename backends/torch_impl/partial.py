@@ -34,14 +34,12 @@ def partial_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Partial:
-    """Attention of q [N,H,R,T,D] over k, v [N,H,L,D] in float32; clauses SCALE and MASKED.
+    """Attention of q [N,H,R,T,D] over k, v [N,H,L,D], L at least 1, in float32; clauses SCALE and MASKED.
 
     visible is bool, broadcastable to [N,H,R,T,L], or None where every query sees every key. A key that is not
     visible has no influence, whatever finite value it holds: its score is selected away, its weight is exactly 0.
     """
     tokens, keys = q.shape[-2], k.shape[-2]
-    if keys == 0:
-        return nothing_like(q)
     block = max(1, SCORES_PER_BLOCK // max(1, q[..., 0, 0].numel() * keys))
     if tokens <= block:
         return _block(q, k, v, visible, scale, softcap)
@@ -50,12 +48,6 @@ def partial_attention(
         for start in range(0, tokens, block)
     ]
     return Partial(*(torch.cat(field, dim=-2) for field in zip(*parts, strict=True)))
-
-
-def nothing_like(q: torch.Tensor) -> Partial:
-    """The Partial of queries q [...,T,D] that see no key."""
-    zeros = torch.zeros_like(q, dtype=torch.float32)
-    return Partial(zeros, torch.full_like(zeros[..., :1], -math.inf), zeros[..., :1])
 
 
 def merge(a: Partial, b: Partial) -> Partial:
