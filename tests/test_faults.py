@@ -15,6 +15,7 @@ from lyra.backends.protocol import Backend, get_backend
 from lyra.cli import application
 from lyra.conformance.case import Case, Context, Problem
 from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch, catalogue, parse, patched_source, select
+from lyra.conformance.faults.crew import kill_all
 from lyra.conformance.faults.inject import injected
 from lyra.conformance.faults.kill import kill, stages_of
 from lyra.conformance.launch import prepare_environment
@@ -243,3 +244,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert "torch: 1 of 1 killed" in done.stdout
     assert '"stage": "q_norm"' in path.read_text()
     assert runner.invoke(application(), ["faults", "--only", "nothing"]).exit_code == 2
+
+
+def test_several_processes_give_the_verdicts_of_one() -> None:
+    faults = [catalogue()["weight-without-one"], catalogue()["values-normed"]]
+    work = [(fault, "torch") for fault in faults]
+    found = dict(kill_all(work, workers=2))
+    for place, fault in enumerate(faults):
+        alone = kill(fault, "torch")
+        assert (found[place].fault, found[place].status) == (fault.id, "killed")
+        assert (found[place].property, found[place].cases) == (alone.property, alone.cases)
+
+
+def test_a_fault_that_cannot_be_made_ends_the_other_processes_too() -> None:
+    work = [(a_fault("no such line"), "torch"), (catalogue()["weight-without-one"], "torch")]
+    with pytest.raises(FaultError, match="is dead"):
+        list(kill_all(work, workers=2))

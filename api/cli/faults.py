@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +43,9 @@ def faults(
         list[str] | None, typer.Option(help="A fault, a clause or a statement; may be repeated (default: all).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the generated cases.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that try faults side by side (default: one a core).")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the verdicts as JSON.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Print the catalogue and stop.")] = False,
 ) -> None:
@@ -51,7 +56,7 @@ def faults(
     import_extra("hypothesis", "conformance")
     import_extra("pytest", "conformance")
     from lyra.conformance.faults.catalogue import select
-    from lyra.conformance.faults.kill import kill
+    from lyra.conformance.faults.crew import kill_all
     from lyra.conformance.launch import prepare_environment
 
     prepare_environment()
@@ -62,7 +67,8 @@ def faults(
         return
     names = [one.value for one in backend or FaultyBackend]
     work = [(fault, name) for name in names for fault in chosen]
-    verdicts: list[Verdict] = []
+    found: dict[int, Verdict] = {}
+    started = time.perf_counter()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -72,11 +78,12 @@ def faults(
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(work))
-        for fault, name in work:
-            bar.update(task, description=f"{name}: {fault.id}")
-            verdicts.append(kill(fault, name, profile.value, seed))
-            bar.advance(task)
+        for place, verdict in kill_all(work, profile.value, seed, workers or min(os.cpu_count() or 1, len(work))):
+            found[place] = verdict
+            bar.update(task, advance=1, description=f"{verdict.backend}: {verdict.fault} {verdict.status}")
+    verdicts = [found[place] for place in sorted(found)]
     _report(console, chosen, verdicts, names)
+    console.print(f"{len(work)} faults in {time.perf_counter() - started:.0f} s, profile {profile.value}")
     if json_path is not None:
         data = {"format": 1, "profile": profile.value, "seed": seed, "faults": [one.to_dict() for one in verdicts]}
         write_atomically(json_path, json.dumps(data, indent=2, ensure_ascii=False).encode())

@@ -1,0 +1,34 @@
+"""Many faults, several at a time: the suite is one process, so a few of them each try one fault after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+from lyra.conformance.launch import prepare_environment
+
+from .catalogue import Fault
+from .kill import Verdict, kill
+
+
+def kill_all(
+    work: Sequence[tuple[Fault, str]], profile: str = "smoke", seed: int = 0, workers: int = 1
+) -> Iterator[tuple[int, Verdict]]:
+    """What becomes of every fault in its backend, as `kill` says: the place in `work` and the verdict, as they come.
+
+    With one worker in this process, otherwise in fresh ones. Raises what `kill` raises; what has not begun is dropped.
+    """
+    if workers == 1:
+        for place, (fault, backend) in enumerate(work):
+            yield place, kill(fault, backend, profile, seed)
+        return
+    # Not forked: threads of a framework do not survive that.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=prepare_environment) as pool:
+        futures = {pool.submit(kill, *one, profile, seed): place for place, one in enumerate(work)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
