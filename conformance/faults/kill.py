@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any, Literal
 
 import pytest
-from hypothesis import settings
 
 from lyra.backends.protocol import Backend, get_backend
 from lyra.conformance.declared import declared
@@ -26,7 +25,6 @@ from .catalogue import Fault, FaultError
 from .inject import injected
 
 Status = Literal["killed", "survived", "broken"]
-SETTINGS = "lyra-faults"
 
 
 @dataclass(frozen=True)
@@ -102,17 +100,11 @@ def holds(property_name: str, backend: str, profile: str, seed: int) -> bool:
 
 
 def _run(backend: Backend, profile: str, seed: int, only: str, record: Record) -> None:
-    """Run some of the properties, in this process, without Hypothesis's database of failing examples: a case that
-    killed one fault must not be the first one tried on another.
+    """Run some of the properties, in this process, and keep no example: a case that killed one fault must not be the
+    first one tried on another.
     """
-    before = settings.get_current_profile_name()
-    settings.register_profile(SETTINGS, database=None)
-    settings.load_profile(SETTINGS)
-    try:
-        session = Session(backends=[backend], profile=PROFILES[profile], seed=seed, record=record)
-        outcome = run(session, fail_fast=True, only=only)
-    finally:
-        settings.load_profile(before)
+    session = Session(backends=[backend], profile=PROFILES[profile], seed=seed, database=None, record=record)
+    outcome = run(session, fail_fast=True, only=only)
     unexplained = outcome.exit_code == pytest.ExitCode.TESTS_FAILED and not record.failures
     if unexplained or (outcome.broke and outcome.exit_code != pytest.ExitCode.NO_TESTS_COLLECTED):
         raise FaultError(f"backend {backend.name!r}: the suite cannot run (pytest -k {only!r})\n{outcome.log}")

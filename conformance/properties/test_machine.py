@@ -191,7 +191,7 @@ def test_life_of_a_cache(judge: Judge) -> None:
             max_examples=current().examples(0.25),
             stateful_step_count=12,
             deadline=None,
-            database=None,
+            database=current().examples_database(),
             print_blob=False,
         ),
     )
