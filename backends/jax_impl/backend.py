@@ -29,7 +29,7 @@ from .cache import LiveCache
 from .dtype import DTYPES, enter, leave
 from .gradients import complete, layer_gradients
 from .layer import Cache, Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
-from .shapes import general, pad_slots, pad_tokens
+from .shapes import general, make_room, pad_slots, pad_tokens
 from .static import PlacedStatic, place_static, rotate_static
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class JaxAttention:
         inputs = check_call(self.spec, x, positions, mask, static)
         tokens = inputs.mask.shape[1]
         inputs, past, placed = self.prepare(inputs, cache)
+        make_room(call_layer)
         output, cache_after, stages = call_layer(
             enter(inputs.x, self._stored),
             inputs.positions.astype(np.int32),

@@ -16,7 +16,7 @@ from lyra.spec.inputs import CallInputs, StaticLayer
 
 from .cache import LiveCache, bucket, empty_cache
 from .layer import Call, Constants, Layer, Shape, run_layer
-from .shapes import pad_slots, pad_tokens
+from .shapes import make_room, pad_slots, pad_tokens
 from .static import PlacedStatic, place_static, rotate_static
 
 Pulled = tuple[Array, dict[str, Array], tuple[Array, Array] | None]
@@ -38,6 +38,7 @@ def layer_gradients(
     inputs = pad_tokens(inputs)
     padded = inputs.mask.shape[1]
     placed = None if inputs.static is None else place_static(spec, inputs.static)
+    make_room(pull_back)
     of_x, of_weights, of_kv = pull_back(
         np.pad(cotangent, ((0, 0), (0, padded - tokens), (0, 0))),
         inputs.x,

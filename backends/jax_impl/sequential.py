@@ -34,7 +34,7 @@ from .layer import (
 )
 from .norm import rms_norm
 from .rope import cos_sin, rotate
-from .shapes import general, pad_slots
+from .shapes import general, make_room, pad_slots
 from .static import PlacedStatic, rotate_static
 
 
@@ -82,6 +82,7 @@ class JaxSequential:
         if own:
             check_own_cache(self.spec.attention, given, *past.contents())
         attention = self._constants.attention
+        make_room(call_block)
         output, cache_after, stages = call_block(
             inputs.x,
             inputs.positions.astype(np.int32),

@@ -7,6 +7,8 @@ A whole model does neither: it knows its own few shapes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +19,19 @@ from .static import PlacedStatic
 from .visibility import LiveRule
 
 SMALLEST_TOKENS, SMALLEST_SLOTS = 4, 16
+
+MOST_COMPILED = 256
+"""Shapes that a jitted function is kept compiled for.
+
+Each takes some sixty mapped regions of memory, gradients more, and Linux gives a process 65,530 of them. Beyond that
+XLA does not fail, it crashes.
+"""
+
+
+def make_room(jitted: Any) -> None:
+    """Let a jitted function forget what it has compiled, where that has become too much to keep one more."""
+    if jitted._cache_size() >= MOST_COMPILED:
+        jitted.clear_cache()
 
 
 def round_up(count: int, smallest: int) -> int:

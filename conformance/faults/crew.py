@@ -11,24 +11,25 @@ from lyra.conformance.launch import prepare_environment
 from .catalogue import Fault
 from .kill import Verdict, kill
 
+TURN = 40
+"""Faults that one process tries: what JAX compiles for a faulty copy stays mapped, and there is room for about 140."""
+
 
 def kill_all(
     work: Sequence[tuple[Fault, str]], profile: str = "smoke", seed: int = 0, workers: int = 1
 ) -> Iterator[tuple[int, Verdict]]:
     """What becomes of every fault in its backend, as `kill` says: the place in `work` and the verdict, as they come.
 
-    With one worker in this process, otherwise in fresh ones. Raises what `kill` raises; what has not begun is dropped.
+    Raises what `kill` raises; faults that have not begun then are dropped.
     """
-    if workers == 1:
-        for place, (fault, backend) in enumerate(work):
-            yield place, kill(fault, backend, profile, seed)
-        return
-    # Not forked: threads of a framework do not survive that.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=prepare_environment) as pool:
-        futures = {pool.submit(kill, *one, profile, seed): place for place, one in enumerate(work)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    for start in range(0, len(work), TURN * workers):
+        turn = range(start, min(start + TURN * workers, len(work)))
+        # Not forked: threads of a framework do not survive that.
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=prepare_environment) as pool:
+            futures = {pool.submit(kill, *work[place], profile, seed): place for place in turn}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
