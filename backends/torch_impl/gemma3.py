@@ -87,7 +87,7 @@ class LyraGemma3Attention(Gemma3Attention):
         seen = self._visible(attention_mask, tokens, k.shape[2], offset, k.device)
         total = partial_attention(queries, k, v, seen, self.scaling, self.spec.softcap)
         if self.static is not None:
-            total = add_static(total, queries, self.static, self.lyra, None, self.scaling, self.spec.softcap)
+            total = add_static(total, queries, self.static, self.lyra, self.scaling, self.spec.softcap)
         heads = unfold(finish(total)).flatten(2).to(hidden_states.dtype)
         return self.o_proj(heads), None
 

@@ -74,8 +74,7 @@ def attend(spec: AttentionSpec, lyra: LyraHeads, q: torch.Tensor, live: LiveCach
     queries = fold(q, spec.num_key_value_heads)
     total = partial_attention(queries, live.k, live.v, seen, spec.scale, spec.softcap)
     if call.static is not None:
-        real = None if call.mask.all() else call.mask[:, None, None, :, None]
-        total = add_static(total, queries, call.static, lyra, real, spec.scale, spec.softcap)
+        total = add_static(total, queries, call.static, lyra, spec.scale, spec.softcap)
     return unfold(store(finish(total), q.dtype))
 
 
@@ -84,19 +83,17 @@ def add_static(
     queries: torch.Tensor,
     static: PreparedStatic,
     lyra: LyraHeads,
-    real: torch.Tensor | None,
     scale: float,
     softcap: float | None,
 ) -> Partial:
     """Merge the static keys into the live Partial of the Lyra heads; all other heads keep theirs, bit for bit.
 
-    live and queries are folded, [B,Hkv,R,T,...]; real is bool [B,1,1,T,1], False for padding queries, or None where
-    there are none. Clauses STATIC and SPLIT-4.
+    live and queries are folded, [B,Hkv,R,T,...]. Clauses STATIC and SPLIT-4.
     """
     picked = queries if lyra.everywhere else queries.index_select(1, lyra.groups)
     part = static_partial(picked, static, scale, softcap)
-    for rows in (lyra.chosen, real):
-        part = part if rows is None else keep(part, rows)
+    if lyra.chosen is not None:
+        part = keep(part, lyra.chosen)
     if lyra.everywhere:
         return merge(live, part)
     merged = merge(Partial(*(field.index_select(1, lyra.groups) for field in live)), part)

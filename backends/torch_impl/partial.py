@@ -67,7 +67,10 @@ def keep(partial: Partial, rows: torch.Tensor) -> Partial:
 
 
 def finish(partial: Partial) -> torch.Tensor:
-    """Normalise: [...,T,D] float32, exactly 0 where no key was visible (clause MASKED-2)."""
+    """Normalise: [...,T,D] float32, exactly 0 where no key was visible (clause MASKED-2).
+
+    A padding query may overflow; its sum is NaN, which is not above 0 either, so its heads are finite (MASKED-4).
+    """
     seen = partial.sum > 0
     return torch.where(seen, partial.out / torch.where(seen, partial.sum, 1.0), 0.0)
 
