@@ -52,6 +52,16 @@ schema: $(INSTALLED)  ## the published schemas, written again from the models
 faults: $(INSTALLED)  ## every catalogued fault, injected into each backend: killed or survived
 	$(BIN)/lyra faults --profile ci
 
+mutants: $(INSTALLED)  ## every numeric module of both backends, one token changed at a time; hours
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt cosmic-ray
+	$(BIN)/python bench/mutants.py --profile smoke
+
+calibration: $(INSTALLED)  ## how far correct code is from the oracle, in σ: docs/calibration.md; half an hour
+	mkdir -p build/calibration
+	$(BIN)/lyra conform --profile thorough --json build/calibration/thorough.json
+	$(BIN)/lyra conform --profile ci --only "real_weights or real_size" --json build/calibration/real.json
+	$(BIN)/python bench/calibration.py build/calibration/thorough.json build/calibration/real.json
+
 bench: $(INSTALLED)  ## what a context is worth on the real model, on both backends
 	$(BIN)/python bench/context_value.py --backend torch
 	$(BIN)/python bench/context_value.py --backend jax
