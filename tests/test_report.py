@@ -206,7 +206,7 @@ def test_the_page(session: Session) -> None:
         "lacks static",
         "16 query heads, 8 KV heads of 256",
         "4 outputs against the oracle",
-        "limit 10",
+        "limit 8",
         "seed 7",
         "numpy " + np.__version__,
         "duration 5.0 s",
