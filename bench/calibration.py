@@ -4,7 +4,7 @@ Adds up the reports of runs of the suite, one in each seed, and of a run on the 
 table and a picture.
 
     lyra conform --profile ci --seed 1 --json build/calibration/1.json
-    lyra conform --profile ci --only real_weights --json build/calibration/real.json
+    lyra conform --profile ci --only "real_weights or real_size" --json build/calibration/real.json
     python bench/calibration.py build/calibration/*.json
 """
 
@@ -47,9 +47,12 @@ class Sample(NamedTuple):
         return values[int(np.searchsorted(reached, share * reached[-1]))]
 
 
-def kind_of(part: DistancePart, *, real: bool) -> str | None:
-    """Which line a kind of comparison belongs to; None for comparisons with anything but the oracle."""
-    if part.limit != K or "↔" in part.backend:
+def kind_of(part: DistancePart, limit: float, *, real: bool) -> str | None:
+    """Which line a kind of comparison belongs to; None for comparisons with anything but the oracle, whose limit is K.
+
+    `limit` is K as it was when the report was made.
+    """
+    if part.limit != limit or "↔" in part.backend:
         return None
     if real:
         return "real weights"
@@ -66,7 +69,7 @@ def collect(reports: Iterable[Report]) -> dict[tuple[str, str], Sample]:
     for report in reports:
         real = {prop.name.partition("::")[0] for prop in report.properties} <= REAL
         for part in report.distances:
-            kind = kind_of(part, real=real)
+            kind = kind_of(part, report.tolerance, real=real)
             if kind is None or not part.percentiles:
                 continue
             counts, largest = found.get((part.backend, kind), Sample(Counter(), 0.0))
@@ -131,7 +134,7 @@ To draw this page anew, run the suite in as many seeds as you like and add up th
 
 ```bash
 lyra conform --profile ci --seed 1 --json build/calibration/1.json
-lyra conform --profile ci --only real --json build/calibration/real.json
+lyra conform --profile ci --only "real_weights or real_size" --json build/calibration/real.json
 ```
 
 then `python bench/calibration.py build/calibration/*.json`.
@@ -164,6 +167,8 @@ def main(
     if failed:
         raise typer.BadParameter(f"{', '.join(failed)}: the run failed, so it says nothing of correct code")
     samples = collect(read)
+    if not samples:
+        raise typer.BadParameter("the reports hold no comparison with the oracle; give those of whole runs")
     draw(samples).savefig(docs / "images" / "calibration.png", dpi=150)
     write_atomically(docs / "calibration.md", page(read, samples).encode())
 
