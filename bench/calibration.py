@@ -121,8 +121,8 @@ element. K is {k:g}; the largest |Δ|/σ that correct code showed in any stage i
 {table}
 
 *outputs*: a layer's output against the oracle; *stages*: each traced stage, along the whole layer or from the backend's
-own previous stage; *gradients*: of inputs, weights and static keys and values; *bfloat16*: outputs and stages in that type;
-*real weights*: outputs and stages of the global layers of Gemma-3 270M, and layers of Gemma-3 12B's size.
+own previous stage; *gradients*: of inputs, weights and static keys and values; *bfloat16*: outputs and stages in that
+type; *real weights*: outputs and stages of the global layers of Gemma-3 270M, and layers of Gemma-3 12B's size.
 
 Against this stand mistakes: RoPE's theta off by 0.01% gives 14 to 110, scores in float16 200 to 1,400, values in
 bfloat16 over 4,600. A worst-case bound in place of σ (sums of absolute values) was 500 times looser at the size of
