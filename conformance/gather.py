@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import pickle
+import json
+from dataclasses import asdict
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from .record import Record
 from .session import current
 
 
-def handed_over() -> bytes:
-    """What this worker saw since it last handed over; its record starts anew."""
+def handed_over() -> str:
+    """What this worker saw since it last handed over, as JSON; its record starts anew."""
     session = current()
     seen = session.record
     session.record = Record(planned=seen.planned, shard=seen.shard)
-    return pickle.dumps(seen)
+    failures = [asdict(failure) for failure in seen.failures.values()]
+    distances = [(*key, ratios) for key, ratios in seen.distances.items()]
+    return json.dumps(asdict(seen) | {"failures": failures, "distances": distances})
 
 
-def take_in(seen: bytes) -> None:
+def take_in(seen: str) -> None:
     """Add what a worker of this run saw to the record of this process."""
-    current().record.add(pickle.loads(seen))
+    fields = json.loads(seen)
+    fields["failures"] = {(one["property"], one["backend"]): one for one in fields["failures"]}
+    fields["distances"] = {(backend, compared): ratios for backend, compared, ratios in fields["distances"]}
+    current().record.add(TypeAdapter(Record).validate_python(fields))
 
 
 def write_reports(json_path: Path | None, page: Path | None, *, seconds: float) -> None:
