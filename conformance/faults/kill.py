@@ -17,7 +17,6 @@ from lyra.backends.protocol import Backend, get_backend
 from lyra.conformance.declared import declared
 from lyra.conformance.launch import prepare_environment
 from lyra.conformance.record import Failure, Record
-from lyra.conformance.registry import Declaration
 from lyra.conformance.runner import run
 from lyra.conformance.session import PROFILES, Session
 
@@ -94,8 +93,7 @@ def kill(fault: Fault, backend: str, profile: str = "smoke", seed: int = 0) -> V
 def holds(property_name: str, backend: str, profile: str, seed: int) -> bool:
     """The control: whether a property that killed a fault passes on the backend without the fault."""
     record = FirstFailure()
-    module, _, function = property_name.partition("::")
-    _run(get_backend(backend), profile, seed, f"test_{module} and test_{function.partition('[')[0]}", record)
+    _run(get_backend(backend), profile, seed, property_name.partition("[")[0], record)
     return not record.failures
 
 
@@ -107,18 +105,18 @@ def _run(backend: Backend, profile: str, seed: int, only: str, record: Record) -
     outcome = run(session, fail_fast=True, only=only)
     unexplained = outcome.exit_code == pytest.ExitCode.TESTS_FAILED and not record.failures
     if unexplained or (outcome.broke and outcome.exit_code != pytest.ExitCode.NO_TESTS_COLLECTED):
-        raise FaultError(f"backend {backend.name!r}: the suite cannot run (pytest -k {only!r})\n{outcome.log}")
+        raise FaultError(f"backend {backend.name!r}: the suite cannot run (--only {only!r})\n{outcome.log}")
 
 
 def stages_of(fault: Fault) -> list[str]:
-    """The suite in three parts, as pytest -k expressions, the likeliest to kill a fault first.
+    """The suite in three parts, as --only expressions, the likeliest to kill a fault first.
 
     The properties of the fault's own clause that cite a statement it breaks, others that cite one, all others.
     """
-    citing = {name for name, declared in declarations().items() if set(declared.statements) & set(fault.breaks)}
-    home = f"test_{fault.clause.lower()}"
-    first = sorted(f"({module} and {name})" for module, name in citing if module == home)
-    then = sorted(f"({module} and {name})" for module, name in citing if module != home)
+    citing = sorted(name for name, one in declarations().items() if set(one.statements) & set(fault.breaks))
+    home = f"{fault.clause.lower()}::"
+    first = [name for name in citing if name.startswith(home)]
+    then = [name for name in citing if not name.startswith(home)]
     found: list[str] = []
     for names in (first, then):
         if names:
@@ -127,15 +125,12 @@ def stages_of(fault: Fault) -> list[str]:
 
 
 def _but(wanted: str, without: list[str]) -> str:
-    """A -k expression of what `wanted` matches and none of the others does."""
+    """An expression of what `wanted` matches and none of the others does."""
     return " and ".join([f"({wanted})", *(f"not ({one})" for one in without)])
 
 
-@cache
-def declarations() -> dict[tuple[str, str], Declaration]:
-    """What every property of the suite says of itself, by the names of its module and its function."""
-    named = ((name.split("::"), one) for name, one in declared().items())
-    return {(f"test_{module}", f"test_{function}"): one for (module, function), one in named}
+declarations = cache(declared)
+"""What every property of the suite says of itself, found once for all faults."""
 
 
 def _verdict(fault: Fault, backend: str, cases: int, failure: Failure | None, seconds: float) -> Verdict:
