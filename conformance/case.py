@@ -66,6 +66,11 @@ class Block:
         return SequentialSpec(attention=inner, **dataclasses.asdict(self))
 
 
+def described(spec: AttentionSpec, block: Block | None) -> AttentionSpec | SequentialSpec:
+    """What a backend makes: an attention, or the block around it."""
+    return spec if block is None else block.around(spec)
+
+
 @dataclass(frozen=True)
 class Case:
     """One attention layer, its data (from `seed` and `flavour`) and the way its tokens are cut into calls.
@@ -98,6 +103,18 @@ class Case:
     def respec(self, **changes: Any) -> Case:
         """A copy with some fields of the spec changed."""
         return self.replace(spec=self.spec.replace(**changes))
+
+    def hiding(self) -> Case:
+        """A copy in which every row hides something: padding tokens, and slots of its context, which it must have."""
+        assert self.context is not None
+        hidden = tuple(max(1, count) for count in self.context.hidden)
+        padding = self.padding or (self.tokens // 2,) * self.batch
+        return self.replace(padding=padding, context=self.context.replace(hidden=hidden))
+
+    @property
+    def described(self) -> AttentionSpec | SequentialSpec:
+        """What a backend makes of it: an attention, or the block around it."""
+        return described(self.spec, self.block)
 
     @property
     def tokens(self) -> int:
@@ -211,7 +228,7 @@ class Problem:
     @property
     def described(self) -> AttentionSpec | SequentialSpec:
         """What a backend makes of it: an attention, or the block around it."""
-        return self.spec if self.block is None else self.block.around(self.spec)
+        return described(self.spec, self.block)
 
     @property
     def real(self) -> np.ndarray:
@@ -242,8 +259,7 @@ def make_problem(case: Case) -> Problem:
 def _weights(case: Case, noise: Noise) -> dict[str, np.ndarray]:
     """Weights as a trained layer has them; norm weights are never zero, which would hide their place in the order."""
     weights = {}
-    described = case.spec if case.block is None else case.block.around(case.spec)
-    for name, shape in described.weight_shapes().items():
+    for name, shape in case.described.weight_shapes().items():
         if name.endswith("norm.weight"):
             spread = 2.0 if case.flavour == "peaked" else 0.5
         elif name.endswith("bias"):

@@ -120,12 +120,7 @@ def test_how_calls_are_cut_has_no_effect(case: Case, judge: Judge) -> None:
 )
 def test_poison_has_no_influence(case: Case, judge: Judge) -> None:
     """Padding and hidden static slots full of garbage move no bit; and the same call gives the same bits."""
-    context = case.context
-    assert context is not None
-    case = case.replace(
-        padding=case.padding or (case.tokens // 2,) * case.batch,
-        context=context.replace(hidden=tuple(max(1, count) for count in context.hidden)),
-    )
+    case = case.hiding()
     problem, clean = case.problem(), case.replace(poison=1.0).problem()
 
     def check(subject: Subject) -> None:

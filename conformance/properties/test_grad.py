@@ -64,12 +64,7 @@ def test_gradients_of_a_sliding_window_layer(case: Case, judge: Judge) -> None:
 )
 def test_what_is_hidden_gets_no_gradient(case: Case, judge: Judge) -> None:
     """Padding inputs and masked static slots get exactly 0, and no bit of any gradient depends on what they hold."""
-    context = case.context
-    assert context is not None
-    case = case.replace(
-        padding=case.padding or (case.tokens // 2,) * case.batch,
-        context=context.replace(hidden=tuple(max(1, count) for count in context.hidden)),
-    )
+    case = case.hiding()
     problem, cotangent = case.problem(), cotangent_of(case)
     clean = case.replace(poison=1.0)
     wanted = wanted_gradients(problem, cotangent)

@@ -22,12 +22,7 @@ from lyra.spec.split import HeadSplit
 )
 def test_poison_has_no_influence(case: Case, judge: Judge) -> None:
     """Padding tokens and hidden static slots full of garbage: no bit of the output moves with it."""
-    context = case.context
-    assert context is not None
-    case = case.replace(
-        padding=case.padding or (case.tokens // 2,) * case.batch,
-        context=context.replace(hidden=tuple(max(1, count) for count in context.hidden)),
-    )
+    case = case.hiding()
     problem, clean = case.problem(), case.replace(poison=1.0).problem()
 
     def check(subject: Subject) -> None:
