@@ -20,7 +20,7 @@ import numpy as np
 import typer
 from matplotlib.figure import Figure
 
-from lyra.conformance.report.data import DistancePart, Report
+from lyra.conformance.report.data import DistancePart, Report, percentiles
 from lyra.conformance.tolerance import K
 from lyra.spec.base import write_atomically
 
@@ -32,7 +32,7 @@ REAL = {"real_weights", "real_size"}
 class Sample(NamedTuple):
     """Every |Δ|/σ against the oracle of one backend in one kind of comparison: value -> how often, and the largest."""
 
-    counts: Counter[float]
+    counts: Counter[str]
     largest: float
 
     @property
@@ -40,11 +40,10 @@ class Sample(NamedTuple):
         """How many comparisons, each giving its largest element."""
         return sum(self.counts.values())
 
-    def quantile(self, share: float) -> float:
-        """The smallest value that a share of all does not exceed."""
-        values = sorted(self.counts)
-        reached = np.cumsum([self.counts[value] for value in values])
-        return values[int(np.searchsorted(reached, share * reached[-1]))]
+
+def is_real(report: Report) -> bool:
+    """Whether a report is of nothing but layers with real weights or of real size."""
+    return {prop.name.partition("::")[0] for prop in report.properties} <= REAL
 
 
 def kind_of(part: DistancePart, limit: float, *, real: bool) -> str | None:
@@ -67,13 +66,12 @@ def collect(reports: Iterable[Report]) -> dict[tuple[str, str], Sample]:
     """The samples by backend and kind."""
     found: dict[tuple[str, str], Sample] = {}
     for report in reports:
-        real = {prop.name.partition("::")[0] for prop in report.properties} <= REAL
         for part in report.distances:
-            kind = kind_of(part, report.tolerance, real=real)
+            kind = kind_of(part, report.tolerance, real=is_real(report))
             if kind is None or not part.percentiles:
                 continue
             counts, largest = found.get((part.backend, kind), Sample(Counter(), 0.0))
-            counts.update({float(value): count for value, count in part.values.items()})
+            counts.update(part.values)
             found[part.backend, kind] = Sample(counts, max(largest, part.percentiles["100"]))
     return dict(sorted(found.items(), key=lambda item: (item[0][0], KINDS.index(item[0][1]))))
 
@@ -86,9 +84,9 @@ def draw(samples: dict[tuple[str, str], Sample]) -> Figure:
         axes = figure.add_subplot(1, len(backends), place + 1)
         for (name, kind), sample in samples.items():
             if name == backend:
-                values = sorted(value for value in sample.counts if value > 0)
-                beyond = sample.total - np.cumsum([0] + [sample.counts[value] for value in values])[:-1]
-                share = (beyond - sample.counts[0.0]) / sample.total
+                pairs = sorted((float(value), count) for value, count in sample.counts.items())
+                values, counts = zip(*pairs, strict=True)
+                share = (sample.total - np.cumsum((0, *counts[:-1]))) / sample.total
                 axes.step(values, share, where="pre", color=COLOURS[kind], label=f"{kind} ({sample.total:,})")
         axes.axvline(K, color="#999999", linestyle="--")
         axes.text(K * 0.93, 0.6, f"K = {K:g}", rotation=90, ha="right", va="center", color="#555555")
@@ -103,7 +101,8 @@ def table(samples: dict[tuple[str, str], Sample]) -> str:
     """The Markdown table."""
     lines = ["| Backend | Compared | Comparisons | Median | 99% | 99.9% | Largest |", "|---|---|---|---|---|---|---|"]
     for (backend, kind), one in samples.items():
-        middle = " | ".join(f"{one.quantile(share):.2g}" for share in (0.5, 0.99, 0.999))
+        found = percentiles(one.counts, one.largest)
+        middle = " | ".join(f"{found[share]:.2g}" for share in ("50", "99", "99.9"))
         lines.append(f"| {backend} | {kind} | {one.total:,} | {middle} | {one.largest:.2f} |")
     return "\n".join(lines)
 
@@ -143,7 +142,7 @@ then `python bench/calibration.py build/calibration/*.json`.
 
 def page(reports: list[Report], samples: dict[tuple[str, str], Sample]) -> str:
     """The Markdown page."""
-    generated = [one for one in reports if not {prop.name.partition("::")[0] for prop in one.properties} <= REAL]
+    generated = [one for one in reports if not is_real(one)]
     versions = reports[0].versions
     return PAGE.format(
         cases=sum(one.cases for one in generated),
