@@ -14,6 +14,8 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # The tests of backends and models, apart from those of the suite, so that two cores have three parts to share.
 MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py tests/test_model.py tests/test_real_model.py)
 OTHER_TESTS := $(filter-out $(MODEL_TESTS),$(wildcard tests/test_*.py))
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	--config-settings editable_mode=strict --editable
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --durations=10
 
 .PHONY: demo test test-suite test-harness test-models lint format schema faults bench clean
@@ -53,7 +55,7 @@ faults: $(INSTALLED)  ## every catalogued fault, injected into each backend: kil
 	$(BIN)/lyra faults --profile ci
 
 mutants: $(INSTALLED)  ## every numeric module of both backends, one token changed at a time; hours
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt cosmic-ray
+	$(PIP_INSTALL) '.[mutation]'
 	$(BIN)/python bench/mutants.py --profile smoke
 
 calibration: $(INSTALLED)  ## how far correct code is from the oracle, in σ: docs/calibration.md; half an hour
@@ -68,8 +70,7 @@ bench: $(INSTALLED)  ## what a context is worth on the real model, on both backe
 
 $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--config-settings editable_mode=strict --editable '.[$(EXTRAS)]'
+	$(PIP_INSTALL) '.[$(EXTRAS)]'
 	rm -f .venv/.installed-*
 	touch $@
 

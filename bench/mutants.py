@@ -13,11 +13,9 @@ for each survivor, meets only what the smaller one left.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import json
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,9 +25,10 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import parso.python.tree  # noqa: F401 (before Cosmic Ray, which imports parso's modules in an order that fails)
+import typer
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 from rich.console import Console
@@ -309,35 +308,35 @@ def report(console: Console, found: list[dict[str, Any]]) -> int:
     return len(holes)
 
 
-def main() -> int:
-    """Run and report; 0 where every mutant is noticed or explained."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--backend", action="append", choices=["torch", "jax"], help="default: both")
-    parser.add_argument("--file", action="append", choices=sorted(MODULES), help="default: every numeric module")
-    parser.add_argument("--profile", choices=list(PROFILES), default="smoke")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path("build/mutants.json"), help="the outcome of every mutant")
-    parser.add_argument("--list", action="store_true", help="count the mutants and stop")
-    options = parser.parse_args()
+def main(
+    backend: Annotated[list[str] | None, typer.Option(help="torch or jax, may be repeated; both by default.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help="A numeric module, may be repeated; all by default.")] = None,
+    profile: Annotated[str, typer.Option(help=" or ".join(PROFILES))] = "smoke",
+    workers: Annotated[int, typer.Option(min=1, help="How many mutants are tried at once.")] = 2,
+    json_path: Annotated[Path, typer.Option("--json", help="The outcome of every mutant.")] = Path(
+        "build/mutants.json"
+    ),
+    listing: Annotated[bool, typer.Option("--list", help="Name the mutants and stop.")] = False,
+) -> None:
+    """Try every mutant and report; exit code 0 where each is noticed or explained."""
+    for value, known in [(profile, PROFILES), *((one, MODULES) for one in file or ())]:
+        if value not in known:
+            raise typer.BadParameter(f"unknown {value!r}; known: {', '.join(known)}")
     console = Console(width=160)
     work = [
-        mutant
-        for backend in options.backend or ["torch", "jax"]
-        for file in options.file or MODULES
-        for mutant in mutants(backend, file)
+        mutant for one in backend or ["torch", "jax"] for module in file or MODULES for mutant in mutants(one, module)
     ]
-    if options.list:
+    if listing:
         for mutant in work:
             console.print(mutant.name, markup=False)
         console.print(f"{len(work)} mutants")
-        return 0
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(options.json)
-    left = [one for one in work if not ledger.done(one, options.profile)]
-    try_all(left, options.workers, options.profile, ledger)
+        return
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(json_path)
+    try_all([one for one in work if not ledger.done(one, profile)], workers, profile, ledger)
     wanted = {key(vars(one)) for one in work}
-    return 1 if report(console, [one for one in ledger.entries if key(one) in wanted]) else 0
+    raise typer.Exit(1 if report(console, [one for one in ledger.entries if key(one) in wanted]) else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)
