@@ -46,7 +46,7 @@ class LyraGemma3Attention(Gemma3Attention):
         self.spec = spec
         weight = original.k_proj.weight
         lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads, weight.device)
-        k, v, visible = (None, None, None) if static is None else static
+        k, v, visible = (None, None, None) if static is None else static[:3]
         buffers = {
             "static_k": None if k is None else k.to(weight),
             "static_v": None if v is None else v.to(weight),

@@ -17,6 +17,7 @@ from .heads import LyraHeads, fold, fold_batch, unfold, unfold_batch
 from .norm import rms_norm
 from .partial import Partial, finish, keep, merge, partial_attention
 from .rope import cos_sin, inverse_frequencies, rotate
+from .sharding import merge_over, shared_by
 from .static import PreparedStatic
 
 Weights = Mapping[str, torch.Tensor]
@@ -101,7 +102,13 @@ def add_static(
 
 
 def static_partial(queries: torch.Tensor, static: PreparedStatic, scale: float, softcap: float | None) -> Partial:
-    """Queries [B,G,R,T,D] over the static keys; a context of batch 1 is read once for all rows. Clause BATCH."""
+    """Queries [B,G,R,T,D] over the static keys; a context of batch 1 is read once for all rows. Clause BATCH.
+
+    Where other processes hold other slots, the result is over the slots of all.
+    """
+    if static.group is not None:
+        own = static._replace(group=None)
+        return merge_over(static_partial(shared_by(queries, static.group), own, scale, softcap), static.group)
     if len(static.k) == 1:
         batch = len(queries)
         part = partial_attention(fold_batch(queries), static.k, static.v, static.visible, scale, softcap)

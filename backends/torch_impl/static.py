@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +13,20 @@ from lyra.spec.inputs import StaticLayer
 from .dtype import enter
 from .rope import cos_sin, inverse_frequencies, rotate
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class PreparedStatic(NamedTuple):
-    """k (rotated), v [Bc,G,S,D]; visible bool [Bc,S], or None where every slot is."""
+    """k (rotated), v [Bc,G,S,D]; visible bool [Bc,S], or None where every slot is.
+
+    group: the processes that hold the other slots of the context, or None where these are all.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
     visible: torch.Tensor | None
+    group: ProcessGroup | None = None
 
 
 def prepare_static(
