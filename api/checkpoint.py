@@ -46,6 +46,10 @@ def resolve(model: str | os.PathLike[str] | None = None) -> Path:
     name = os.fspath(model)
     if name == EXTRA_MODEL:
         return _extra_or_explain(asked=True)
+    if name in presets() and not name.startswith("gemma-3"):
+        raise CheckpointError(
+            f"{name!r} is known by its spec, for studies and splits; the models Lyra runs are Gemma-3"
+        )
     if name in presets():
         raise CheckpointError(
             f"{name!r} is known by its spec, but its weights do not come with Lyra: give a folder, a .gguf file or a "

@@ -29,7 +29,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
 SHOWN = {"text", "yaml", "toml"}
 """Blocks that are no code to run: output of a real run, and files to copy."""
 
-QUICK = {"capture", "generate", "inspect", "schema", "score", "split"}
+QUICK = {"capture", "generate", "gqa", "inspect", "schema", "score", "split"}
 """Commands that are run; the options of the others are checked, and tests of their own run them."""
 
 

@@ -1,0 +1,149 @@
+"""lyra gqa: what sharing KV heads saves and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.errors import SpecError
+from lyra.spec.model import ModelSpec
+from lyra.spec.split import HeadSplit
+from lyra.studies.cache import LENGTHS, calculate_kv_cache_size, context_size, full_cache_size, live_cache_size
+from lyra.studies.figures import cache_figure, parameter_figure, save
+from lyra.studies.parameters import groupings, kind, layer, projections, reduction
+
+from .options import JsonPath
+from .output import show, size
+from .split import read_spec
+
+gqa = typer.Typer(no_args_is_help=True, help="What sharing KV heads saves and what it costs: MHA, GQA, MQA.")
+
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="PATH", help="Draw it: a .png or .svg file.")]
+
+SHAPES = {"MHA-32": 32, "GQA-8": 8, "GQA-4": 4, "MQA": 1}
+"""The groupings of LLaMA-7B's shape (32 layers, 32 query heads of 128) that the cache is counted for."""
+
+LAYERS, HEAD_DIM = 32, 128
+
+
+@gqa.command()
+def params(
+    model: Annotated[str | None, typer.Argument(help="A preset, a .toml file, a model's folder or .gguf file.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads, where no model is named.")] = None,
+    width: Annotated[int | None, typer.Option(help="hidden_size, where no model is named.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Default: width / heads.")] = None,
+    json_path: JsonPath = None,
+    plot: Plot = None,
+) -> None:
+    """Parameters of a layer's projections for every legal number of KV heads, and what each saves against MHA."""
+    name, spec = _chosen_layer(model, heads, width, head_dim)
+    rows = parameter_rows(spec)
+    data = {"model": name, "hidden_size": spec.hidden_size, "head_dim": spec.head_dim, "rows": rows}
+    title = f"{name}: parameters of one layer (width {spec.hidden_size}, head_dim {spec.head_dim})"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", style="bold")
+    for column in ("KV heads", "q", "k", "v", "q+k+v", "less", "o"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        mark = f"{row['kind']} *" if row["kv_heads"] == spec.num_key_value_heads and model else row["kind"]
+        counts = [_count(row[one]) for one in ("q", "k", "v", "qkv")]
+        table.add_row(mark, str(row["kv_heads"]), *counts, f"{row['reduction']:.0%}", _count(row["o"]))
+    table.caption, table.caption_justify = (f"* as {name} has it", "left") if model else (None, "left")
+    if plot is not None:
+        save(parameter_figure(title, rows), plot)
+    show(data, json_path, table)
+
+
+@gqa.command()
+def cache(
+    model: Annotated[list[str] | None, typer.Argument(help="Presets, .toml files, folders or .gguf files.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8.")] = "float16",
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    context: Annotated[bool, typer.Option("--context", help="Count a static context against the live cache.")] = False,
+    json_path: JsonPath = None,
+    plot: Plot = None,
+) -> None:
+    """Bytes of keys and values over 512 to 131,072 tokens, of the named models or of one shape in four groupings."""
+    series = cache_series([_model(one) for one in model or []], dtype, batch, context)
+    rows = f", {batch} rows" if batch > 1 else ""
+    counted = ", ".join(Path(one).stem for one in model) if model else "LLaMA-7B's layers and heads"
+    title = f"{counted}: keys and values in {dtype}{rows}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("tokens", justify="right", style="bold")
+    for name in series:
+        table.add_column(name, justify="right")
+    for index, length in enumerate(LENGTHS):
+        table.add_row(f"{length:,}", *(size(values[index]) for values in series.values()))
+    if plot is not None:
+        save(cache_figure(title, LENGTHS, series), plot)
+    show({"dtype": dtype, "batch": batch, "tokens": LENGTHS, "bytes": series}, json_path, table)
+
+
+def parameter_rows(spec: AttentionSpec) -> list[dict[str, Any]]:
+    """A row for every legal number of KV heads, MHA first."""
+    found = []
+    for kv_heads in groupings(spec.num_attention_heads):
+        one = spec.replace(num_key_value_heads=kv_heads, split=None)
+        counts = projections(one)
+        found.append(
+            {
+                "kind": kind(spec.num_attention_heads, kv_heads),
+                "kv_heads": kv_heads,
+                "q": counts.q,
+                "k": counts.k,
+                "v": counts.v,
+                "qkv": counts.qkv,
+                "o": counts.o,
+                "reduction": reduction(one),
+            }
+        )
+    return found
+
+
+def cache_series(models: list[ModelSpec], dtype: str, batch: int, context: bool) -> dict[str, list[int]]:
+    """Bytes by length for every line: the four groupings of one shape, or each model's cache and context."""
+    if not models:
+        return {
+            name: [calculate_kv_cache_size(LAYERS, heads, length, HEAD_DIM, batch, dtype) for length in LENGTHS]
+            for name, heads in SHAPES.items()
+        }
+    found: dict[str, list[int]] = {}
+    for one in models:
+        prefix = "" if len(models) == 1 else f"{one.name}, "
+        found[f"{prefix}live cache"] = [live_cache_size(one, length, batch, dtype) for length in LENGTHS]
+        if one.sliding is not None:
+            found[f"{prefix}without windows"] = [full_cache_size(one, length, batch, dtype) for length in LENGTHS]
+        if context:
+            split = one if one.attention.split or one.splits else one.with_split(HeadSplit.half(one))
+            found[f"{prefix}as a context"] = [context_size(split, length, dtype) for length in LENGTHS]
+    return found
+
+
+def _chosen_layer(
+    model: str | None, heads: int | None, width: int | None, head_dim: int | None
+) -> tuple[str, AttentionSpec]:
+    """The layer to count, and its name. Raises SpecError where neither a model nor both sizes are given."""
+    if model is not None:
+        if (heads, width, head_dim) != (None, None, None):
+            raise SpecError(f"{model} has its sizes; leave out --heads, --width and --head-dim")
+        spec = read_spec(model)
+        return (spec.name, spec.attention) if isinstance(spec, ModelSpec) else (Path(model).stem, spec)
+    if heads is None or width is None:
+        raise SpecError("name a model, or give --heads and --width")
+    return f"{heads} query heads", layer(width, heads, head_dim=head_dim)
+
+
+def _model(source: str) -> ModelSpec:
+    spec = read_spec(source)
+    if not isinstance(spec, ModelSpec):
+        raise SpecError(f"{source} describes one layer; name a model, whose layers are counted")
+    return spec
+
+
+def _count(parameters: int) -> str:
+    """Parameters for people: exact below a million."""
+    return f"{parameters:,}" if parameters < 1_000_000 else f"{parameters / 1e6:,.1f} M"

@@ -1,0 +1,109 @@
+"""How the studies draw: lines that are told apart by stroke and marker first and by colour second, so that they also
+print in black and white."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lyra.backends.protocol import import_extra
+from lyra.spec.base import write_atomically
+from lyra.spec.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, GRID = "#1f2933", "#d9dee3"
+FORMATS = (".png", ".svg")
+STROKES: tuple[tuple[Any, str, str], ...] = (
+    ("-", "o", "#7a4f00"),
+    ("--", "s", "#1f5f93"),
+    ("-.", "^", "#c46a00"),
+    (":", "D", "#3f7f3f"),
+    ((0, (5, 1, 1, 1, 1, 1)), "v", "#8a3d7a"),
+    ("--", "x", "#52606d"),
+)
+"""Line style, marker and colour of the n-th line."""
+
+
+HATCHES = ("", "///", "...")
+"""Fill of the n-th part of a bar."""
+
+UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+def parameter_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Stacked bars of q, k and v for every number of KV heads, with what each saves above it."""
+    figure, axes = _new_figure()
+    names = [f"{row['kind']}\n{row['kv_heads']} KV" for row in rows]
+    bottom = [0.0] * len(rows)
+    for part, hatch, shade in zip(("q", "k", "v"), HATCHES, ("#8fb7d6", "#f3d9a8", "#ffffff"), strict=True):
+        heights = [row[part] for row in rows]
+        axes.bar(names, heights, bottom=bottom, color=shade, edgecolor=INK, hatch=hatch, linewidth=0.8, label=part)
+        bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
+    for index, row in enumerate(rows):
+        label = f"−{row['reduction']:.0%}" if row["reduction"] else "all"
+        axes.annotate(label, (index, bottom[index]), xytext=(0, 4), textcoords="offset points", ha="center", color=INK)
+    axes.set(ylabel="parameters of one layer's q, k and v")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.0f}")
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.legend(frameon=False, ncols=3, loc="upper right")
+    axes.margins(y=0.15)
+    return figure
+
+
+def cache_figure(title: str, lengths: Sequence[int], series: Mapping[str, Sequence[int]]) -> Figure:
+    """Bytes over tokens, both axes logarithmic to base 2, a line for each of `series`."""
+    figure, axes = _new_figure()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for (name, y), (style, marker, colour) in zip(series.items(), _strokes(len(series)), strict=True):
+        axes.plot(lengths, y, linestyle=style, marker=marker, color=colour, markersize=5, linewidth=1.6, label=name)
+    axes.set_xticks(lengths, [_short(length) for length in lengths])
+    axes.yaxis.set_major_formatter(lambda value, _: _size(value))
+    axes.set(xlabel="tokens", ylabel="keys and values")
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.legend(frameon=False, handlelength=4)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as what its name ends in. Raises InputError for another ending."""
+    if path.suffix not in FORMATS:
+        raise InputError(f"cannot draw {str(path)!r}: the name must end in {' or '.join(FORMATS)}")
+    import matplotlib as mpl
+
+    file = io.BytesIO()
+    kind = path.suffix.removeprefix(".")
+    with mpl.rc_context({"svg.hashsalt": "lyra"}):
+        figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    write_atomically(path, file.getvalue())
+
+
+def _new_figure() -> tuple[Figure, Axes]:
+    """A figure with one set of axes. Raises ImportError with the command that installs matplotlib, where it is not."""
+    figure = import_extra("matplotlib.figure", "studies").Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(True, axis="y", color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _strokes(count: int) -> list[tuple[Any, str, str]]:
+    return [STROKES[index % len(STROKES)] for index in range(count)]
+
+
+def _short(length: float) -> str:
+    return f"{length / 1024:g}k" if length >= 1024 else f"{length:g}"
+
+
+def _size(value: float) -> str:
+    for unit, name in UNITS:
+        if value >= unit:
+            return f"{value / unit:g} {name}"
+    return f"{value:g} B"
