@@ -167,6 +167,7 @@ def test_gradients_are_refused_with_what_to_do(backend: str) -> None:
 def test_static_keys_and_values_are_kept_in_bfloat16() -> None:
     from lyra.backends.jax_impl import static as jax_static
     from lyra.backends.jax_impl.dtype import DTYPES
+    from lyra.backends.jax_impl.rope import inverse_frequencies
     from lyra.backends.torch_impl.static import prepare_static
 
     problem = a_case().problem()
@@ -176,7 +177,7 @@ def test_static_keys_and_values_are_kept_in_bfloat16() -> None:
     assert (mine.k.dtype, mine.v.dtype) == (torch.bfloat16, torch.bfloat16)
     placed = jax_static.place_static(problem.spec, problem.static, DTYPES["bfloat16"])
     assert placed is not None
-    turned = jax_static.rotate_static(placed, jax_static.inverse_frequencies(problem.spec))
+    turned = jax_static.rotate_static(placed, inverse_frequencies(problem.spec))
     assert (turned.keys.dtype, turned.values.dtype) == (DTYPES["bfloat16"], DTYPES["bfloat16"])
 
 

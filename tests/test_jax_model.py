@@ -234,16 +234,24 @@ def test_attaching_nothing_and_detaching_restore_the_model(jax_engine: JaxEngine
     np.testing.assert_array_equal(jax_engine.logits(ids), plain)
 
 
-def test_decoding_with_a_context_compiles_once(jax_engine: JaxEngine, caplog: pytest.LogCaptureFixture) -> None:
-    """Four rows and a context of 21 tokens, which no other test has: nothing is compiled yet."""
-    for split in (CUT, HeadSplit((0, 2), share_kv=True)):
-        jax_engine.attach(make_context(jax_engine, 21, split), dict.fromkeys(GLOBAL, split), StaticSpec(live="self"))
+def test_decoding_compiles_once(jax_engine: JaxEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """200 steps for each of two prompts and two contexts, all four of different lengths, with four rows."""
+
+    def compiled_by(tokens: int, split: HeadSplit) -> list[str]:
+        caplog.clear()
+        context = make_context(jax_engine, tokens, split)
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
-            jax_engine.generate(random_ids(4, 9), max_new_tokens=20)
+            jax_engine.attach(context, dict.fromkeys(GLOBAL, split), StaticSpec(live="self"))
+            for prompt in (9, 40):
+                assert jax_engine.generate(random_ids(4, prompt), max_new_tokens=201).shape == (4, 201)
         jax_engine.detach()
-    compiled = [line for line in caplog.messages if "Finished XLA compilation of jit(_" in line]
-    assert sum("jit(_decode)" in line for line in compiled) == 1
-    assert sum("jit(_prefill)" in line for line in compiled) == 1
+        return [line for line in caplog.messages if "Finished XLA compilation" in line]
+
+    jax.clear_caches()
+    first = compiled_by(21, CUT)
+    assert sum("jit(_decode)" in line for line in first) == 1
+    assert sum("jit(_prefill)" in line for line in first) == 2
+    assert compiled_by(33, HeadSplit((0, 2), share_kv=True)) == []
 
 
 def test_changes_to_the_module_show(gemma_folder: Path) -> None:

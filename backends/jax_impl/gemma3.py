@@ -28,6 +28,8 @@ from .static import StaticKV
 from .visibility import LiveRule
 
 GELU_TANH = "gelu_pytorch_tanh"
+LEAST_ROOM = 512
+"""Tokens that a cache has room for at least: texts up to this length share one compiled decode step."""
 
 
 class Attached(NamedTuple):
@@ -201,13 +203,13 @@ class Gemma3(nnx.Module):
 
 
 def empty_model_cache(spec: ModelSpec, batch: int, tokens: int) -> ModelCache:
-    """An empty cache with room for `tokens` tokens a row."""
+    """An empty cache with room for `tokens` tokens a row, and for no fewer than LEAST_ROOM."""
 
     def of_layer(layer: AttentionSpec) -> Cache:
         heads = (batch, layer.num_key_value_heads, layer.head_dim)
         if layer.sliding_window is not None:
             return empty_ring(*heads, layer.sliding_window)
-        return empty_cache(*heads, bucket(tokens))
+        return empty_cache(*heads, bucket(max(tokens, LEAST_ROOM)))
 
     layers = tuple(of_layer(spec.layer(index)) for index in range(spec.num_hidden_layers))
     return ModelCache(layers, jnp.asarray(np.zeros(batch, np.int32)))

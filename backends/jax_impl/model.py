@@ -21,7 +21,9 @@ from .gemma3 import Attached, Gemma3
 from .generate import generate
 from .heads import split_arrays
 from .params import load_model
-from .static import prepare_static
+from .rope import inverse_frequencies
+from .shapes import pad_context
+from .static import place_static, prepare_static
 from .tokens import Tokens, check_tokens, pack_left
 from .visibility import live_rule
 
@@ -143,7 +145,8 @@ class JaxEngine:
 
     def _prepared(self, split: HeadSplit, mode: StaticSpec, static: StaticLayer | None) -> Attached | None:
         spec = self.spec.attention.replace(split=split, static=mode)
-        kv = None if static is None else prepare_static(spec, check_static(spec, static, len(static.k)))
+        placed = None if static is None else place_static(spec, check_static(spec, static, len(static.k)))
+        kv = None if placed is None else prepare_static(pad_context(placed), inverse_frequencies(spec))
         rule = live_rule(spec)
         if kv is None and rule is None:
             return None

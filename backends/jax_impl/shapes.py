@@ -2,7 +2,7 @@
 
 A layer called through the protocol meets any number of tokens and slots and any mixture of modes. Tokens and slots are
 padded to powers of two, the padding masked; a rule or window that a layer lacks is replaced by one that hides nothing.
-A whole model does neither: it knows its own few shapes.
+A whole model pads its tokens in `tokens` and its contexts here, in finer steps: it reads them at every token it makes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .layer import WIDEST, Constants
 from .static import PlacedStatic
 from .visibility import LiveRule
 
-SMALLEST_TOKENS, SMALLEST_SLOTS = 4, 16
+SMALLEST_TOKENS, SMALLEST_SLOTS, SMALLEST_CONTEXT = 4, 16, 64
 
 MOST_COMPILED = 256
 """Shapes that a jitted function is kept compiled for.
@@ -52,10 +52,25 @@ def pad_tokens(inputs: CallInputs) -> CallInputs:
 
 def pad_slots(static: PlacedStatic) -> PlacedStatic:
     """The context with its slots padded to a common number, and a mask even where all of its own are visible."""
+    slots = static.positions.shape[1]
+    return _with_slots(static, max(SMALLEST_SLOTS, round_up(slots, SMALLEST_SLOTS)))
+
+
+def pad_context(static: PlacedStatic) -> PlacedStatic:
+    """The same for the context of a whole model: another one of about its length compiles nothing."""
+    return _with_slots(static, context_slots(static.positions.shape[1]))
+
+
+def context_slots(slots: int) -> int:
+    """The slots that a context of a model is padded to: 64, or the next of four steps an octave, a quarter more at most."""
+    step = max(SMALLEST_CONTEXT, 1 << max((slots - 1).bit_length() - 3, 0))
+    return max(1, -(-slots // step)) * step
+
+
+def _with_slots(static: PlacedStatic, slots: int) -> PlacedStatic:
     k, v, positions = (np.asarray(part) for part in static[:3])
     mask = np.ones(positions.shape, dtype=bool) if static.mask is None else np.asarray(static.mask)
-    slots = mask.shape[1]
-    extra = (0, max(SMALLEST_SLOTS, round_up(slots, SMALLEST_SLOTS)) - slots)
+    extra = (0, slots - mask.shape[1])
     rows, heads = (0, 0), (0, 0)
     return PlacedStatic(
         k=np.pad(k, (rows, heads, extra, (0, 0))),

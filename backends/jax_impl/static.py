@@ -15,7 +15,7 @@ from lyra.spec.inputs import StaticLayer
 from .dtype import DTYPES, enter
 from .heads import SplitArrays, select_readers, spread_readers
 from .partial import Partial, partial_attention
-from .rope import cos_sin, inverse_frequencies, rotate
+from .rope import cos_sin, rotate
 
 
 class PlacedStatic(NamedTuple):
@@ -67,13 +67,8 @@ def rotate_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
     return StaticKV(k.swapaxes(2, 3), jnp.asarray(placed.v), mask)
 
 
-_rotate_static = jax.jit(rotate_static)
-
-
-def prepare_static(spec: AttentionSpec, static: StaticLayer) -> StaticKV | None:
-    """Place, rotate and move a static layer to the device, once; None for an empty context."""
-    placed = place_static(spec, static)
-    return None if placed is None else _rotate_static(placed, inverse_frequencies(spec))
+prepare_static = jax.jit(rotate_static)
+"""The same, compiled: what a whole model calls, once for a context."""
 
 
 def static_attention(
