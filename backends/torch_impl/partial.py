@@ -50,6 +50,12 @@ def partial_attention(
     return Partial(*(torch.cat(field, dim=-2) for field in zip(*parts, strict=True)))
 
 
+def nothing(q: torch.Tensor) -> Partial:
+    """The Partial of queries [...,T,D] over no key at all."""
+    column = q.new_zeros((*q.shape[:-1], 1), dtype=torch.float32)
+    return Partial(q.new_zeros(q.shape, dtype=torch.float32), column - math.inf, column)
+
+
 def merge(a: Partial, b: Partial) -> Partial:
     """The Partial over the keys of both, which must be disjoint."""
     top = torch.maximum(a.max, b.max)
