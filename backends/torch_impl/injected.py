@@ -146,9 +146,12 @@ class InjectedAttentionBlock(nn.Module):
         prepared = prepare_static(self.spec.attention, checked)
         if prepared is None:
             return None
-        k, v, visible = prepared
-        weight = self.parts.o_proj.weight
-        return PreparedStatic(k.to(weight), v.to(weight), None if visible is None else visible.to(weight.device))
+        weight, visible = self.parts.o_proj.weight, prepared.visible
+        return prepared._replace(
+            k=prepared.k.to(weight),
+            v=prepared.v.to(weight),
+            visible=None if visible is None else visible.to(weight.device),
+        )
 
     def _attend(
         self,
@@ -236,7 +239,7 @@ class MemoryInjectionBlock(InjectedAttentionBlock):
     ) -> None:
         super().__init__(layer, spec, trainable=trainable, slot=slot)
         memory = None if external is None else self.prepare(external)
-        for name in PreparedStatic._fields:
+        for name in ("k", "v", "visible"):
             self.register_buffer(f"static_{name}", None if memory is None else getattr(memory, name), persistent=False)
 
     def forward(
@@ -293,8 +296,8 @@ def inject(layer: Gemma3DecoderLayer, block: InjectedAttentionBlock) -> None:
     names = {name for name, _ in layer.named_children()}
     if type(layer) is not Gemma3DecoderLayer or names != LAYER_PARTS:
         raise InputError(
-            f"layer {block.layer_idx} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block goes into a "
-            f"plain Gemma3DecoderLayer with {sorted(LAYER_PARTS)}: detach what is there first"
+            f"layer {block.layer_idx} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block "
+            f"goes into a plain Gemma3DecoderLayer with {sorted(LAYER_PARTS)}: detach what is there first"
         )
     layer.injected = block.train(layer.training)
     layer.__class__ = InjectedDecoderLayer
