@@ -6,11 +6,12 @@ import os
 from typing import Literal
 
 from lyra.backends.protocol import Backend, BackendNotFound, ModelBackend, check_backend, get_backend
+from lyra.spec.attaching import Split
 from lyra.spec.context import StaticContext
 
 from .checkpoint import resolve
 from .errors import ModelError
-from .model import Model, Split
+from .model import Model
 from .text import Text
 
 MODES = ("parallel", "sequential")

@@ -11,9 +11,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lyra.backends.protocol import Engine
+from lyra.spec.attaching import Split, check_origin, splits_by_layer, static_layers
 from lyra.spec.attention import Live, Positions, StaticSpec
 from lyra.spec.context import ContextLayer, StaticContext
-from lyra.spec.errors import ContextError, InputError
+from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
@@ -22,7 +23,6 @@ from .errors import ModelError
 from .streaming import iterate
 from .text import Text, TextStream
 
-Split = HeadSplit | Mapping[int, HeadSplit]
 Ids = Sequence[int] | np.ndarray
 
 
@@ -233,12 +233,9 @@ class Model:
             context = StaticContext.load(context)
         if not override:
             self._check_fingerprint(context)
-        splits = self._bound(context, split if split is not None else self._split)
+        splits = splits_by_layer(self.engine.spec, context, split if split is not None else self._split)
         mode = StaticSpec(live=live, positions=positions)
-        static = {
-            layer: context.static_layer(layer, one.lyra_kv_heads) for layer, one in splits.items() if one.lyra_q_heads
-        }
-        self.engine.attach(static, splits, mode)
+        self.engine.attach(static_layers(context, splits), splits, mode)
         self.context, self._splits, self._static = context, splits, mode
 
     def detach(self) -> None:
@@ -281,20 +278,4 @@ class Model:
 
     def _check_fingerprint(self, context: StaticContext) -> None:
         own = self.fingerprint(layer for layer in context.layers if layer in self.engine.spec.global_layers)
-        found = context.fingerprint.differences(own)
-        if found:
-            raise ContextError(
-                f"the context comes from {context.fingerprint.model!r} and does not fit {own.model!r}: "
-                f"{'; '.join(found)}. Capture it again with this model, or attach it with override=True"
-            )
-
-    def _bound(self, context: StaticContext, split: Split | None) -> dict[int, HeadSplit]:
-        if split is None:
-            split = {layer: self._default_split(heads) for layer, heads in context.kv_heads.items()}
-        elif isinstance(split, HeadSplit):
-            split = dict.fromkeys(context.layers, split)
-        return {item.layer: item.split for item in self.engine.spec.with_split(split).splits}
-
-    def _default_split(self, held: tuple[int, ...]) -> HeadSplit:
-        spec = self.engine.spec
-        return HeadSplit.half(spec) if len(held) == spec.num_key_value_heads else HeadSplit.from_kv_heads(spec, held)
+        check_origin(context, own)

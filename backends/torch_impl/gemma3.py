@@ -1,62 +1,130 @@
 """The attention module that takes the place of Hugging Face's Gemma3Attention in a layer with a static context.
 
-It borrows the original's submodules, so no parameter is copied, and gives the live cache all heads, so that every
-cache type, beam search and assisted decoding keep working. The context lives in the module, never in the cache.
+It shares the original's submodules, so no parameter is copied but rows of scattered heads, and gives the live cache all
+heads, so that every cache type, beam search and assisted decoding keep working. The context lives in the module, never
+in the cache.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
+from torch import nn
+from transformers import Gemma3TextConfig
 from transformers.cache_utils import Cache
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
 
-from lyra.spec.attention import AttentionSpec
+from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.errors import InputError
+from lyra.spec.model import ModelSpec
+from lyra.spec.split import HeadSplit
 
-from . import visibility
+from . import projections, visibility
 from .heads import LyraHeads, lyra_heads, unfold
 from .layer import add_static
 from .partial import finish, partial_attention
+from .rope import cos_sin, inverse_frequencies
 from .static import PreparedStatic
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ATTENTION_KINDS = ("sdpa", "eager")
 """Hugging Face's attention implementations whose masks say which key is seen."""
+
+SHARED = ("q_proj", "o_proj", "q_norm", "k_norm")
+"""The submodules that both streams and the original module share."""
 
 
 class LyraGemma3Attention(Gemma3Attention):
     """Gemma3Attention whose Lyra heads also attend to a static context. Clauses SPLIT, STATIC, LIVE.
 
-    `original` gives its submodules, which both then share; `spec` is the layer's, with its split; `static` is the
-    prepared context or None. The context's tensors are buffers: they follow `.to`, and stay out of the state dict.
+    The key and value projections stand in two parts, so that each stream's can be tuned alone: `lyra_k_proj` and
+    `lyra_v_proj` for the KV heads that Lyra heads read, shared ones too, `vanilla_k_proj` and `vanilla_v_proj` for the
+    rest. A projection that is more than a linear layer (wrapped for LoRA, quantised, offloaded, split over devices)
+    stays whole, as `k_proj` and `v_proj`. State dicts are those of Gemma3Attention, with `k_proj` and `v_proj`, either
+    way. The context's tensors are buffers: they follow `.to`, and stay out of the state dict.
+
+    `split` is by default the half of the heads that `HeadSplit.half` names; `static` says what Lyra heads see of live
+    tokens and where these sit. Raises SpecError for a sliding-window layer with Lyra heads and for a split that does
+    not fit.
     """
 
     static_k: torch.Tensor | None
     static_v: torch.Tensor | None
     static_visible: torch.Tensor | None
+    static_positions: torch.Tensor | None
     lyra_queries: torch.Tensor
     lyra_groups: torch.Tensor
     lyra_chosen: torch.Tensor | None
+    kv_order: torch.Tensor | None
 
-    def __init__(self, original: Gemma3Attention, spec: AttentionSpec, static: PreparedStatic | None) -> None:
+    def __init__(
+        self,
+        config: Gemma3TextConfig,
+        layer_idx: int,
+        *,
+        split: HeadSplit | None = None,
+        static: StaticSpec | None = None,
+    ) -> None:
+        super().__init__(config, layer_idx)
+        spec = ModelSpec.from_hf_config(config.to_dict()).layer(layer_idx)
+        split = HeadSplit.half(spec) if split is None else split
+        self.spec: AttentionSpec = spec.replace(split=split, static=static or StaticSpec())
+        self.static_group: ProcessGroup | None = None
+        self._original: tuple[Gemma3Attention, ...] = ()  # in a tuple, so that it is no submodule
+        self._cut(self.k_proj, self.v_proj)
+        for name in ("static_k", "static_v", "static_visible", "static_positions"):
+            self.register_buffer(name, None, persistent=False)
+        self.register_state_dict_post_hook(_join_state)
+        self.register_load_state_dict_pre_hook(_cut_state)
+
+    @classmethod
+    def around(cls, original: Gemma3Attention, spec: AttentionSpec) -> Self:
+        """The module that stands in for `original`, whose weights it shares; `spec` is the layer's, with its split."""
         with torch.device("meta"):
-            super().__init__(original.config, original.layer_idx)
-        for name, child in original.named_children():
-            setattr(self, name, child)
+            made = cls(original.config, original.layer_idx, split=spec.split, static=spec.static)
+        made.load_weights_from_original(original)
+        return made
+
+    def load_weights_from_original(self, original: Gemma3Attention) -> None:
+        """Take over the weights of `original`, such as `layer.self_attn`, bit for bit.
+
+        They are shared, not copied: q_proj, o_proj, q_norm and k_norm are its modules, the parts of k_proj and v_proj
+        views of its rows where a stream's heads stand side by side, copies otherwise.
+        """
+        if isinstance(original, LyraGemma3Attention):
+            raise InputError("load_weights_from_original: this is a LyraGemma3Attention; give its to_original()")
+        for name in SHARED:
+            setattr(self, name, getattr(original, name))
+        self._cut(original.k_proj, original.v_proj)
+        self._original = (original,)
         self.train(original.training)
-        self.spec = spec
-        weight = original.k_proj.weight
-        lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads, weight.device)
-        k, v, visible = (None, None, None) if static is None else static[:3]
-        buffers = {
-            "static_k": None if k is None else k.to(weight),
-            "static_v": None if v is None else v.to(weight),
-            "static_visible": None if visible is None else visible.to(weight.device),
-            "lyra_queries": lyra.queries,
-            "lyra_groups": lyra.groups,
-            "lyra_chosen": lyra.chosen,
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
+
+    def to_original(self) -> Gemma3Attention:
+        """A Gemma3Attention with the weights that this module has now, bit for bit, and no context.
+
+        It is the module that the weights were loaded from, if any, brought up to date where the parts of k_proj and
+        v_proj have been tuned or moved since; otherwise a new one that shares q_proj, o_proj, q_norm and k_norm.
+        Raises InputError where a part has been wrapped, as for LoRA: merge the adapter first.
+        """
+        original = self._original[0] if self._original else self._new_original()
+        if not self.whole:
+            for name in projections.NAMES:
+                projections.restore(getattr(original, name), self._parts(name), self.kv_order, self.head_dim)
+        original.train(self.training)
+        return original
+
+    def attend_to(self, static: PreparedStatic | None, mode: StaticSpec) -> None:
+        """Put a prepared context, or none, in the place of the present one."""
+        weight = self.q_norm.weight
+        self.spec = self.spec.replace(static=mode)
+        k, v, visible, positions, self.static_group = static or (None,) * 5
+        self.static_k = None if k is None else k.to(weight)
+        self.static_v = None if v is None else v.to(weight)
+        self.static_visible = None if visible is None else visible.to(weight.device)
+        self.static_positions = None if positions is None else positions.to(weight.device)
 
     def forward(  # type: ignore[override]  # the parent announces a third return value that it does not give
         self,
@@ -76,8 +144,8 @@ class LyraGemma3Attention(Gemma3Attention):
         self._check_batch(batch)
         shape = (batch, tokens, -1, self.head_dim)
         q = self.q_norm(self.q_proj(hidden_states).view(shape).transpose(1, 2))
-        k = self.k_norm(self.k_proj(hidden_states).view(shape).transpose(1, 2))
-        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        k = self.k_norm(self._project("k_proj", hidden_states).view(shape).transpose(1, 2))
+        v = self._project("v_proj", hidden_states).view(shape).transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         offset: int | torch.Tensor = 0
         if past_key_values is not None:
@@ -94,14 +162,87 @@ class LyraGemma3Attention(Gemma3Attention):
     @property
     def static(self) -> PreparedStatic | None:
         """The prepared context, or None."""
-        if self.static_k is None or self.static_v is None:
+        if self.static_k is None or self.static_v is None or self.static_positions is None:
             return None
-        return PreparedStatic(self.static_k, self.static_v, self.static_visible)
+        return PreparedStatic(
+            self.static_k, self.static_v, self.static_visible, self.static_positions, self.static_group
+        )
 
     @property
     def lyra(self) -> LyraHeads:
         """Which heads go to Lyra."""
         return LyraHeads(self.lyra_queries, self.lyra_groups, self.lyra_chosen)
+
+    @property
+    def whole(self) -> bool:
+        """Whether k_proj and v_proj stand whole, being more than linear layers."""
+        return "k_proj" in self._modules
+
+    @property
+    def lyra_kv_cache(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The static keys, rotated to where live tokens meet them, and values, [Bc,G,S,D] each, or None."""
+        return None if self.static is None else self.static[:2]
+
+    @property
+    def lyra_position_embeddings(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin [Bc,S,D], float32, by which the static keys are rotated, or None."""
+        if self.static_positions is None or self.spec.rope is None:
+            return None
+        frequencies = inverse_frequencies(self.spec.rope, self.head_dim).to(self.static_positions.device)
+        cos, sin = (torch.cat((half, half), dim=-1) for half in cos_sin(self.static_positions, frequencies))
+        return cos, sin
+
+    def weights(self, name: str) -> torch.Tensor:
+        """A weight by its name in Gemma3Attention, such as "k_proj.weight"; of a wrapped projection the wrapped one."""
+        module, _, kind = name.partition(".")
+        if self.whole or module not in projections.NAMES:
+            return getattr(getattr(self, module), kind)
+        vanilla, lyra = (getattr(part, kind) for part in self._parts(module))
+        return projections.join(vanilla, lyra, self.kv_order, self.head_dim, dim=0)
+
+    def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x [B,T,E] through "k_proj" or "v_proj", [B,T,Hkv·D], heads in their original order."""
+        if self.whole:
+            return getattr(self, name)(x)
+        vanilla, lyra = self._parts(name)
+        return projections.join(vanilla(x), lyra(x), self.kv_order, self.head_dim, dim=2)
+
+    def _parts(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """The vanilla and the Lyra part of "k_proj" or "v_proj"."""
+        return getattr(self, f"vanilla_{name}"), getattr(self, f"lyra_{name}")
+
+    def _cut(self, k_proj: nn.Module, v_proj: nn.Module) -> None:
+        heads = projections.streams(self.spec)
+        for name in projections.NAMES:
+            for old in (name, f"vanilla_{name}", f"lyra_{name}"):
+                self._modules.pop(old, None)
+        if projections.is_plain(k_proj) and projections.is_plain(v_proj):
+            for name, module in zip(projections.NAMES, (k_proj, v_proj), strict=True):
+                for stream, chosen in zip(heads._fields, heads, strict=True):
+                    setattr(self, f"{stream}_{name}", projections.cut(module, chosen, self.head_dim))
+        else:
+            self.k_proj, self.v_proj = k_proj, v_proj
+        self._place_heads(heads.order)
+
+    def _place_heads(self, order: torch.Tensor | None) -> None:
+        """Buffers that say which heads are Lyra's, made on the CPU whatever device is being initialised on."""
+        spec, device = self.spec, self.k_norm.weight.device
+        lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads, torch.device("cpu"))
+        names = ("lyra_queries", "lyra_groups", "lyra_chosen", "kv_order")
+        for name, value in zip(names, (*lyra, order), strict=True):
+            self.register_buffer(name, None if value is None else value.to(device), persistent=False)
+
+    def _new_original(self) -> Gemma3Attention:
+        with torch.device("meta"):
+            made = Gemma3Attention(self.config, self.layer_idx)
+        for name in SHARED:
+            setattr(made, name, getattr(self, name))
+        for name in projections.NAMES:
+            if self.whole:
+                setattr(made, name, getattr(self, name))
+            else:
+                getattr(made, name).to_empty(device=self.k_norm.weight.device)
+        return made
 
     def _visible(
         self, mask: torch.Tensor | None, tokens: int, keys: int, offset: int | torch.Tensor, device: torch.device
@@ -129,3 +270,13 @@ def live_keys(mask: torch.Tensor) -> torch.Tensor:
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise InputError(f"attention_mask has shape {tuple(mask.shape)}; expected [batch, 1, queries, keys]")
     return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+
+
+def _join_state(module: LyraGemma3Attention, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    if not module.whole:
+        projections.joined_state(state, prefix, module.kv_order, module.head_dim)
+
+
+def _cut_state(module: LyraGemma3Attention, state: dict[str, Any], prefix: str, *_: object) -> None:
+    if not module.whole:
+        projections.cut_state(state, prefix, projections.streams(module.spec), module.head_dim)

@@ -10,20 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from lyra.backends.protocol import CapturedLayer
-from lyra.spec.attention import AttentionSpec, StaticSpec
+from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import StaticLayer, check_static
+from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
 from .capture import capture
-from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
 from .generate import generate
+from .injector import GemmaInjector
 from .loading import load_module
-from .static import prepare_static
 from .tokens import Tokens, check_tokens, token_positions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,17 +33,9 @@ class TorchEngine:
     """A Gemma-3 in PyTorch. Implements `lyra.backends.protocol.Engine`; `module` is the Gemma3ForCausalLM itself."""
 
     def __init__(self, module: Gemma3ForCausalLM, spec: ModelSpec) -> None:
-        kind = module.config._attn_implementation
-        if kind not in ATTENTION_KINDS:
-            raise InputError(f"attn_implementation is {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}")
-        if spec.attention.softcap is not None:
-            raise InputError(
-                f"attn_logit_softcapping is {spec.attention.softcap}; Hugging Face's Gemma-3 ignores it, so this model "
-                f"would not follow its own spec"
-            )
         self.module = module
         self.spec = spec
-        self._originals: dict[int, Gemma3Attention] = {}
+        self.injector = GemmaInjector(module)
 
     @classmethod
     def load(cls, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
@@ -106,7 +96,7 @@ class TorchEngine:
         on_chunk: Callable[[int], None] | None = None,
     ) -> dict[int, CapturedLayer]:
         """K and V of `layers` for ids [1,S], k normed and unrotated. Raises InputError. Clause CAPTURE."""
-        if self._originals:
+        if self.injector.enabled:
             raise InputError(
                 "capture: a context is attached, and contexts are captured by the plain model; detach first"
             )
@@ -126,47 +116,15 @@ class TorchEngine:
         A layer on which this has no effect (no Lyra heads, or an empty context in live mode "causal") keeps Hugging
         Face's own module (clause IDENTITY). Raises InputError, SpecError; then nothing has changed.
         """
-        wrong = sorted(set(splits) - set(self.spec.global_layers))
-        if wrong:
-            raise InputError(
-                f"attach: layers {wrong} are not global; the global layers are {list(self.spec.global_layers)}"
-            )
-        idle = sorted(layer for layer in static if layer not in splits or not splits[layer].lyra_q_heads)
-        if idle:
-            raise InputError(f"attach: layers {idle} have a context and no Lyra heads; give them a split")
-        specs = {
-            layer: self.spec.attention.replace(split=split, static=mode)
-            for layer, split in splits.items()
-            if split.lyra_q_heads
-        }
-        modules = {layer: self._swapped_in(layer, spec, static.get(layer)) for layer, spec in specs.items()}
-        self.detach()
-        for layer, module in modules.items():
-            if module is not None:
-                decoder_layer = self.module.model.layers[layer]
-                self._originals[layer] = decoder_layer.self_attn
-                decoder_layer.self_attn = module
+        self.injector.place(static, splits, mode, lazy=True)
 
     def detach(self) -> None:
         """Put Hugging Face's own modules back: bit for bit the model that was loaded."""
-        for layer, original in self._originals.items():
-            self.module.model.layers[layer].self_attn = original
-        self._originals = {}
+        self.injector.disable()
 
     def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
         """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""
-        names = self.spec.layer(layer).weight_shapes()
-        attention = self.module.model.layers[layer].self_attn
-        return {
-            name: attention.get_parameter(name).detach().to("cpu", torch.float32, copy=True).numpy() for name in names
-        }
-
-    def _swapped_in(self, layer: int, spec: AttentionSpec, static: StaticLayer | None) -> LyraGemma3Attention | None:
-        original = self._originals.get(layer, self.module.model.layers[layer].self_attn)
-        prepared = None if static is None else prepare_static(spec, check_static(spec, static, len(static.k)))
-        if prepared is None and spec.static.live == "causal":
-            return None
-        return LyraGemma3Attention(original, spec, prepared)
+        return self.injector.attention_weights(layer)
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         return check_tokens(ids, mask, self.spec.vocab_size, self.module.device)

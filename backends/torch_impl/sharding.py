@@ -28,7 +28,7 @@ def shard(static: PreparedStatic, group: dist.ProcessGroup) -> PreparedStatic:
     visible = visible[:, own] & (start < end)
     v = static.v[:, :, own].transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
     k = static.k[:, :, own].clone(memory_format=torch.contiguous_format)
-    return PreparedStatic(k, v, None if visible.all() else visible, group)
+    return PreparedStatic(k, v, None if visible.all() else visible, static.positions[:, own], group)
 
 
 def merge_over(part: Partial, group: dist.ProcessGroup) -> Partial:

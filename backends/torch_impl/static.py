@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PreparedStatic(NamedTuple):
-    """k (rotated), v [Bc,G,S,D]; visible bool [Bc,S], or None where every slot is.
+    """k (rotated), v [Bc,G,S,D]; visible bool [Bc,S], or None where every slot is; positions int [Bc,S], k's angles.
 
     group: the processes that hold the other slots of the context, or None where these are all.
     """
@@ -26,6 +26,7 @@ class PreparedStatic(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     visible: torch.Tensor | None
+    positions: torch.Tensor
     group: ProcessGroup | None = None
 
 
@@ -56,7 +57,7 @@ def place_static(spec: AttentionSpec, static: StaticLayer, k: torch.Tensor, v: t
         k = rotate(k, cos[:, None], sin[:, None])
     # Stored [Bc,G,D,S], the layout in which a few weights times many values run at the speed of memory.
     v = v.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return PreparedStatic(k, v, None if static.mask.all() else mask)
+    return PreparedStatic(k, v, None if static.mask.all() else mask, positions - torch.tensor(shift))
 
 
 def past(static: StaticLayer) -> np.ndarray:

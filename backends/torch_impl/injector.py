@@ -1,0 +1,182 @@
+"""Injecting: the attention of a loaded Gemma-3's global layers is swapped for Lyra's and swapped back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Self
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Gemma3TextModel
+
+from lyra.spec.attaching import Split, check_origin, splits_by_layer, static_layers
+from lyra.spec.attention import AttentionSpec, Live, Positions, StaticSpec
+from lyra.spec.context import StaticContext
+from lyra.spec.errors import InputError
+from lyra.spec.fingerprint import Fingerprint, hash_weights
+from lyra.spec.inputs import StaticLayer, check_static
+from lyra.spec.model import ModelSpec
+from lyra.spec.split import HeadSplit
+
+from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
+from .static import PreparedStatic, prepare_static
+
+
+class GemmaInjector:
+    """Gives the global layers of a Gemma-3 a head split and a static context, and takes them away again.
+
+    `model` is any PyTorch module with one Gemma3TextModel in it: Gemma3ForCausalLM, Gemma3ForConditionalGeneration,
+    Gemma3Model, Gemma3TextModel itself, a wrapper of one of them. All that there is to know stands in the model, so
+    several injectors of one model do not contradict each other.
+
+        with GemmaInjector(model).enable("book.safetensors"):
+            model.generate(...)
+
+    Raises InputError for a model that is no such thing, whose attention implementation is not "sdpa" or "eager", or
+    whose config has a softcap of scores, which Hugging Face's Gemma-3 ignores.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.text = text_model(model)
+        self.spec = ModelSpec.from_hf_config(self.text.config.to_dict())
+        kind = self.text.config._attn_implementation
+        if kind not in ATTENTION_KINDS:
+            raise InputError(f"attn_implementation is {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}")
+        if self.spec.attention.softcap is not None:
+            raise InputError(
+                f"attn_logit_softcapping is {self.spec.attention.softcap}; Hugging Face's Gemma-3 ignores it, so this "
+                f"model would not follow its own spec"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+    @property
+    def enabled(self) -> dict[int, LyraGemma3Attention]:
+        """The layers that have Lyra's attention now; empty where the model is Hugging Face's."""
+        found = enumerate(layer.self_attn for layer in self.text.layers)
+        return {number: module for number, module in found if isinstance(module, LyraGemma3Attention)}
+
+    def enable(
+        self,
+        context: StaticContext | str | os.PathLike[str] | None = None,
+        split: Split | None = None,
+        *,
+        live: Live = "causal",
+        positions: Positions = "continue",
+        override: bool = False,
+    ) -> Self:
+        """Put LyraGemma3Attention into the layers of `context`; what was enabled before is replaced.
+
+        `context` is a StaticContext or its file; without one all global layers get the split and nothing else, so that
+        the model gives what it gave and the Lyra heads' projections can be tuned. `split` is one HeadSplit or one for
+        each layer; by default the heads that read what the context holds, or the last half of them. A layer that has
+        the same split already keeps its module, and with it whatever was tuned or wrapped there.
+
+        The key and value projections that are tuned meanwhile are the model's own rows: `disable` leaves them tuned.
+        To get the former ones back, tune an adapter (LoRA) instead, or save them first.
+
+        Raises ContextError for a context of another model, unless `override`, and for one without the layers or heads
+        of the split; SpecError for a split that does not fit; InputError where an adapter stands in the way of a new
+        split. A refusal changes nothing.
+        """
+        mode = StaticSpec(live=live, positions=positions)
+        if context is None:
+            chosen = HeadSplit.half(self.spec) if split is None else split
+            by_layer = chosen if isinstance(chosen, Mapping) else dict.fromkeys(self.spec.global_layers, chosen)
+            self.place({}, by_layer, mode)
+            return self
+        if not isinstance(context, StaticContext):
+            context = StaticContext.load(context)
+        if not override:
+            check_origin(context, self.fingerprint(set(context.layers) & set(self.spec.global_layers)))
+        by_layer = splits_by_layer(self.spec, context, split)
+        self.place(static_layers(context, by_layer), by_layer, mode)
+        return self
+
+    def disable(self) -> None:
+        """Put Hugging Face's own modules back: the very same ones, with the same weights, bit for bit.
+
+        Projections that were tuned while enabled stay tuned. Raises InputError where one has been wrapped, as for LoRA
+        (merge or unload the adapter first); then nothing has changed.
+        """
+        for number, original in {number: module.to_original() for number, module in self.enabled.items()}.items():
+            self.text.layers[number].self_attn = original
+
+    def place(
+        self,
+        static: Mapping[int, StaticLayer],
+        splits: Mapping[int, HeadSplit],
+        mode: StaticSpec,
+        *,
+        lazy: bool = False,
+    ) -> None:
+        """`enable` with the static K/V and the split of each layer; keys are rotated here, once.
+
+        A layer without Lyra heads keeps Hugging Face's module; with `lazy` so does one on which this would have no
+        effect, having no visible context and live mode "causal" (clause IDENTITY). Raises InputError, SpecError; then
+        nothing has changed.
+        """
+        specs = self._specs(static, splits, mode)
+        prepared = {layer: _prepared(spec, static.get(layer)) for layer, spec in specs.items()}
+        if lazy and mode.live == "causal":
+            specs = {layer: spec for layer, spec in specs.items() if prepared[layer] is not None}
+        before = self.enabled
+        kept = {layer for layer, spec in specs.items() if layer in before and before[layer].spec.split == spec.split}
+        originals = {layer: module.to_original() for layer, module in before.items() if layer not in kept}
+        for layer, original in originals.items():
+            self.text.layers[layer].self_attn = original
+        for layer, spec in specs.items():
+            if layer not in kept:
+                decoder_layer = self.text.layers[layer]
+                decoder_layer.self_attn = LyraGemma3Attention.around(decoder_layer.self_attn, spec)
+            self.text.layers[layer].self_attn.attend_to(prepared[layer], mode)
+
+    def fingerprint(self, layers: Iterable[int]) -> Fingerprint:
+        """What a context of some global layers of this model carries, but for the tokenizer (clause FINGERPRINT)."""
+        return Fingerprint.of(self.spec, {layer: hash_weights(self.attention_weights(layer)) for layer in layers})
+
+    def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
+        """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""
+        names = self.spec.layer(layer).weight_shapes()
+        attention = self.text.layers[layer].self_attn
+        found = attention.weights if isinstance(attention, LyraGemma3Attention) else attention.get_parameter
+        return {name: found(name).detach().to("cpu", torch.float32, copy=True).numpy() for name in names}
+
+    def _specs(
+        self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec
+    ) -> dict[int, AttentionSpec]:
+        wrong = sorted(set(splits) - set(self.spec.global_layers))
+        if wrong:
+            raise InputError(
+                f"attach: layers {wrong} are not global; the global layers are {list(self.spec.global_layers)}"
+            )
+        idle = sorted(layer for layer in static if layer not in splits or not splits[layer].lyra_q_heads)
+        if idle:
+            raise InputError(f"attach: layers {idle} have a context and no Lyra heads; give them a split")
+        return {
+            layer: self.spec.attention.replace(split=split, static=mode)
+            for layer, split in splits.items()
+            if split.lyra_q_heads
+        }
+
+
+def text_model(model: nn.Module) -> Gemma3TextModel:
+    """The Gemma3TextModel in a model. Raises InputError where there is none, or more than one."""
+    found = [module for module in model.modules() if isinstance(module, Gemma3TextModel)]
+    if len(found) != 1:
+        raise InputError(
+            f"a {type(model).__name__} holds {len(found)} Gemma3TextModels; expected a Gemma-3, such as a "
+            f"Gemma3ForCausalLM or a Gemma3ForConditionalGeneration"
+        )
+    return found[0]
+
+
+def _prepared(spec: AttentionSpec, static: StaticLayer | None) -> PreparedStatic | None:
+    return None if static is None else prepare_static(spec, check_static(spec, static, len(static.k)))
