@@ -57,7 +57,7 @@ def place_static(spec: AttentionSpec, static: StaticLayer, k: torch.Tensor, v: t
         k = rotate(k, cos[:, None], sin[:, None])
     # Stored [Bc,G,D,S], the layout in which a few weights times many values run at the speed of memory.
     v = v.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return PreparedStatic(k, v, None if static.mask.all() else mask, positions - torch.tensor(shift))
+    return PreparedStatic(k, v, None if static.mask.all() else mask, torch.tensor(static.positions - shift))
 
 
 def past(static: StaticLayer) -> np.ndarray:
