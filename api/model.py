@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -10,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 from tokenizers import Tokenizer
 
-from lyra.backends.protocol import Engine
+from lyra.backends.protocol import Engine, Sampling
 from lyra.spec.attaching import Split, check_origin, splits_by_layer, static_layers
 from lyra.spec.attention import Live, Positions, StaticSpec
 from lyra.spec.context import ContextLayer, StaticContext
@@ -142,13 +143,14 @@ class Model:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> str | list[str]:
-        """The most likely continuation of a prompt, or of each of several, without the prompt; ends at EOS.
+        """The continuation of a prompt, or of each of several, without the prompt; ends at EOS.
 
-        `on_text` gets the text of a single prompt piece by piece. Raises ModelError for sampling, which this version
-        does not have, and for a model without a tokenizer.
+        Temperature 0 takes the most likely token at each step; above 0 tokens are drawn, from what `top_k` and `top_p`
+        leave, as `lyra.backends.protocol.Sampling` says. The same call with the same `seed` gives the same text in one
+        backend; without a seed each call draws anew. `on_text` gets the text of a single prompt piece by piece. Raises
+        InputError for a value out of range, ModelError for a model without a tokenizer.
         """
-        if temperature != 0 or (top_k, top_p, seed) != (None, None, None):
-            raise ModelError("generate: sampling is not there yet; leave out temperature, top_k, top_p and seed")
+        sampling = _sampling(temperature, top_k, top_p, seed)
         texts = self._texts()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -169,15 +171,27 @@ class Model:
             max_new_tokens=max_new_tokens,
             stop_ids=texts.stops,
             on_token=None if on_text is None else on_token,
+            sampling=sampling,
+            seed=secrets.randbits(32) if seed is None else seed,
         )
         found = [texts.decode(row) for row in made]
         if on_text is not None and (rest := stream.rest(found[0])):
             on_text(rest)
         return found[0] if isinstance(prompt, str) else found
 
-    def stream(self, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
-        """The pieces of `generate(prompt)` as they come; closing the iterator ends the generation."""
-        return iterate(lambda emit: self.generate(prompt, max_new_tokens, on_text=emit))
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The pieces of `generate(prompt, …)` as they come; closing the iterator ends the generation."""
+        draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        return iterate(lambda emit: self.generate(prompt, max_new_tokens, on_text=emit, **draw))
 
     def capture(
         self,
@@ -279,3 +293,19 @@ class Model:
     def _check_fingerprint(self, context: StaticContext) -> None:
         own = self.fingerprint(layer for layer in context.layers if layer in self.engine.spec.global_layers)
         check_origin(context, own)
+
+
+def _sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:
+    """What the options of `generate` ask for; None for the most likely token. Raises InputError."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}; expected 0 to {2**32 - 1}")
+    if temperature != 0:
+        return Sampling(temperature, top_k, 1.0 if top_p is None else top_p)
+    given = {"top_k": top_k, "top_p": top_p, "seed": seed}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle:
+        raise InputError(
+            f"temperature is 0, which takes the most likely token, so {' and '.join(idle)} would have no effect; "
+            f"give a temperature above 0, such as 1"
+        )
+    return None

@@ -172,6 +172,13 @@ def test_generate_prints_what_the_model_generates(book: Path, tiny_folder: Path)
     )
 
 
+def test_generate_draws_as_the_model_does(tiny_folder: Path) -> None:
+    drawn = ("--temperature", 1.2, "--top-k", 30, "--top-p", 0.9, "--seed", 8)
+    expected = lyra.load(tiny_folder).generate("the hand", 9, temperature=1.2, top_k=30, top_p=0.9, seed=8)
+    assert run("generate", "the hand", "-m", tiny_folder, "-n", 9, *drawn).stdout == expected + "\n"
+    assert "give a temperature above 0" in refused("generate", "x", "-m", tiny_folder, "--seed", 8)
+
+
 def test_score_compares_with_and_without_a_context(book: Path, tiny_folder: Path, text_file: Path) -> None:
     model = lyra.load(tiny_folder)
     plain = model.score(TEXT)

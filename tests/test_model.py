@@ -315,8 +315,6 @@ def test_without_a_tokenizer_ids_serve(model: Model, backend: str, tiny_folder: 
 
 
 def test_what_is_not_there_is_said_so(model: Model, tiny_folder: Path) -> None:
-    with pytest.raises(ModelError, match="sampling is not there yet"):
-        model.generate(LIVE, temperature=0.7)
     with pytest.raises(ModelError, match="on_text serves one prompt, got 2"):
         model.generate([LIVE, LIVE], on_text=print)
     with pytest.raises(NotImplementedError, match="clause SEQUENTIAL"):

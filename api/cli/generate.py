@@ -30,6 +30,14 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=0, help="At most this many tokens.")
     ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", min=0, help="Above 0: draw tokens, the higher the freer.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the K most probable tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Draw from the fewest tokens whose probabilities reach P.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw the same text each time.")] = None,
     lyra_kv: LyraKV = None,
     lyra_q: LyraQ = None,
     share_kv: ShareKV = False,
@@ -43,6 +51,6 @@ def generate(
     split = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv)
     if context is not None:
         loaded.attach(context, split, live=live, positions=positions, override=override)
-    for piece in loaded.stream(prompt, max_new_tokens):
+    for piece in loaded.stream(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         typer.echo(piece, nl=False)
     typer.echo()

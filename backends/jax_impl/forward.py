@@ -61,16 +61,16 @@ def prefill_all(
         yield hidden, cache
 
 
-def next_token(graph: Graph, hidden: Array) -> Array:
-    """The most likely token after the last column of hidden [B,T,E]: int32 [B]."""
-    made: Array = _next_token(graph.structure, graph.state, hidden)
+def next_scores(graph: Graph, hidden: Array) -> Array:
+    """The scores of the token after the last column of hidden [B,T,E]: float32 [B,V]."""
+    made: Array = _next_scores(graph.structure, graph.state, hidden)
     return made
 
 
 def decode(
     graph: Graph, token: np.ndarray, cache: ModelCache, attached: Mapping[int, Attached]
 ) -> tuple[Array, ModelCache]:
-    """Feed token [B] and give the most likely next one, int32 [B]."""
+    """Feed token [B] and give the scores of the next one, float32 [B,V]."""
     made: tuple[Array, ModelCache] = _decode(graph.structure, graph.state, token, cache, attached)
     return made
 
@@ -115,8 +115,9 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnames="structure")
-def _next_token(structure: Any, state: Any, hidden: Array) -> Array:
-    return jnp.argmax(nnx.merge(structure, state).logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+def _next_scores(structure: Any, state: Any, hidden: Array) -> Array:
+    module: Gemma3 = nnx.merge(structure, state)
+    return module.logits(hidden[:, -1])
 
 
 @partial(jax.jit, static_argnames="structure", donate_argnames="cache")
@@ -125,7 +126,7 @@ def _decode(
 ) -> tuple[Array, ModelCache]:
     module = nnx.merge(structure, state)
     made = module(token[:, None], jnp.ones((token.shape[0], 1), bool), cache, attached)
-    return jnp.argmax(module.logits(made.hidden[:, -1]), axis=-1).astype(jnp.int32), made.cache
+    return module.logits(made.hidden[:, -1]), made.cache
 
 
 @partial(jax.jit, static_argnames="structure")

@@ -1,14 +1,19 @@
-"""Greedy generation: a prefill in chunks, then one compiled step a token, whose shapes never change."""
+"""Generation: a prefill in chunks, then one compiled step a token, whose shapes never change."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
+from jax import Array
 
-from .forward import Graph, decode, next_token, prefill_all
+from lyra.backends.protocol import Sampling
+
+from .forward import Graph, decode, next_scores, prefill_all
 from .gemma3 import Attached
+from .sampling import draw, most_likely
 from .tokens import Tokens, pack_left
 
 
@@ -19,17 +24,24 @@ def generate(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     on_token: Callable[[np.ndarray], None] | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
 ) -> np.ndarray:
-    """The most likely continuation of ids [B,T], int64 [B,N].
+    """The continuation of ids [B,T], int64 [B,N]: at each step the most likely token, or one drawn by `sampling`.
 
     Stops when every row has produced a token of `stop_ids`; rows that stopped earlier repeat theirs.
     """
     batch = len(tokens.ids)
     if max_new_tokens == 0:
         return np.zeros((batch, 0), np.int64)
+    key = jax.random.key(seed)
+
+    def choose(scores: Array, step: int) -> np.ndarray:
+        return np.asarray(most_likely(scores) if sampling is None else draw(scores, sampling, key, step))
+
     prefilled = prefill_all(graph, pack_left(tokens), attached, room=max_new_tokens)
     hidden, cache = deque(prefilled, maxlen=1).pop()
-    made = [np.asarray(next_token(graph, hidden))]
+    made = [choose(next_scores(graph, hidden), 0)]
     stopped = np.zeros(batch, bool)
     while True:
         if on_token is not None:
@@ -37,5 +49,5 @@ def generate(
         stopped |= np.isin(made[-1], stop_ids)
         if stopped.all() or len(made) == max_new_tokens:
             return np.stack(made, axis=1).astype(np.int64)
-        token, cache = decode(graph, made[-1], cache, attached)
-        made.append(np.where(stopped, made[-1], np.asarray(token)))
+        scores, cache = decode(graph, made[-1], cache, attached)
+        made.append(np.where(stopped, made[-1], choose(scores, len(made))))

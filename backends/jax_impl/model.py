@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lyra.backends.protocol import CapturedLayer
+from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_static
@@ -82,14 +82,21 @@ class JaxEngine:
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
         on_token: Callable[[np.ndarray], None] | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
     ) -> np.ndarray:
-        """Greedy continuation of ids [B,T], int [B,N]. Padding must be on the left. Raises InputError."""
+        """The continuation of ids [B,T], int [B,N]: the most likely one, or one drawn as `sampling` says.
+
+        Padding must be on the left. Raises InputError.
+        """
         tokens = self._tokens(ids, mask)
         if not tokens.mask[:, -1].all():
             raise InputError("generate: a row ends in padding; put the padding on the left")
         if max_new_tokens < 0:
             raise InputError(f"generate: max_new_tokens is {max_new_tokens}; expected 0 or more")
-        return generate(split_module(self.module), tokens, self._attached, max_new_tokens, stop_ids, on_token)
+        return generate(
+            split_module(self.module), tokens, self._attached, max_new_tokens, stop_ids, on_token, sampling, seed
+        )
 
     def capture(
         self,

@@ -1,4 +1,4 @@
-"""Greedy generation."""
+"""Generation: a prefill, then one step a token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, Gemma3ForCausalLM
 
+from lyra.backends.protocol import Sampling
+
+from .sampling import draw, most_likely
 from .tokens import token_positions
 
 
@@ -18,12 +21,16 @@ def generate(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     on_token: Callable[[np.ndarray], None] | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
 ) -> np.ndarray:
-    """The most likely continuation of ids [B,T], int [B,N]; padding, if any, on the left.
+    """The continuation of ids [B,T], int [B,N]: at each step the most likely token, or one drawn by `sampling`.
 
-    Stops when every row has produced a token of `stop_ids`; rows that stopped earlier repeat theirs.
+    Padding, if any, is on the left. Stops when every row has produced a token of `stop_ids`; rows that stopped earlier
+    repeat theirs.
     """
     cache = DynamicCache(config=module.config)
+    generator = torch.Generator(ids.device).manual_seed(seed)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=ids.device)
     positions = None if mask is None else token_positions(mask)
     stopped = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -38,7 +45,7 @@ def generate(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        token = logits.argmax(dim=-1)
+        token = most_likely(logits) if sampling is None else draw(logits, sampling, generator)
         token = torch.where(stopped, made[-1], token) if made else token
         made.append(token)
         if on_token is not None:

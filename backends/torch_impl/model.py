@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM
 
-from lyra.backends.protocol import CapturedLayer
+from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer
@@ -77,14 +77,19 @@ class TorchEngine:
         max_new_tokens: int,
         stop_ids: Sequence[int] = (),
         on_token: Callable[[np.ndarray], None] | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
     ) -> np.ndarray:
-        """Greedy continuation of ids [B,T], int [B,N]. Padding must be on the left. Raises InputError."""
+        """The continuation of ids [B,T], int [B,N]: the most likely one, or one drawn as `sampling` says.
+
+        Padding must be on the left. Raises InputError.
+        """
         tokens = self._tokens(ids, mask)
         if tokens.mask is not None and not tokens.mask[:, -1].all():
             raise InputError("generate: a row ends in padding; put the padding on the left")
         if max_new_tokens < 0:
             raise InputError(f"generate: max_new_tokens is {max_new_tokens}; expected 0 or more")
-        return generate(self.module, tokens.ids, tokens.mask, max_new_tokens, stop_ids, on_token)
+        return generate(self.module, tokens.ids, tokens.mask, max_new_tokens, stop_ids, on_token, sampling, seed)
 
     @torch.inference_mode()
     def capture(
