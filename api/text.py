@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,9 @@ from tokenizers.decoders import DecodeStream
 from lyra.spec.fingerprint import hash_vocabulary
 
 from .errors import CheckpointError
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""What a tokenizer with byte fallback calls a byte."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,17 @@ class Text:
 
 
 class TextStream:
-    """Turns generated ids, one at a time, into pieces of text that end between characters."""
+    """Turns generated ids, one at a time, into pieces of text that end between characters.
+
+    Ids that stand for one byte each are kept back until another id follows: only then is it known whether all of them
+    together are UTF-8, without which every one of them becomes a replacement character.
+    """
 
     def __init__(self, text: Text) -> None:
         self._text = text
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._pieces: list[str] = []
+        self._kept: list[int] = []
         self._stopped = False
 
     def step(self, token: int) -> str:
@@ -96,12 +105,16 @@ class TextStream:
         self._stopped = self._stopped or token in self._text.stops
         if self._stopped:
             return ""
-        piece = self._decoder.step(self._text.tokenizer, token) or ""
+        self._kept.append(token)
+        if BYTE.fullmatch(self._text.tokenizer.id_to_token(token) or ""):
+            return ""
+        piece = self._decoder.step(self._text.tokenizer, self._kept) or ""
+        self._kept = []
         self._pieces.append(piece)
         return piece
 
     def rest(self, whole: str) -> str:
-        """What is left of the whole text: the replacement characters of a character that was never completed."""
+        """What is left of the whole text: bytes that no other id followed, as characters."""
         return whole.removeprefix("".join(self._pieces))
 
 
