@@ -33,3 +33,10 @@ def test_queries_in_blocks_see_what_they_see_at_once(tokens_a_block: int, monkey
     torch.testing.assert_close(finish(causal_attention()), at_once)
     assert sum(lengths) == TOKENS
     assert max(lengths) == tokens_a_block
+
+
+def test_autocast_stays_out() -> None:
+    """Products in bfloat16 would be off by 2⁻⁹ of the values (clause DTYPE-2)."""
+    plain = finish(causal_attention())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(finish(causal_attention()), plain)

@@ -38,7 +38,12 @@ def partial_attention(
 
     visible is bool, broadcastable to [N,H,R,T,L], or None where every query sees every key. A key that is not
     visible has no influence, whatever finite value it holds: its score is selected away, its weight is exactly 0.
+    Autocast is kept out: it would take the products in bfloat16 (clause DTYPE-2).
     """
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return partial_attention(q, k, v, visible, scale, softcap)
     tokens, keys = q.shape[-2], k.shape[-2]
     block = max(1, SCORES_PER_BLOCK // max(1, q[..., 0, 0].numel() * keys))
     if tokens <= block:
