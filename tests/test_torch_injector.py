@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from tiny_gemma import CONFIG, GLOBAL, LAYERS, make_model, random_ids
+from tiny_gemma import CONFIG, GLOBAL, LAYERS, make_model, random_context, random_ids
 from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from lyra.backends.torch_impl.gemma3 import LyraGemma3Attention
 from lyra.backends.torch_impl.injector import GemmaInjector
-from lyra.spec import HeadSplit, StaticContext
-from lyra.spec.context import ContextLayer
+from lyra.spec import HeadSplit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,17 +24,6 @@ SPLITS = {
     "none": HeadSplit.none(),
     "all": HeadSplit(tuple(range(8))),
 }
-
-
-def random_context(injector: GemmaInjector, kv_heads: tuple[int, ...], tokens: int = 6, seed: int = 3) -> StaticContext:
-    random = np.random.default_rng(seed)
-    shape = (2, 1, len(kv_heads), tokens, injector.spec.attention.head_dim)
-    return StaticContext(
-        layers={layer: ContextLayer(kv_heads, *random.normal(size=shape).astype(np.float32)) for layer in GLOBAL},
-        mask=np.ones((1, tokens), bool),
-        positions=np.arange(tokens)[None],
-        fingerprint=injector.fingerprint(GLOBAL),
-    )
 
 
 def logits(model) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from lyra.spec import HeadSplit
+from lyra.backends.torch_impl.injector import GemmaInjector
+from lyra.spec import HeadSplit, StaticContext
+from lyra.spec.context import ContextLayer
 
 VOCAB, WINDOW, LAYERS, GLOBAL = 97, 8, 4, (1, 3)
 CONFIG: dict[str, Any] = {
@@ -53,6 +56,18 @@ def hf_logits(model: Any, ids: np.ndarray, mask: np.ndarray | None = None) -> np
         given = None if mask is None else torch.tensor(mask.astype(np.int64))
         places = None if mask is None else torch.tensor(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
         return model(torch.tensor(ids), attention_mask=given, position_ids=places).logits.numpy()
+
+
+def random_context(injector: GemmaInjector, kv_heads: Iterable[int], tokens: int = 6, seed: int = 3) -> StaticContext:
+    """A context of random keys and values for the global layers of a tiny model."""
+    random, kv_heads = np.random.default_rng(seed), tuple(kv_heads)
+    shape = (2, 1, len(kv_heads), tokens, injector.spec.attention.head_dim)
+    return StaticContext(
+        layers={layer: ContextLayer(kv_heads, *random.normal(size=shape).astype(np.float32)) for layer in GLOBAL},
+        mask=np.ones((1, tokens), bool),
+        positions=np.arange(tokens)[None],
+        fingerprint=injector.fingerprint(GLOBAL),
+    )
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray) -> None:

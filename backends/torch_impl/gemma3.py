@@ -84,7 +84,8 @@ class LyraGemma3Attention(Gemma3Attention):
     def around(cls, original: Gemma3Attention, spec: AttentionSpec) -> Self:
         """The module that stands in for `original`, whose weights it shares; `spec` is the layer's, with its split."""
         with torch.device("meta"):
-            made = cls(original.config, original.layer_idx, split=spec.split, static=spec.static)
+            made = cls(original.config, original.layer_idx, split=HeadSplit.none())
+        made.spec = spec  # of this process's heads only, where others have the rest (tensor parallel)
         made.load_weights_from_original(original)
         return made
 
@@ -143,10 +144,11 @@ class LyraGemma3Attention(Gemma3Attention):
         batch, tokens = hidden_states.shape[:2]
         self._check_batch(batch)
         shape = (batch, tokens, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(hidden_states).view(shape).transpose(1, 2))
-        k = self.k_norm(self._project("k_proj", hidden_states).view(shape).transpose(1, 2))
+        # In the parent's order: tensor parallel ranks, some of which have the parent, must reduce gradients in step.
+        q = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        k = self._project("k_proj", hidden_states).view(shape).transpose(1, 2)
         v = self._project("v_proj", hidden_states).view(shape).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        q, k = apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *position_embeddings)
         offset: int | torch.Tensor = 0
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)

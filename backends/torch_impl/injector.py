@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from transformers import Gemma3TextModel
 
 from lyra.spec.attaching import Split, check_origin, splits_by_layer, static_layers
@@ -21,7 +22,9 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
 from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
+from .sharding import shard
 from .static import PreparedStatic, prepare_static
+from .tensor_parallel import Share, share_of, whole
 
 
 class GemmaInjector:
@@ -71,6 +74,7 @@ class GemmaInjector:
         live: Live = "causal",
         positions: Positions = "continue",
         override: bool = False,
+        group: ProcessGroup | None = None,
     ) -> Self:
         """Put LyraGemma3Attention into the layers of `context`; what was enabled before is replaced.
 
@@ -78,6 +82,10 @@ class GemmaInjector:
         the model gives what it gave and the Lyra heads' projections can be tuned. `split` is one HeadSplit or one for
         each layer; by default the heads that read what the context holds, or the last half of them. A layer that has
         the same split already keeps its module, and with it whatever was tuned or wrapped there.
+
+        In a model that transformers has spread over processes by tensor parallelism every process calls this with the
+        same arguments. `group` spreads the context's slots over the processes of a group, all of which run the same
+        model on the same tokens: see `sharding`.
 
         The key and value projections that are tuned meanwhile are the model's own rows: `disable` leaves them tuned.
         To get the former ones back, tune an adapter (LoRA) instead, or save them first.
@@ -97,7 +105,7 @@ class GemmaInjector:
         if not override:
             check_origin(context, self.fingerprint(set(context.layers) & set(self.spec.global_layers)))
         by_layer = splits_by_layer(self.spec, context, split)
-        self.place(static_layers(context, by_layer), by_layer, mode)
+        self.place(static_layers(context, by_layer), by_layer, mode, group=group)
         return self
 
     def disable(self) -> None:
@@ -116,6 +124,7 @@ class GemmaInjector:
         mode: StaticSpec,
         *,
         lazy: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         """`enable` with the static K/V and the split of each layer; keys are rotated here, once.
 
@@ -123,8 +132,14 @@ class GemmaInjector:
         effect, having no visible context and live mode "causal" (clause IDENTITY). Raises InputError, SpecError; then
         nothing has changed.
         """
-        specs = self._specs(static, splits, mode)
-        prepared = {layer: _prepared(spec, static.get(layer)) for layer, spec in specs.items()}
+        asked = self._specs(static, splits, mode)
+        shares = {layer: share_of(self.text.layers[layer].self_attn) for layer in asked}
+        own = {layer: shares[layer].own_layer(spec) for layer, spec in asked.items()}
+        specs = {layer: spec for layer, spec in own.items() if spec.lyra_q_heads}
+        prepared = {
+            layer: None if layer not in static else _prepared(asked[layer], static[layer], shares[layer], group)
+            for layer in specs
+        }
         if lazy and mode.live == "causal":
             specs = {layer: spec for layer, spec in specs.items() if prepared[layer] is not None}
         before = self.enabled
@@ -147,7 +162,7 @@ class GemmaInjector:
         names = self.spec.layer(layer).weight_shapes()
         attention = self.text.layers[layer].self_attn
         found = attention.weights if isinstance(attention, LyraGemma3Attention) else attention.get_parameter
-        return {name: found(name).detach().to("cpu", torch.float32, copy=True).numpy() for name in names}
+        return {name: whole(found(name)).detach().to("cpu", torch.float32, copy=True).numpy() for name in names}
 
     def _specs(
         self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec
@@ -178,5 +193,12 @@ def text_model(model: nn.Module) -> Gemma3TextModel:
     return found[0]
 
 
-def _prepared(spec: AttentionSpec, static: StaticLayer | None) -> PreparedStatic | None:
-    return None if static is None else prepare_static(spec, check_static(spec, static, len(static.k)))
+def _prepared(
+    asked: AttentionSpec, static: StaticLayer, share: Share, group: ProcessGroup | None
+) -> PreparedStatic | None:
+    own = share.own_static(asked, check_static(asked, static, len(static.k)))
+    prepared = prepare_static(share.own_layer(asked), own)
+    if group is None or prepared is None:
+        return prepared
+    share.check_group(group)
+    return shard(prepared, group)
