@@ -18,14 +18,19 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 	--config-settings editable_mode=strict --editable
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --durations=10
 
-.PHONY: demo test test-suite test-harness test-models lint format schema faults bench clean
+# What depends on transformers, for the oldest version that is supported and the newest that there is. The tests above
+# run with that of constraints.txt.
+TRANSFORMERS_TESTS := $(wildcard tests/test_torch_*.py tests/test_oracle_hf*.py)
+TARGET := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
+
+.PHONY: demo test test-suite test-harness test-models test-oldest test-newest lint format schema faults bench clean
 
 demo: $(INSTALLED)  ## the spec held by both backends, then one context in two frameworks
 	$(BIN)/lyra conform --profile smoke
 	$(BIN)/python examples/two_backends.py
 
 test: $(INSTALLED)  ## the conformance suite's ci profile and the harness's own tests, side by side on two cores
-	$(MAKE) --no-print-directory -j2 --output-sync=target test-harness test-suite test-models
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-harness test-suite test-models test-oldest
 
 test-suite: $(INSTALLED)
 	$(BIN)/lyra conform --profile ci --json build/conformance.json --report build/conformance.html
@@ -35,6 +40,17 @@ test-harness: $(INSTALLED)
 
 test-models: $(INSTALLED)
 	$(PYTEST) $(MODEL_TESTS)
+
+test-oldest: $(INSTALLED)  ## the PyTorch models with the oldest transformers that is supported
+	oldest=$$($(BIN)/python -c 'from lyra.backends.torch_impl.versions import OLDEST; print(*OLDEST, 0, sep=".")') && \
+	$(TARGET) build/transformers-oldest "transformers==$$oldest" && \
+	export PYTHONPATH=$(CURDIR)/build/transformers-oldest && \
+	$(BIN)/python -P -c "import transformers; assert transformers.__version__ == '$$oldest'" && \
+	$(PYTEST) $(TRANSFORMERS_TESTS)
+
+test-newest: $(INSTALLED)  ## the same with the newest 5.x, whatever constraints.txt says
+	$(TARGET) build/transformers-newest 'transformers<6'
+	PYTHONPATH=$(CURDIR)/build/transformers-newest $(PYTEST) $(TRANSFORMERS_TESTS)
 
 lint: $(INSTALLED)  ## style, types of the public surface, import contracts
 	$(BIN)/ruff check .
