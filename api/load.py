@@ -34,7 +34,7 @@ def load(
     backend  "torch", "jax", the name of another installed backend, "package.module:Class", or a backend itself
     split    the head split, one for all layers or one by layer, that contexts are attached with
     context  a StaticContext, or its file, to attach at once
-    dtype    "float32", or another one that the backend computes in, such as "bfloat16" for torch
+    dtype    "float32", or another one that the backend computes in, such as "bfloat16"
     device   the backend's name of a device; None is its default
 
     Raises CheckpointError where there is no such model, BackendNotFound or ImportError for the backend, and what

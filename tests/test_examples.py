@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import lyra
 from lyra.backends.protocol import get_backend
 from lyra.conformance.launch import make_session
 from lyra.conformance.runner import run
@@ -62,3 +64,17 @@ def test_a_document_cut_too_short_is_refused(tiny_folder: Path, tmp_path: Path) 
     done = call(EXAMPLES / "two_backends.py", "--tokens", "20", "--model", tiny_folder, cwd=tmp_path)
     assert done.returncode == 2
     assert "tokens, got 20" in done.stderr
+
+
+def test_a_tuned_context_is_saved_and_serves(tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optax")
+    options = ["--model", tiny_folder, "--tokens", "24", "--slots", "6", "--steps", "2", "--out", "tuned.safetensors"]
+    done = call(EXAMPLES / "tune_context_jax.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = re.search(r"gives (\d+\.\d+) nats", done.stdout)
+    assert said is not None
+    assert f"2 │ {said[1]}" in re.sub(r" +", " ", done.stdout)
+    context = lyra.StaticContext.load(tmp_path / "tuned.safetensors")
+    assert (context.num_tokens, context.tokens) == (6, None)
+    model = lyra.load(tiny_folder, backend="jax", context=context)
+    assert model.generate("the", 2) != ""

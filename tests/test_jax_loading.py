@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("jax")
+jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from flax import nnx  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
-from tiny_gemma import assert_close, hf_logits, make_model, random_ids  # noqa: E402
+from tiny_gemma import CUT, GLOBAL, assert_close, hf_logits, make_model, random_ids  # noqa: E402
 
 from lyra.backends.jax_impl import JaxBackend  # noqa: E402
 from lyra.backends.jax_impl.model import JaxEngine  # noqa: E402
 from lyra.backends.jax_impl.params import module_path  # noqa: E402
-from lyra.spec import InputError  # noqa: E402
+from lyra.spec import InputError, StaticSpec  # noqa: E402
+from lyra.spec.inputs import StaticLayer  # noqa: E402
 
 
 def rewrite(source: Path, target: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Path:
@@ -60,6 +62,25 @@ def test_sharded_bfloat16_and_multimodal_checkpoints(
     make_model().to(torch.bfloat16).save_pretrained(half)
     rounded = transformers.Gemma3ForCausalLM.from_pretrained(half, dtype=torch.float32)
     assert_close(JaxBackend().load(str(half)).logits(ids), hf_logits(rounded, ids))
+
+
+def test_a_model_computes_in_bfloat16(gemma_folder: Path, jax_engine: JaxEngine) -> None:
+    """Parameters, cache and static keys are bfloat16; what goes in and out is float32."""
+    engine, ids = JaxBackend().load(str(gemma_folder), dtype="bfloat16"), random_ids(2, 12)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(engine.module))} == {"bfloat16"}
+    expected, got = jax_engine.logits(ids), engine.logits(ids)
+    assert got.dtype == np.float32
+    assert 1e-4 < np.abs(got - expected).max() / np.abs(expected).max() < 0.1
+    found = engine.capture(ids[:1], GLOBAL)
+    places = np.arange(12)[None]
+    static = {layer: StaticLayer(*part, np.ones((1, 12), bool), places) for layer, part in found.items()}
+    assert not any((part.view(np.uint32) & 0xFFFF).any() for layer in found.values() for part in layer)
+    for model in (engine, jax_engine):
+        model.attach(static, dict.fromkeys(GLOBAL, CUT), StaticSpec())
+    expected, got = jax_engine.logits(ids), engine.logits(ids)
+    assert np.abs(got - expected).max() < 0.1 * np.abs(expected).max()
+    assert engine._attached[1].static.keys.dtype == "bfloat16"
+    assert engine.generate(ids, max_new_tokens=3).shape == (2, 3)
 
 
 def test_untied_head_softcap_and_linear_rope(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from lyra.backends.protocol import CapturedLayer
 
+from .dtype import leave
 from .forward import Graph, chunks, open_cache, prefill
 from .tokens import Tokens, pack_left
 
@@ -38,6 +39,6 @@ def capture(
         if on_chunk is not None:
             on_chunk(stop - padding)
     return {
-        layer: CapturedLayer(*(np.concatenate(part, axis=2)[:, :, padding:] for part in parts))
+        layer: CapturedLayer(*(leave(np.concatenate(part, axis=2)[:, :, padding:]) for part in parts))
         for layer, parts in found.items()
     }

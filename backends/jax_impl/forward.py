@@ -22,16 +22,17 @@ from .tokens import CHUNK, Packed
 
 
 class Graph(NamedTuple):
-    """A module, split into its structure and its parameters, and its spec."""
+    """A module, split into its structure and its parameters; its spec, and the type that it computes in."""
 
     structure: Any
     state: Any
     spec: ModelSpec
+    dtype: np.dtype[Any]
 
 
 def split_module(module: Gemma3) -> Graph:
     """The module as what compiled functions take."""
-    return Graph(*nnx.split(module), module.spec)
+    return Graph(*nnx.split(module), module.spec, module.norm.weight[...].dtype)
 
 
 def prefill(
@@ -50,14 +51,17 @@ def prefill(
 
 
 def prefill_all(
-    graph: Graph, packed: Packed, attached: Mapping[int, Attached], room: int = 0
+    graph: Graph, packed: Packed, attached: Mapping[int, Attached], room: int = 0, chunk: int = CHUNK
 ) -> Iterator[tuple[Array, ModelCache]]:
-    """All of packed's tokens [B,N], chunk by chunk: hidden [B,T,E] and the cache, with `room` more slots."""
+    """All of packed's tokens [B,N], chunk by chunk: hidden [B,T,E] and the cache, with `room` more slots.
+
+    They were packed for this `chunk`.
+    """
     batch, width = packed.ids.shape
     cache = open_cache(graph, batch, width + room)
-    for start, stop in chunks(width, CHUNK):
+    for start, stop in chunks(width, chunk):
         part = packed.ids[:, start:stop], packed.mask[:, start:stop]
-        hidden, cache, _ = prefill(graph, *part, cache, attached, first=width <= CHUNK)
+        hidden, cache, _ = prefill(graph, *part, cache, attached, first=width <= chunk)
         yield hidden, cache
 
 
@@ -89,7 +93,7 @@ def log_probs(graph: Graph, hidden: np.ndarray, targets: np.ndarray) -> Array:
 
 def open_cache(graph: Graph, batch: int, tokens: int) -> ModelCache:
     """An empty cache on the device."""
-    cache: ModelCache = jax.device_put(empty_model_cache(graph.spec, batch, tokens))
+    cache: ModelCache = jax.device_put(empty_model_cache(graph.spec, batch, tokens, graph.dtype))
     return cache
 
 

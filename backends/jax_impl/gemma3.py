@@ -6,7 +6,7 @@ Axes: B batch, T tokens, E hidden_size, F intermediate_size, V vocab_size.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
 from .cache import bucket, empty_cache
+from .dtype import store
 from .heads import SplitArrays
 from .layer import Cache, Call, Layer, constants_of, run_layer, shape_of
 from .norm import rms_norm
@@ -70,8 +71,9 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.einsum("bti,oi->bto", x, self.weight[...], precision=HIGHEST)
-        return y if self.bias is None else y + self.bias[...]
+        weight = self.weight[...]
+        y = jnp.einsum("bti,oi->bto", x, weight, precision=HIGHEST, preferred_element_type=jnp.float32)
+        return store(y if self.bias is None else y + self.bias[...], x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -123,7 +125,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.gelu(self.gate_proj(x), approximate=True) * self.up_proj(x))
+        gate, up = (part(x).astype(jnp.float32) for part in (self.gate_proj, self.up_proj))
+        return self.down_proj(store(jax.nn.gelu(gate, approximate=True) * up, x.dtype))
 
 
 class DecoderLayer(nnx.Module):
@@ -153,7 +156,8 @@ class Embedding(nnx.Module):
         self.scale = spec.hidden_size**0.5
 
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.weight[...], ids, axis=0, mode="clip") * np.float32(self.scale)
+        taken = jnp.take(self.weight[...], ids, axis=0, mode="clip")
+        return taken * jnp.asarray(self.scale, taken.dtype)
 
 
 class Gemma3(nnx.Module):
@@ -197,19 +201,19 @@ class Gemma3(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """hidden [..., E] to logits [..., V]."""
         weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
-        logits = jnp.einsum("...e,ve->...v", hidden, weight, precision=HIGHEST)
+        logits = jnp.einsum("...e,ve->...v", hidden, weight, precision=HIGHEST, preferred_element_type=jnp.float32)
         cap = self.spec.final_softcap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
 
-def empty_model_cache(spec: ModelSpec, batch: int, tokens: int) -> ModelCache:
+def empty_model_cache(spec: ModelSpec, batch: int, tokens: int, dtype: np.dtype[Any]) -> ModelCache:
     """An empty cache with room for `tokens` tokens a row, and for no fewer than LEAST_ROOM."""
 
     def of_layer(layer: AttentionSpec) -> Cache:
         heads = (batch, layer.num_key_value_heads, layer.head_dim)
         if layer.sliding_window is not None:
-            return empty_ring(*heads, layer.sliding_window)
-        return empty_cache(*heads, bucket(max(tokens, LEAST_ROOM)))
+            return empty_ring(*heads, layer.sliding_window, dtype)
+        return empty_cache(*heads, bucket(max(tokens, LEAST_ROOM)), dtype)
 
     layers = tuple(of_layer(spec.layer(index)) for index in range(spec.num_hidden_layers))
     return ModelCache(layers, jnp.asarray(np.zeros(batch, np.int32)))

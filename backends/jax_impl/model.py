@@ -11,11 +11,12 @@ import numpy as np
 from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import StaticLayer, check_static
+from lyra.spec.inputs import StaticLayer, check_dtype, check_static
 from lyra.spec.split import HeadSplit
 
 from . import forward
 from .capture import capture
+from .dtype import DTYPES
 from .forward import Graph, split_module
 from .gemma3 import Attached, Gemma3
 from .generate import generate
@@ -49,9 +50,7 @@ class JaxEngine:
         Of a multimodal Gemma-3 the text model is taken. Raises SpecError for another architecture and InputError for
         an unknown dtype or device, and for weights that do not fit.
         """
-        if dtype != "float32":
-            raise InputError(f"dtype is {dtype!r}; the JAX backend's models compute in 'float32'")
-        return cls(load_model(Path(folder), _device(device)))
+        return cls(load_model(Path(folder), DTYPES[check_dtype(dtype)], _device(device)))
 
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """float32 [B,T,V] for ids [B,T]; the logits at padding are finite and mean nothing. Raises InputError."""
@@ -152,7 +151,8 @@ class JaxEngine:
 
     def _prepared(self, split: HeadSplit, mode: StaticSpec, static: StaticLayer | None) -> Attached | None:
         spec = self.spec.attention.replace(split=split, static=mode)
-        placed = None if static is None else place_static(spec, check_static(spec, static, len(static.k)))
+        dtype = split_module(self.module).dtype
+        placed = None if static is None else place_static(spec, check_static(spec, static, len(static.k)), dtype)
         kv = None if placed is None else prepare_static(pad_context(placed), inverse_frequencies(spec))
         rule = live_rule(spec)
         if kv is None and rule is None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
+from .dtype import enter
 from .gemma3 import Gemma3
 
 DECODER = r"(?:model\.language_model|language_model\.model|model)\."
@@ -38,8 +39,8 @@ UNREAD = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*")
 """Parts of a multimodal checkpoint that a text model does not have."""
 
 
-def load_model(folder: Path, device: jax.Device | None = None) -> Gemma3:
-    """The model of a folder with config.json and *.safetensors, float32, on `device` (JAX's default if None).
+def load_model(folder: Path, dtype: np.dtype[Any], device: jax.Device | None = None) -> Gemma3:
+    """The model of a folder with config.json and *.safetensors, in `dtype`, on `device` (JAX's default if None).
 
     Raises SpecError for another architecture, and InputError for tensors that are missing, unknown, given twice or of
     another shape.
@@ -61,7 +62,7 @@ def load_model(folder: Path, device: jax.Device | None = None) -> Gemma3:
         if tensor.shape != leaf.shape:
             raise InputError(f"{folder}: tensor {name!r} has shape {tensor.shape}; the config says {leaf.shape}")
         found[target] = name
-        flat[target] = (path, leaf.replace(jax.device_put(np.asarray(tensor, np.float32), device)))
+        flat[target] = (path, leaf.replace(jax.device_put(enter(tensor, dtype), device)))
     missing = sorted(set(flat) - set(found))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, among them {', '.join(missing[:3])}")

@@ -6,7 +6,7 @@ lies within the last W slots.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +60,6 @@ class RollingCache(NamedTuple):
         return jnp.concatenate([jnp.roll(ring, -self.oldest, axis), tokens], axis)
 
 
-def empty_ring(batch: int, kv_heads: int, head_dim: int, window: int) -> RollingCache:
+def empty_ring(batch: int, kv_heads: int, head_dim: int, window: int, dtype: np.dtype[Any]) -> RollingCache:
     """A ring with nothing in it."""
-    return RollingCache(*empty_keys(batch, kv_heads, head_dim, window), oldest=jnp.asarray(np.int32(0)))
+    return RollingCache(*empty_keys(batch, kv_heads, head_dim, window, dtype), oldest=jnp.asarray(np.int32(0)))

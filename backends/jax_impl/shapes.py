@@ -62,7 +62,7 @@ def pad_context(static: PlacedStatic) -> PlacedStatic:
 
 
 def context_slots(slots: int) -> int:
-    """The slots that a context of a model is padded to: 64, or the next of four steps an octave, a quarter more at most."""
+    """The slots that a context of a model is padded to: a multiple of 64, at most a quarter more beyond 256."""
     step = max(SMALLEST_CONTEXT, 1 << max((slots - 1).bit_length() - 3, 0))
     return max(1, -(-slots // step)) * step
 

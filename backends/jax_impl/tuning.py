@@ -1,0 +1,119 @@
+"""Gradients through a whole model, to its parameters and to the static keys and values of its contexts (clause GRAD).
+
+Pure functions of arrays: `jax.value_and_grad`, `jax.vmap` over contexts and optax apply to them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from lyra.spec.attention import StaticSpec
+from lyra.spec.errors import InputError
+from lyra.spec.inputs import StaticLayer, check_static
+from lyra.spec.model import ModelSpec
+from lyra.spec.split import HeadSplit
+
+from .forward import Graph
+from .gemma3 import Attached, Gemma3, empty_model_cache
+from .heads import SplitArrays, split_arrays
+from .rope import inverse_frequencies
+from .static import PlacedStatic, place_static, rotate_static
+from .tokens import check_tokens
+from .visibility import LiveRule, live_rule
+
+
+class Tunable(NamedTuple):
+    """Static keys, normed and unrotated, and values of one layer, to which gradients flow: [Bc,G,S,D]."""
+
+    k: Array
+    v: Array
+
+
+class Setting(NamedTuple):
+    """What stays as it is while a layer's context is tuned: where its slots sit, which are visible, who reads them."""
+
+    positions: Array
+    mask: Array
+    frequencies: Array | None
+    rule: LiveRule | None
+    split: SplitArrays
+
+
+Context = dict[int, Tunable]
+Settings = dict[int, Setting]
+
+
+def tunable(
+    spec: ModelSpec,
+    static: Mapping[int, StaticLayer],
+    splits: Mapping[int, HeadSplit],
+    mode: StaticSpec | None = None,
+) -> tuple[Context, Settings]:
+    """Static layers as what is tuned and what stays, by layer; each has slots and Lyra heads. Raises InputError."""
+    context, settings = {}, {}
+    for layer, given in static.items():
+        own = spec.attention.replace(split=splits[layer], static=mode or StaticSpec())
+        placed, split = place_static(own, check_static(own, given, len(given.k))), split_arrays(own)
+        if placed is None or split is None:
+            raise InputError(f"tunable: layer {layer} has no static slots or no Lyra heads; there is nothing to tune")
+        context[layer] = Tunable(jnp.asarray(placed.k), jnp.asarray(placed.v))
+        settings[layer] = Setting(
+            jnp.asarray(placed.positions), jnp.asarray(given.mask), inverse_frequencies(own), live_rule(own), split
+        )
+    return context, settings
+
+
+def attached(context: Context, settings: Settings) -> dict[int, Attached]:
+    """Contexts as a model takes them, rotated from stored values; hidden slots are zeros. Clauses STORED, MASKED."""
+    return {layer: _attached(one, settings[layer]) for layer, one in context.items()}
+
+
+def mean_nll(structure: Any, state: Any, ids: Array, mask: Array, context: Context, settings: Settings) -> Array:
+    """Mean negative log-likelihood in nats of the real tokens of ids [B,T] but the first of each row: float32 [].
+
+    mask [B,T] bool, False for padding, which is on the left. `structure` and `state` are those of a Graph.
+    """
+    module: Gemma3 = nnx.merge(structure, state)
+    batch, width = ids.shape
+    dtype = module.norm.weight[...].dtype
+    cache = empty_model_cache(module.spec, batch, width, dtype)
+    made = module(ids, mask, cache, attached(context, settings), first=True)
+    scores = module.logits(made.hidden[:, :-1])
+    chosen = jnp.take_along_axis(scores, ids[:, 1:, None], axis=-1, mode="clip")[:, :, 0]
+    counted = mask[:, :-1]
+    nll = jnp.where(counted, jax.nn.logsumexp(scores, axis=-1) - chosen, 0.0)
+    return nll.sum() / counted.sum()
+
+
+def loss_and_gradient(
+    graph: Graph, ids: np.ndarray, mask: np.ndarray | None, context: Context, settings: Settings
+) -> tuple[Array, Context]:
+    """`mean_nll` and its gradient with respect to the context; compiled once for a shape. Raises InputError."""
+    tokens = check_tokens(ids, mask, graph.spec.vocab_size)
+    made: tuple[Array, Context] = _loss_and_gradient(graph.structure, graph.state, *tokens, context, settings)
+    return made
+
+
+@partial(jax.jit, static_argnames="structure")
+def _loss_and_gradient(
+    structure: Any, state: Any, ids: Array, mask: Array, context: Context, settings: Settings
+) -> tuple[Array, Context]:
+    made: tuple[Array, Context] = jax.value_and_grad(mean_nll, argnums=4)(
+        structure, state, ids, mask, context, settings
+    )
+    return made
+
+
+def _attached(context: Tunable, setting: Setting) -> Attached:
+    shown = setting.mask[:, None, :, None]
+    k, v = (jnp.where(shown, part, 0.0) for part in context)
+    placed = PlacedStatic(k, v, setting.positions, setting.mask)
+    return Attached(rotate_static(placed, setting.frequencies), setting.rule, setting.split)
