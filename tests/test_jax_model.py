@@ -29,7 +29,7 @@ from tiny_gemma import (  # noqa: E402
 from lyra.backends.jax_impl import JaxBackend, forward  # noqa: E402
 from lyra.backends.jax_impl.model import JaxEngine  # noqa: E402
 from lyra.backends.jax_impl.tokens import Tokens, pack_left  # noqa: E402
-from lyra.backends.protocol import ModelBackend  # noqa: E402
+from lyra.backends.protocol import ModelBackend, Sampling  # noqa: E402
 from lyra.spec import AttentionSpec, HeadSplit, InputError, StaticSpec  # noqa: E402
 from lyra.spec.inputs import StaticLayer  # noqa: E402
 
@@ -235,15 +235,16 @@ def test_attaching_nothing_and_detaching_restore_the_model(jax_engine: JaxEngine
 
 
 def test_decoding_compiles_once(jax_engine: JaxEngine, caplog: pytest.LogCaptureFixture) -> None:
-    """200 steps for each of two prompts and two contexts, all four of different lengths, with four rows."""
+    """200 steps for each of two prompts and two contexts, all four of different lengths; greedy ones and drawn ones."""
 
     def compiled_by(tokens: int, split: HeadSplit) -> list[str]:
         caplog.clear()
         context = make_context(jax_engine, tokens, split)
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
             jax_engine.attach(context, dict.fromkeys(GLOBAL, split), StaticSpec(live="self"))
-            for prompt in (9, 40):
-                assert jax_engine.generate(random_ids(4, prompt), max_new_tokens=201).shape == (4, 201)
+            for prompt, sampling in ((9, None), (40, Sampling(top_k=5, top_p=0.9))):
+                made = jax_engine.generate(random_ids(4, prompt), max_new_tokens=201, sampling=sampling, seed=tokens)
+                assert made.shape == (4, 201)
         jax_engine.detach()
         return [line for line in caplog.messages if "Finished XLA compilation" in line]
 
