@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lyra.spec.sequential import SequentialSpec
     from lyra.spec.split import HeadSplit
 
+    from .drop_in import Lyra
     from .errors import CheckpointError, ModelError
     from .load import load
     from .model import Model, Score
@@ -34,6 +35,7 @@ __all__ = [
     "ContextError",
     "HeadSplit",
     "InputError",
+    "Lyra",
     "Model",
     "ModelError",
     "ModelSpec",
@@ -50,6 +52,7 @@ __all__ = [
 
 _HOMES = {
     "lyra.backends.protocol": ("BackendNotFound",),
+    "lyra.drop_in": ("Lyra",),
     "lyra.errors": ("CheckpointError", "ModelError"),
     "lyra.load": ("load",),
     "lyra.model": ("Model", "Score"),

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers import DynamicCache, Gemma3ForCausalLM
+from transformers import DynamicCache, Gemma3TextModel
 
 from lyra.backends.protocol import CapturedLayer
 
 
 def capture(
-    module: Gemma3ForCausalLM,
+    module: Gemma3TextModel,
     ids: torch.Tensor,
     layers: Sequence[int],
     chunk_size: int,
@@ -28,7 +28,7 @@ def capture(
     with _watch(module, found):
         for start in range(0, ids.shape[1], chunk_size):
             chunk = ids[:, start : start + chunk_size]
-            module.model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            module(input_ids=chunk, past_key_values=cache, use_cache=True)
             if on_chunk is not None:
                 on_chunk(start + chunk.shape[1])
     return {
@@ -38,14 +38,12 @@ def capture(
 
 
 @contextmanager
-def _watch(
-    module: Gemma3ForCausalLM, found: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]
-) -> Iterator[None]:
+def _watch(module: Gemma3TextModel, found: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]) -> Iterator[None]:
     """Collect the outputs of k_norm [1,Hkv,T,D] and v_proj [1,T,Hkv·D] while the block runs."""
     handles = []
     try:
         for layer, (keys, values) in found.items():
-            attention = module.model.layers[layer].self_attn
+            attention = module.layers[layer].self_attn
             handles.append(attention.k_norm.register_forward_hook(lambda _m, _i, out, keys=keys: keys.append(out)))
             handles.append(
                 attention.v_proj.register_forward_hook(

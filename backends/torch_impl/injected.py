@@ -151,6 +151,7 @@ class InjectedAttentionBlock(nn.Module):
             k=prepared.k.to(weight),
             v=prepared.v.to(weight),
             visible=None if visible is None else visible.to(weight.device),
+            positions=prepared.positions.to(weight.device),
         )
 
     def _attend(
@@ -227,6 +228,7 @@ class MemoryInjectionBlock(InjectedAttentionBlock):
     static_k: torch.Tensor | None
     static_v: torch.Tensor | None
     static_visible: torch.Tensor | None
+    static_positions: torch.Tensor | None
 
     def __init__(
         self,
@@ -239,8 +241,9 @@ class MemoryInjectionBlock(InjectedAttentionBlock):
     ) -> None:
         super().__init__(layer, spec, trainable=trainable, slot=slot)
         memory = None if external is None else self.prepare(external)
-        for name in ("k", "v", "visible"):
+        for name in ("k", "v", "visible", "positions"):
             self.register_buffer(f"static_{name}", None if memory is None else getattr(memory, name), persistent=False)
+        self.static_group = None if memory is None else memory.group
 
     def forward(
         self,
@@ -257,9 +260,11 @@ class MemoryInjectionBlock(InjectedAttentionBlock):
     @property
     def memory(self) -> PreparedStatic | None:
         """The prepared context, or None."""
-        if self.static_k is None or self.static_v is None:
+        if self.static_k is None or self.static_v is None or self.static_positions is None:
             return None
-        return PreparedStatic(self.static_k, self.static_v, self.static_visible)
+        return PreparedStatic(
+            self.static_k, self.static_v, self.static_visible, self.static_positions, self.static_group
+        )
 
 
 class InjectedDecoderLayer(Gemma3DecoderLayer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
 import numpy as np
@@ -12,19 +12,22 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from transformers import Gemma3TextModel
 
+from lyra.backends.protocol import CapturedLayer
 from lyra.spec.attaching import Split, check_origin, splits_by_layer, static_layers
 from lyra.spec.attention import AttentionSpec, Live, Positions, StaticSpec
-from lyra.spec.context import StaticContext
+from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
+from .capture import capture
 from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
 from .sharding import shard
 from .static import PreparedStatic, prepare_static
 from .tensor_parallel import Share, share_of, whole
+from .tokens import check_tokens
 
 
 class GemmaInjector:
@@ -153,6 +156,34 @@ class GemmaInjector:
                 decoder_layer.self_attn = LyraGemma3Attention.around(decoder_layer.self_attn, spec)
             self.text.layers[layer].self_attn.attend_to(prepared[layer], mode)
 
+    def capture(
+        self,
+        ids: np.ndarray,
+        *,
+        layers: Iterable[int] | None = None,
+        chunk_size: int = 512,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> StaticContext:
+        """The context of a text, ids [1,S], BOS included: all KV heads of `layers`, by default the global ones.
+
+        `on_chunk` is called with the number of tokens done. Raises InputError while a context is enabled:
+        contexts are captured by the unmodified model (clause CAPTURE).
+        """
+        chosen = self._global(layers)
+        tokens = check_tokens(ids, None, self.spec.vocab_size, self.text.device)
+        if len(tokens.ids) != 1 or chunk_size < 1:
+            raise InputError(
+                f"capture: ids has {len(tokens.ids)} rows and chunk_size is {chunk_size}; expected one row, 1 or more"
+            )
+        if self.enabled:
+            raise InputError(
+                "capture: Lyra is in the model, and contexts are captured by the plain one; take it out first"
+            )
+        with torch.inference_mode():
+            found = capture(self.text, tokens.ids, chosen, chunk_size, on_chunk)
+        positions = np.arange(tokens.ids.shape[1])[None]
+        return self._context(found, np.ones(positions.shape, dtype=bool), positions, tokens.ids.cpu().numpy())
+
     def fingerprint(self, layers: Iterable[int]) -> Fingerprint:
         """What a context of some global layers of this model carries, but for the tokenizer (clause FINGERPRINT)."""
         return Fingerprint.of(self.spec, {layer: hash_weights(self.attention_weights(layer)) for layer in layers})
@@ -163,6 +194,22 @@ class GemmaInjector:
         attention = self.text.layers[layer].self_attn
         found = attention.weights if isinstance(attention, LyraGemma3Attention) else attention.get_parameter
         return {name: whole(found(name)).detach().to("cpu", torch.float32, copy=True).numpy() for name in names}
+
+    def _context(
+        self, found: Mapping[int, CapturedLayer], mask: np.ndarray, positions: np.ndarray, tokens: np.ndarray | None
+    ) -> StaticContext:
+        heads = tuple(range(self.spec.num_key_value_heads))
+        layers = {layer: ContextLayer(heads, one.k, one.v) for layer, one in found.items()}
+        return StaticContext(layers, mask, positions, self.fingerprint(layers), tokens)
+
+    def _global(self, layers: Iterable[int] | None) -> list[int]:
+        chosen = sorted(set(self.spec.global_layers if layers is None else layers))
+        wrong = [layer for layer in chosen if layer not in self.spec.global_layers]
+        if wrong:
+            raise InputError(
+                f"layers {wrong} are not global; the global layers are {list(self.spec.global_layers)} (clause SLIDING)"
+            )
+        return chosen
 
     def _specs(
         self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,21 +16,35 @@ TEXT_MODEL = {
 }
 """Where multimodal checkpoints, old and new, keep the parts of the text model."""
 
+NOT_TEXT = [r"vision_tower", r"multi_modal_projector"]
+"""The rest of a multimodal checkpoint, which a text model does not miss."""
+
 
 class _TextOfMultimodal(Gemma3ForCausalLM):
     """The text model, told that the rest of a multimodal checkpoint is not missed."""
 
-    _keys_to_ignore_on_load_unexpected = [r"vision_tower", r"multi_modal_projector"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = NOT_TEXT
+
+
+def text_options(name: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    """What from_pretrained of a text model has to be told of a multimodal checkpoint; nothing for one of text.
+
+    `options` say where it is found, as `revision` does. Raises InputError for a model that is no Gemma-3.
+    """
+    config = AutoConfig.from_pretrained(name, **options)
+    if hasattr(config, "text_config") and config.model_type == "gemma3":
+        return {"config": config.text_config, "key_mapping": TEXT_MODEL}
+    if config.model_type != "gemma3_text":
+        raise InputError(f"{name} holds a model of type {config.model_type!r}; expected 'gemma3_text' or 'gemma3'")
+    return {}
 
 
 def load_module(folder: str, dtype: torch.dtype) -> Gemma3ForCausalLM:
     """The Gemma3ForCausalLM of a folder; of a multimodal model the text part. Raises InputError for missing weights."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    multimodal = hasattr(config, "text_config")
-    loaded: Any = (_TextOfMultimodal if multimodal else Gemma3ForCausalLM).from_pretrained(
+    options = text_options(folder, local_files_only=True)
+    loaded: Any = (_TextOfMultimodal if options else Gemma3ForCausalLM).from_pretrained(
         folder,
-        config=config.text_config if multimodal else config,
-        key_mapping=TEXT_MODEL if multimodal else None,
+        **options,
         dtype=dtype,
         attn_implementation="sdpa",
         local_files_only=True,

@@ -113,7 +113,7 @@ class TorchEngine:
         outside = [layer for layer in layers if not 0 <= layer < self.spec.num_hidden_layers]
         if outside:
             raise InputError(f"capture: there are no layers {outside}; the model has {self.spec.num_hidden_layers}")
-        return capture(self.module, tokens.ids, layers, chunk_size, on_chunk)
+        return capture(self.module.model, tokens.ids, layers, chunk_size, on_chunk)
 
     def attach(self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec) -> None:
         """Give global layers their static K/V and head split; keys are rotated here, once. Replaces what was attached.

@@ -1,0 +1,120 @@
+"""Lyra as a model of its own: a Gemma3ForCausalLM that contexts can be enabled on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+from lyra.spec.attaching import Split
+from lyra.spec.attention import Live, Positions
+from lyra.spec.context import StaticContext
+from lyra.spec.errors import InputError
+from lyra.spec.fingerprint import hash_vocabulary
+
+from .injector import GemmaInjector
+from .loading import NOT_TEXT, text_options
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""The options of from_pretrained that say where files are found; config and tokenizer lie there too."""
+
+
+class LyraForCausalLM(Gemma3ForCausalLM):
+    """A Gemma3ForCausalLM with `enable` and `disable` for static contexts, `capture`, and its tokenizer.
+
+    Without a context it is Gemma3ForCausalLM, bit for bit, and it is saved as one whatever is enabled: plain
+    transformers load what it saves. Of a multimodal checkpoint it takes the text model.
+    """
+
+    _keys_to_ignore_on_load_unexpected = NOT_TEXT
+
+    def __init__(self, config: Gemma3TextConfig) -> None:
+        super().__init__(config)
+        self._hub_options: dict[str, Any] = {}
+        self._tokenizer: Any = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, from a folder or a hub id, with all its options. Raises InputError for no Gemma-3."""
+        where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if "config" not in kwargs and "gguf_file" not in kwargs:
+            kwargs |= text_options(pretrained_model_name_or_path, **where)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._hub_options = where
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As in transformers: a plain Gemma3ForCausalLM, whatever is enabled, with the tokenizer if there is one.
+
+        Contexts are not part of the model; save them by `StaticContext.save`.
+        """
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that lies with the weights, loaded when it is first asked for; None where there is none."""
+        if self._tokenizer is None and self.name_or_path:
+            folder = Path(self.name_or_path)
+            if not folder.is_dir() or (folder / "tokenizer.json").is_file():
+                self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **self._hub_options)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def enable(
+        self,
+        context: StaticContext | str | os.PathLike[str] | None = None,
+        split: Split | None = None,
+        *,
+        live: Live = "causal",
+        positions: Positions = "continue",
+        override: bool = False,
+    ) -> GemmaInjector:
+        """`GemmaInjector.enable` for this model; `with model.enable(context):` disables at the end."""
+        return GemmaInjector(self).enable(context, split, live=live, positions=positions, override=override)
+
+    def disable(self) -> None:
+        """`GemmaInjector.disable` for this model."""
+        GemmaInjector(self).disable()
+
+    def capture(
+        self,
+        text: str | Sequence[int] | np.ndarray,
+        *,
+        layers: Iterable[int] | None = None,
+        kv_heads: Iterable[int] | Mapping[int, Iterable[int]] | None = None,
+        chunk_size: int = 512,
+    ) -> StaticContext:
+        """The static context of a text, or of token ids [S] taken as they are (clause CAPTURE).
+
+        `layers` are global layers, all of them by default; `kv_heads` those to keep, by layer if a mapping. Raises
+        InputError while a context is enabled, and for a text where there is no tokenizer.
+        """
+        tokenizer = self.tokenizer
+        if isinstance(text, str) and tokenizer is None:
+            raise InputError("capture: this model has no tokenizer; set model.tokenizer, or give token ids")
+        ids = tokenizer(text)["input_ids"] if isinstance(text, str) else text
+        context = GemmaInjector(self).capture(np.asarray(ids)[None], layers=layers, chunk_size=chunk_size)
+        if tokenizer is not None:
+            vocabulary = hash_vocabulary(tokenizer.get_vocab())
+            known = replace(context.fingerprint, tokenizer=vocabulary, bos=self.config.bos_token_id)
+            context = replace(context, fingerprint=known)
+        return context if kv_heads is None else context.take(kv_heads)
+
+
+# transformers goes by a class's name to choose the loss, to know what a pipeline serves and to save `architectures`.
+LyraForCausalLM.__name__ = Gemma3ForCausalLM.__name__
