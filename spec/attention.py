@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .base import SpecModel
+from .errors import SpecError
 from .split import HeadSplit
 
 Size = Annotated[int, Field(gt=0)]
@@ -146,3 +147,35 @@ class AttentionSpec(SpecModel):
         absent = {"norm"} if self.qk_norm is None else set()
         absent |= {"rope"} if self.rope is None else set()
         return tuple(name for stage in self.order if stage not in absent for name in TRACES[stage])
+
+
+def grouped(
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    *,
+    head_dim: int | None = None,
+    rope: RopeSpec | None = None,
+    bias: bool = False,
+) -> AttentionSpec:
+    """The spec of a plain layer: MHA where no KV heads are named, head_dim = hidden_size / num_heads, no norms.
+
+    Raises SpecError for sizes that do not divide.
+    """
+    if num_heads < 1 or hidden_size < 1:
+        raise SpecError(f"hidden_size={hidden_size} and num_heads={num_heads}; expected 1 or more of each")
+    if head_dim is None and hidden_size % num_heads:
+        raise SpecError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; give head_dim")
+    size = hidden_size // num_heads if head_dim is None else head_dim
+    if size < 1:
+        raise SpecError(f"head_dim={size}; expected 1 or more")
+    return AttentionSpec(
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads if num_kv_heads is None else num_kv_heads,
+        head_dim=size,
+        scale=size**-0.5,
+        bias=bias,
+        qk_norm=None,
+        rope=rope,
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lyra.spec.attention import AttentionSpec
-from lyra.spec.errors import SpecError
 
 
 @dataclass(frozen=True)
@@ -31,29 +30,6 @@ def projections(spec: AttentionSpec) -> Projections:
         if projection in sizes:
             sizes[projection] += shape[0] * (shape[1] if len(shape) > 1 else 1)
     return Projections(**sizes)
-
-
-def layer(
-    hidden_size: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None
-) -> AttentionSpec:
-    """A layer of sizes given by hand: MHA where no KV heads are named, head_dim = hidden_size / num_heads.
-
-    Raises SpecError for sizes that do not divide.
-    """
-    if num_heads < 1 or hidden_size < 1:
-        raise SpecError(f"hidden_size={hidden_size} and num_heads={num_heads}; expected 1 or more of each")
-    if head_dim is None and hidden_size % num_heads:
-        raise SpecError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; give head_dim")
-    size = head_dim or hidden_size // num_heads
-    return AttentionSpec(
-        hidden_size=hidden_size,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads if num_kv_heads is None else num_kv_heads,
-        head_dim=size,
-        scale=size**-0.5,
-        qk_norm=None,
-        rope=None,
-    )
 
 
 def groupings(num_heads: int) -> tuple[int, ...]:

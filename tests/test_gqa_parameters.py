@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from lyra.cli import application
+from lyra.spec.attention import grouped
 from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec, presets
-from lyra.studies.parameters import groupings, kind, layer, projections, reduction
+from lyra.studies.parameters import groupings, kind, projections, reduction
 
 REFERENCE = {8: 0.0, 4: 1 / 3, 2: 0.5, 1: 7 / 12}
 """KV heads and the share of q+k+v that they save: 8 query heads, width 128."""
@@ -19,26 +20,26 @@ REFERENCE = {8: 0.0, 4: 1 / 3, 2: 0.5, 1: 7 / 12}
 
 @pytest.mark.parametrize(("kv_heads", "saved"), REFERENCE.items())
 def test_parameter_reduction(kv_heads: int, saved: float) -> None:
-    assert reduction(layer(128, 8, kv_heads)) == pytest.approx(saved)
+    assert reduction(grouped(128, 8, kv_heads)) == pytest.approx(saved)
 
 
 def test_a_query_projection_of_width_128_has_16384_parameters() -> None:
-    counts = projections(layer(128, 8, 2))
+    counts = projections(grouped(128, 8, 2))
     assert (counts.q, counts.k, counts.v, counts.o) == (16_384, 4_096, 4_096, 16_384)
     assert counts.qkv == 24_576
 
 
 def test_mha_is_the_default() -> None:
-    assert layer(128, 8).num_key_value_heads == 8
-    assert layer(128, 8).head_dim == 16
-    assert layer(128, 8, head_dim=32).head_dim == 32
+    assert grouped(128, 8).num_key_value_heads == 8
+    assert grouped(128, 8).head_dim == 16
+    assert grouped(128, 8, head_dim=32).head_dim == 32
 
 
 def test_invalid_grouping() -> None:
     with pytest.raises(SpecError, match=r"num_attention_heads=8 is not a multiple of num_key_value_heads=3"):
-        layer(128, 8, 3)
+        grouped(128, 8, 3)
     with pytest.raises(SpecError, match=r"hidden_size=130 is not a multiple of num_heads=8; give head_dim"):
-        layer(130, 8)
+        grouped(130, 8)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_invalid_grouping() -> None:
 )
 def test_invalid_head_counts(hidden_size: int, heads: int, kv_heads: int | None) -> None:
     with pytest.raises(SpecError):
-        layer(hidden_size, heads, kv_heads)
+        grouped(hidden_size, heads, kv_heads)
 
 
 def test_grouping() -> None:

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lyra.spec.attention import AttentionSpec
+from lyra.spec.attention import AttentionSpec, grouped
 from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 from lyra.studies.cache import LENGTHS, calculate_kv_cache_size, context_size, full_cache_size, live_cache_size
 from lyra.studies.figures import cache_figure, parameter_figure, save
-from lyra.studies.parameters import groupings, kind, layer, projections, reduction
+from lyra.studies.parameters import groupings, kind, projections, reduction
 
 from .options import JsonPath
 from .output import show, size
@@ -134,7 +134,7 @@ def _chosen_layer(
         return (spec.name, spec.attention) if isinstance(spec, ModelSpec) else (Path(model).stem, spec)
     if heads is None or width is None:
         raise SpecError("name a model, or give --heads and --width")
-    return f"{heads} query heads", layer(width, heads, head_dim=head_dim)
+    return f"{heads} query heads", grouped(width, heads, head_dim=head_dim)
 
 
 def _model(source: str) -> ModelSpec:
