@@ -207,6 +207,20 @@ class Problem:
         """A copy with another split; the static layer must suit it, or be replaced too."""
         return self.respec(split=split)
 
+    def same_as(self, other: Problem) -> bool:
+        """Whether two problems ask the same of a layer, however their tokens are cut into calls."""
+        if (self.dtype, self.block) != (other.dtype, other.block) or self.spec != other.spec:
+            return False
+        if (self.static is None, self.own is None) != (other.static is None, other.own is None):
+            return False
+        ours, theirs = self._arrays(), other._arrays()
+        same = ours.keys() == theirs.keys() and all(_same(ours[name], theirs[name]) for name in ours)
+        return same and (self.own is None or other.own is None or self.own.same_as(other.own))
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        static = {} if self.static is None else {f"static {name}": a for name, a in self.static._asdict().items()}
+        return {"x": self.x, "positions": self.positions, "mask": self.mask, **static, **self.weights}
+
     def part(self, tokens: slice, calls: tuple[int, ...]) -> Problem:
         """Some of the live tokens, cut into `calls`."""
         return self.replace(
@@ -234,6 +248,11 @@ class Problem:
     def real(self) -> np.ndarray:
         """[B,T] bool: where the output is specified (MASKED-4)."""
         return self.mask
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays hold the same bits: NaN equals itself, and the zeros of either sign differ."""
+    return one is other or (one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes())
 
 
 def make_problem(case: Case) -> Problem:

@@ -11,9 +11,10 @@ from hypothesis.errors import HypothesisException
 from lyra.backends.protocol import Backend, ModelBackend
 from lyra.spec.uncertain import Uncertain
 
+from .asked import Inputs
 from .case import Case, Problem
 from .record import Failure, Property, Record
-from .subject import BackendError, Divergence, Outcome, Subject, expected, label
+from .subject import BackendError, Divergence, Subject, expected, label
 from .tolerance import K_PAIR, distance
 
 
@@ -33,51 +34,51 @@ class Judge:
                 self.subjects.append(Subject(backend, record))
 
     def each(self, case: Case | str, check: Callable[[Subject], None]) -> None:
-        """Run a check on every backend. Counts one compared case; raises the first failure, the others as notes.
+        """Run a check on every backend; raise the first failure, the others as notes.
 
-        Whatever else a check raises on a backend's answer (a missing method, an array that cannot be indexed) counts
-        as that backend's error: it never passes, and never ends the run for the others.
+        Beside what the check expects, all that it asks is held to the oracle, and the backends' answers to each other
+        (TOLERANCE-1). Counts a compared case for every input that all backends were asked, one where a check compares
+        something else. Whatever else a check raises on a backend's answer (a missing method, an array that cannot be
+        indexed) counts as that backend's error.
         """
-        self.record.cases += 1
-        caught: list[Divergence | BackendError] = []
-        for subject in self.subjects:
-            tally = self.property.tally(subject.name)
-            tally.cases += 1
-            tally.mark("passed")
-            try:
-                check(subject)
-            except (Divergence, BackendError) as error:
-                self._keep(case, subject, error)
-                caught.append(error)
-            except HypothesisException:
-                raise
-            except Exception as error:
-                wrapped = BackendError(subject.name, error)
-                wrapped.__cause__ = error
-                self._keep(case, subject, wrapped)
-                caught.append(wrapped)
+        inputs = Inputs()
+        caught = [error for subject in self.subjects if (error := self._caught(case, subject, check, inputs))]
+        compared = inputs.compared([subject.name for subject in self.subjects])
+        self.record.cases += max(1, len(compared))
         if caught:
             for other in caught[1:]:
                 caught[0].add_note(f"{other.backend}: {other}")
             raise caught[0]
+        for one in compared:
+            self.agree_on(case, one.problem, "output", one.outputs, expected(one.problem)["output"], one.problem.real)
+
+    def _caught(
+        self, case: Case | str, subject: Subject, check: Callable[[Subject], None], inputs: Inputs
+    ) -> Divergence | BackendError | None:
+        """Run a check on one backend: its failure, if it fails, which is kept."""
+        subject.begin(inputs)
+        tally = self.property.tally(subject.name)
+        tally.mark("passed")
+        found: Divergence | BackendError | None = None
+        try:
+            check(subject)
+            subject.hold_answers()
+        except (Divergence, BackendError) as error:
+            found = error
+        except HypothesisException:
+            raise
+        except Exception as error:
+            found = BackendError(subject.name, error)
+            found.__cause__ = error
+        tally.cases += max(1, len(inputs.compared([subject.name])))
+        if found is not None:
+            self._keep(case, subject, found)
+        return found
 
     def oracle(self, case: Case) -> None:
         """Every backend, run as the case says, agrees with the oracle and with every other backend (TOLERANCE-1)."""
         problem = case.problem()
-        outcomes: dict[str, Outcome] = {}
-
-        def check(subject: Subject) -> None:
-            outcome = subject.run(problem)
-            subject.expect_oracle(problem, outcome)
-            outcomes[subject.name] = outcome
-
-        self.each(case, check)
-        self.agree(case, problem, outcomes)
-
-    def agree(self, case: Case | str, problem: Problem, outcomes: dict[str, Outcome]) -> None:
-        """Any two of the outcomes differ by at most K·√2·σ. The one farther from the oracle is blamed."""
-        outputs = {name: outcome.output for name, outcome in outcomes.items()}
-        self.agree_on(case, problem, "output", outputs, expected(problem)["output"], problem.real)
+        self.each(case, lambda subject: subject.expect_oracle(problem, subject.run(problem)))
 
     def agree_on(
         self,
@@ -88,7 +89,10 @@ class Judge:
         wanted: Uncertain,
         where: np.ndarray | None = None,
     ) -> None:
-        """The same for any value, by backend; `where` [B,T] shows the rows to compare."""
+        """Any two backends' values of something differ by at most K·√2·σ at the rows that `where` [B,T] shows.
+
+        The one farther from the oracle is blamed. Raises Divergence.
+        """
         for one, other in combinations(values, 2):
             far = distance(values[one], Uncertain(values[other].astype(float), wanted.variance), where)
             self.record.saw(f"{one} ↔ {other}", label(problem, what), far.ratio)

@@ -12,6 +12,7 @@ from lyra.backends.protocol import Attention, Backend, Bfloat16Backend, Engine, 
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
 
+from .asked import Input, Inputs
 from .blocks import expected_of_block, make_block, stage_of_block
 from .case import Problem
 from .record import NARROW, Record
@@ -99,12 +100,19 @@ def alone_distance(problem: Problem, got: np.ndarray, wanted: Uncertain) -> Dist
 
 
 class Subject:
-    """One backend, within one property."""
+    """One backend, within one property. `inputs` are those of the check that runs, of all backends in it."""
 
     def __init__(self, backend: Backend, record: Record) -> None:
         self.backend = backend
         self.name = backend.name
         self.record = record
+        self.begin(Inputs())
+
+    def begin(self, inputs: Inputs) -> None:
+        """A check begins: forget what this backend was asked in the one before."""
+        self.inputs = inputs
+        self._answers: list[tuple[Input, Problem, Outcome]] = []
+        self._held: set[tuple[int, int]] = set()
 
     def can(self, capability: str) -> bool:
         """Whether the backend claims a capability."""
@@ -129,11 +137,12 @@ class Subject:
         layer: Attention | None = None,
     ) -> Outcome:
         """All live tokens of a problem, cut into calls (the problem's own unless given), by a layer of its own unless
-        one is given. Raises BackendError.
+        one is given. What begins without a cache is an input that `hold_answers` compares. Raises BackendError.
         """
         calls = calls if calls is not None else problem.calls
         if not self.can("cache"):
             calls = (sum(calls),)
+        whole = self.inputs.note(problem, calls) if cache is None else None
         layer = layer if layer is not None else self.layer(problem)
         owner = None if problem.own is None else self.layer(problem.own)
         outputs: list[np.ndarray] = []
@@ -158,7 +167,21 @@ class Subject:
                     self.name, f"output has shape {outputs[-1].shape}, expected {problem.x[:, part].shape}", problem
                 )
         joined = {name: np.concatenate([stages[name] for stages in traces], axis=1) for name in traces[0]}
-        return Outcome(np.concatenate(outputs, axis=1), joined, cache)
+        outcome = Outcome(np.concatenate(outputs, axis=1), joined, cache)
+        if whole is not None:
+            self._answers.append((whole, problem, outcome))
+        return outcome
+
+    def hold_answers(self) -> None:
+        """Whatever was asked in this check, from the first token on, is held to the oracle too, unless it has been.
+
+        Raises Divergence.
+        """
+        for whole, problem, outcome in self._answers:
+            if (id(problem), id(outcome.output)) not in self._held:
+                self.expect_oracle(problem, outcome)
+            whole.outputs.setdefault(self.name, outcome.output)
+            whole.held.add(self.name)
 
     def expect_oracle(self, problem: Problem, outcome: Outcome, stage: str = "output") -> None:
         """The outcome is within K·σ of the oracle at every real token (TOLERANCE-1). Raises Divergence."""
@@ -212,6 +235,8 @@ class Subject:
         if got.shape != wanted.value.shape:
             raise Divergence(self.name, f"{stage} has shape {got.shape}, expected {wanted.value.shape}", problem)
         far = distance(got, wanted, problem.real)
+        if stage == "output" and against == "the oracle":
+            self._held.add((id(problem), id(got)))
         if limit:
             self.record.saw(self.name, label(problem, stage if against == "the oracle" else against), far.ratio)
         if far.ratio > limit:

@@ -1,0 +1,44 @@
+"""What the backends were asked within one check, so that every input is held to the oracle and counted once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .case import Problem
+
+
+@dataclass
+class Input:
+    """One input, cut into `calls`, and what each backend answered: all live tokens, the first time it was asked.
+
+    `held` names the backends whose answers were compared with the oracle's.
+    """
+
+    problem: Problem
+    calls: tuple[int, ...]
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+
+
+class Inputs:
+    """The inputs of one check. Two are the same where arrays, spec and the cut into calls are."""
+
+    def __init__(self) -> None:
+        self._inputs: list[Input] = []
+
+    def note(self, problem: Problem, calls: tuple[int, ...]) -> Input:
+        """The input that a backend is asked; what is remembered of the same arrays, the oracle's values, is shared."""
+        found = None
+        for one in self._inputs:
+            if problem.same_as(one.problem):
+                problem.memo.update(one.problem.memo)
+                found = found or (one if one.calls == calls else None)
+        if found is None:
+            self._inputs.append(found := Input(problem, calls))
+        return found
+
+    def compared(self, backends: list[str]) -> list[Input]:
+        """Those that all of these backends were asked and held to the oracle for."""
+        return [one for one in self._inputs if one.held.issuperset(backends)]
