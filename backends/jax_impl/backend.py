@@ -26,7 +26,7 @@ from lyra.spec.sequential import SequentialSpec
 
 from . import cache as live
 from .cache import LiveCache
-from .dtype import DTYPES, enter, leave
+from .dtype import DTYPES, enter, leave, to_device
 from .gradients import complete, layer_gradients
 from .layer import Cache, Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
 from .shapes import general, make_room, pad_slots, pad_tokens
@@ -64,8 +64,10 @@ class JaxAttention:
         self._stored = DTYPES[self.dtype]
         self._shape = shape_of(spec)
         entered = {name: enter(value, self._stored) for name, value in check_weights(spec, weights).items()}
-        self._weights: dict[str, Array] = jax.device_put(entered)
-        self._constants: Constants = jax.device_put(general(constants_of(spec), spec.num_attention_heads))
+        make_room(to_device)
+        self._weights: dict[str, Array]
+        self._constants: Constants
+        self._weights, self._constants = to_device((entered, general(constants_of(spec), spec.num_attention_heads)))
         self._trace_names = spec.trace_names()
 
     def __call__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -11,6 +12,19 @@ from jax import Array, lax
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 BFLOAT16_EXPONENT, BFLOAT16_MANTISSA = 8, 7
 """Bits of a bfloat16."""
+
+
+def constant(value: Any, dtype: Any = np.float32) -> Any:
+    """A number or array of a spec, for a compiled call to take to the device: with jnp it would be a call by itself."""
+    return np.asarray(value, dtype)
+
+
+@jax.jit
+def to_device(arrays: Any) -> Any:
+    """Copies of many arrays on the device, in one call for all: device_put takes each by itself, and may share memory
+    with the caller's.
+    """
+    return arrays
 
 
 def enter(array: np.ndarray | Array, dtype: np.dtype[Any]) -> np.ndarray:

@@ -10,6 +10,7 @@ from jax import Array
 
 from lyra.spec.attention import AttentionSpec
 
+from .dtype import constant
 from .partial import Partial
 
 
@@ -35,7 +36,7 @@ def split_arrays(spec: AttentionSpec) -> SplitArrays | None:
     readers = np.array(spec.lyra_kv_heads, dtype=np.int32)
     slots = np.zeros(spec.num_key_value_heads, dtype=np.int32)
     slots[readers] = np.arange(len(readers))
-    return SplitArrays(jnp.asarray(lyra), jnp.asarray(readers), jnp.asarray(slots))
+    return SplitArrays(*(constant(part, part.dtype) for part in (lyra, readers, slots)))
 
 
 def fold(heads: Array, kv_heads: int) -> Array:

@@ -19,7 +19,7 @@ from jax import Array
 from lyra.spec.attention import TRACES, AttentionSpec
 
 from .cache import LiveCache, LiveKeys, live_keys
-from .dtype import store
+from .dtype import constant, store
 from .heads import SplitArrays, fold, fold_visible, split_arrays, unfold
 from .norm import rms_norm
 from .partial import HIGHEST, finish, merge, partial_attention
@@ -97,11 +97,11 @@ def shape_of(spec: AttentionSpec) -> Shape:
 def constants_of(spec: AttentionSpec) -> Constants:
     """The part of a spec that travels as arrays."""
     return Constants(
-        scale=jnp.asarray(np.float32(spec.scale)),
-        eps=None if spec.qk_norm is None else jnp.asarray(np.float32(spec.qk_norm.eps)),
+        scale=constant(spec.scale),
+        eps=None if spec.qk_norm is None else constant(spec.qk_norm.eps),
         frequencies=inverse_frequencies(spec),
-        softcap=None if spec.softcap is None else jnp.asarray(np.float32(spec.softcap)),
-        window=None if spec.sliding_window is None else jnp.asarray(np.int32(min(spec.sliding_window, WIDEST))),
+        softcap=None if spec.softcap is None else constant(spec.softcap),
+        window=None if spec.sliding_window is None else constant(min(spec.sliding_window, WIDEST), np.int32),
         rule=live_rule(spec),
         split=split_arrays(spec),
     )

@@ -8,7 +8,7 @@ from jax import Array
 
 from lyra.spec.attention import AttentionSpec
 
-from .dtype import store
+from .dtype import constant, store
 
 
 def inverse_frequencies(spec: AttentionSpec) -> Array | None:
@@ -16,7 +16,7 @@ def inverse_frequencies(spec: AttentionSpec) -> Array | None:
     if spec.rope is None:
         return None
     exponents = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
-    return jnp.asarray((spec.rope.theta**-exponents / spec.rope.factor).astype(np.float32))
+    return constant(spec.rope.theta**-exponents / spec.rope.factor)
 
 
 def cos_sin(positions: Array, frequencies: Array) -> tuple[Array, Array]:

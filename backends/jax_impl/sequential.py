@@ -18,6 +18,7 @@ from lyra.spec.sequential import SequentialSpec
 from . import cache as live
 from .backend import JaxAttention
 from .cache import LiveCache
+from .dtype import constant, to_device
 from .layer import (
     Cache,
     Call,
@@ -54,10 +55,12 @@ class JaxSequential:
         """Raises InputError where the weights are not those of the spec."""
         self.spec = spec
         checked = check_weights(spec, weights)
-        self._weights: dict[str, Array] = jax.device_put(checked)
         self._attention = JaxAttention(spec.attention, {name: checked[name] for name in spec.attention.weight_shapes()})
         self._shape = shape_of(spec.attention)
-        self._constants: BlockConstants = jax.device_put(block_constants(spec))
+        make_room(to_device)
+        self._weights: dict[str, Array]
+        self._constants: BlockConstants
+        self._weights, self._constants = to_device((checked, block_constants(spec)))
         self.reorder = self._attention.reorder
         self.crop = self._attention.crop
 
@@ -105,9 +108,9 @@ def block_constants(spec: SequentialSpec) -> BlockConstants:
     """The part of a block's spec that travels as arrays."""
     return BlockConstants(
         attention=general(constants_of(spec.attention), spec.attention.num_attention_heads),
-        norm_eps=jnp.asarray(np.float32(spec.norm_eps)),
-        gate=jnp.asarray(np.float32(spec.gate)),
-        residual=jnp.asarray(spec.residual),
+        norm_eps=constant(spec.norm_eps),
+        gate=constant(spec.gate),
+        residual=constant(spec.residual, bool),
     )
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lyra.spec.inputs import CallInputs
 
+from .dtype import constant
 from .layer import WIDEST, Constants
 from .static import PlacedStatic
 from .visibility import LiveRule
@@ -39,15 +39,21 @@ def round_up(count: int, smallest: int) -> int:
     return count if count <= 1 else max(smallest, 1 << (count - 1).bit_length())
 
 
+def widen(array: np.ndarray, axis: int, length: int) -> np.ndarray:
+    """The array with zeros behind it along an axis, up to a length; itself where it has it."""
+    before, count = array.shape[:axis], array.shape[axis]
+    if count == length:
+        return array
+    wide = np.zeros((*before, length, *array.shape[axis + 1 :]), array.dtype)
+    wide[(*(slice(None) for _ in before), slice(count))] = array
+    return wide
+
+
 def pad_tokens(inputs: CallInputs) -> CallInputs:
     """The call with its tokens padded, behind the real ones, to a common number."""
-    tokens = inputs.mask.shape[1]
-    extra = ((0, 0), (0, round_up(tokens, SMALLEST_TOKENS) - tokens))
-    return inputs._replace(
-        x=np.pad(inputs.x, (*extra, (0, 0))),
-        positions=np.pad(inputs.positions, extra),
-        mask=np.pad(inputs.mask, extra),
-    )
+    padded = round_up(inputs.mask.shape[1], SMALLEST_TOKENS)
+    x, positions, mask = (widen(part, 1, padded) for part in inputs[:3])
+    return inputs._replace(x=x, positions=positions, mask=mask)
 
 
 def pad_slots(static: PlacedStatic) -> PlacedStatic:
@@ -70,20 +76,13 @@ def context_slots(slots: int) -> int:
 def _with_slots(static: PlacedStatic, slots: int) -> PlacedStatic:
     k, v, positions = (np.asarray(part) for part in static[:3])
     mask = np.ones(positions.shape, dtype=bool) if static.mask is None else np.asarray(static.mask)
-    extra = (0, slots - mask.shape[1])
-    rows, heads = (0, 0), (0, 0)
-    return PlacedStatic(
-        k=np.pad(k, (rows, heads, extra, (0, 0))),
-        v=np.pad(v, (rows, heads, extra, (0, 0))),
-        positions=np.pad(positions, (rows, extra)),
-        mask=np.pad(mask, (rows, extra)),
-    )
+    return PlacedStatic(widen(k, 2, slots), widen(v, 2, slots), widen(positions, 1, slots), widen(mask, 1, slots))
 
 
 def general(constants: Constants, query_heads: int) -> Constants:
     """The same numbers with a live rule and a window in any case; those that were absent hide nothing."""
-    every = jnp.ones(query_heads, dtype=bool)
+    every = constant(np.ones(query_heads), bool)
     return constants._replace(
-        window=jnp.asarray(np.int32(WIDEST)) if constants.window is None else constants.window,
+        window=constant(WIDEST, np.int32) if constants.window is None else constants.window,
         rule=LiveRule(earlier=every, own=every) if constants.rule is None else constants.rule,
     )

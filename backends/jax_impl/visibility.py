@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from lyra.spec.attention import AttentionSpec
+
+from .dtype import constant
 
 
 class LiveRule(NamedTuple):
@@ -29,7 +30,7 @@ def live_rule(spec: AttentionSpec) -> LiveRule | None:
     vanilla = np.ones(spec.num_attention_heads, dtype=bool)
     vanilla[list(spec.lyra_q_heads)] = False
     own = np.ones_like(vanilla) if spec.static.live == "self" else vanilla
-    return LiveRule(earlier=jnp.asarray(vanilla), own=jnp.asarray(own))
+    return LiveRule(earlier=constant(vanilla, bool), own=constant(own, bool))
 
 
 def visible_keys(
