@@ -42,14 +42,16 @@ class Judge:
         indexed) counts as that backend's error.
         """
         inputs = Inputs()
-        caught = [error for subject in self.subjects if (error := self._caught(case, subject, check, inputs))]
-        compared = inputs.compared([subject.name for subject in self.subjects])
-        self.record.cases += max(1, len(compared))
+        names = [subject.name for subject in self.subjects]
+        try:
+            caught = [error for subject in self.subjects if (error := self._caught(case, subject, check, inputs))]
+        finally:
+            self.record.cases += max(1, len(inputs.compared(names)))
         if caught:
             for other in caught[1:]:
                 caught[0].add_note(f"{other.backend}: {other}")
             raise caught[0]
-        for one in compared:
+        for one in inputs.compared(names):
             self.agree_on(case, one.problem, "output", one.outputs, expected(one.problem)["output"], one.problem.real)
 
     def _caught(

@@ -354,7 +354,18 @@ def test_usage_errors(tmp_path: Path) -> None:
 
 def test_the_json_holds_what_the_table_shows(tmp_path: Path) -> None:
     path, page, junit = (tmp_path / f"report.{kind}" for kind in ("json", "html", "xml"))
-    arguments = ("--only", "order or capture", "--seed", 3, "--json", path, "--report", page, "--junit", junit)
+    arguments = (
+        "--only",
+        "order or capture or without_a_context",
+        "--seed",
+        3,
+        "--json",
+        path,
+        "--report",
+        page,
+        "--junit",
+        junit,
+    )
     shown = conform(*arguments, "--backend", f"{MINE}:SlightlyOff", "--backend", f"{MINE}:NoCapabilities").stdout
     data = json.loads(path.read_text())
     assert not data["ok"]
