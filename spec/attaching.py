@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from .attention import StaticSpec
 from .context import StaticContext
-from .errors import ContextError
+from .errors import ContextError, SpecError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
 from .model import ModelSpec
+from .sequential import SequentialSpec
 from .split import HeadSplit
 
 Split = HeadSplit | Mapping[int, HeadSplit]
 """One split for all layers, or one for each."""
+
+Gate = float | Mapping[int, float]
+"""One gate for the blocks of all layers, or one for each."""
 
 
 def splits_by_layer(spec: ModelSpec, context: StaticContext, split: Split | None) -> dict[int, HeadSplit]:
@@ -31,6 +36,51 @@ def splits_by_layer(spec: ModelSpec, context: StaticContext, split: Split | None
 def static_layers(context: StaticContext, splits: Mapping[int, HeadSplit]) -> dict[int, StaticLayer]:
     """What the layers with Lyra heads get of a context. Raises ContextError where it lacks a layer or a head."""
     return {layer: context.static_layer(layer, one.lyra_kv_heads) for layer, one in splits.items() if one.lyra_q_heads}
+
+
+def blocks_by_layer(
+    spec: ModelSpec,
+    kv_heads: Mapping[int, tuple[int, ...]],
+    split: Split | None,
+    static: StaticSpec,
+    gate: Gate,
+    residual: bool,
+) -> dict[int, SequentialSpec]:
+    """The injected block of every layer of a context, whose KV heads by layer are `kv_heads` (clause SEQUENTIAL).
+
+    `split` says which heads of a block read the context; None means those that read what it holds. A layer whose split
+    names none gets no block. Raises SpecError for a split that does not fit, and for gates of other layers.
+    """
+    if split is None:
+        split = {layer: HeadSplit.from_kv_heads(spec, heads) for layer, heads in kv_heads.items()}
+    elif isinstance(split, HeadSplit):
+        split = dict.fromkeys(kv_heads, split)
+    splits = {item.layer: item.split for item in spec.with_split(split).splits if item.split.lyra_q_heads}
+    gates = gates_by_layer(gate, splits)
+    return {
+        layer: SequentialSpec(
+            attention=spec.attention.replace(split=one, static=static),
+            residual=residual,
+            gate=gates[layer],
+            norm_eps=spec.rms_norm_eps,
+        )
+        for layer, one in splits.items()
+    }
+
+
+def block_contexts(context: StaticContext, blocks: Mapping[int, SequentialSpec]) -> dict[int, StaticLayer]:
+    """What each block gets of a context. Raises ContextError where it lacks a layer or a head."""
+    return {layer: context.static_layer(layer, block.attention.lyra_kv_heads) for layer, block in blocks.items()}
+
+
+def gates_by_layer(gate: Gate, layers: Iterable[int]) -> dict[int, float]:
+    """The gate of each layer's block. Raises SpecError where `gate` names other layers than these."""
+    layers = list(layers)
+    if not isinstance(gate, Mapping):
+        return dict.fromkeys(layers, float(gate))
+    if set(gate) != set(layers):
+        raise SpecError(f"gate names layers {sorted(gate)}; the layers with a block are {sorted(layers)}")
+    return {layer: float(gate[layer]) for layer in layers}
 
 
 def check_origin(context: StaticContext, own: Fingerprint) -> None:

@@ -22,7 +22,7 @@ from lyra.spec.sequential import SequentialSpec
 
 from . import visibility
 from .block_cache import WatchedCache, keep_live
-from .gemma3 import live_keys
+from .gemma3 import LyraGemma3Attention, live_keys
 from .heads import LyraHeads, fold, lyra_heads, unfold
 from .layer import add_static
 from .norm import rms_norm
@@ -56,7 +56,9 @@ class Parts(NamedTuple):
 
 def parts_of(layer: Gemma3DecoderLayer) -> Parts:
     """The submodules of a decoder layer that a block takes its first weights from. Clause SEQUENTIAL-7."""
-    own = layer.self_attn
+    own: Any = layer.self_attn
+    if isinstance(own, LyraGemma3Attention):
+        own = own.to_original()  # whose key and value projections are in one piece
     return Parts(
         layer.input_layernorm, own.q_proj, own.k_proj, own.v_proj, own.q_norm, own.k_norm, own.o_proj,
         layer.post_attention_layernorm,
@@ -86,10 +88,11 @@ class InjectedAttentionBlock(nn.Module):
         self.slot = slot
         attention = spec.attention
         weight = layer.self_attn.o_proj.weight
-        self._lender: tuple[Gemma3DecoderLayer, ...] = () if trainable else (layer,)
+        parts = parts_of(layer)
+        self._lent = None if trainable else parts  # a tuple, so that they are no submodules of the block
         gate = torch.tensor(float(spec.gate), device=weight.device)
         if trainable:
-            for name, part in parts_of(layer)._asdict().items():
+            for name, part in parts._asdict().items():
                 if name != "output_norm" or spec.output_norm:
                     self.add_module(name, copy.deepcopy(part))
             self.gate = nn.Parameter(gate)
@@ -124,9 +127,9 @@ class InjectedAttentionBlock(nn.Module):
 
     @property
     def parts(self) -> Parts:
-        """The submodules that it computes with: its own, or at this moment those of its layer."""
-        if self._lender:
-            return parts_of(self._lender[0])
+        """The submodules that it computes with: its own, or those of its layer."""
+        if self._lent is not None:
+            return self._lent
         own: dict[str, Any] = {name: getattr(self, name, None) for name in Parts._fields}
         return Parts(**own)
 

@@ -1,4 +1,4 @@
-"""Injecting: the attention of a loaded Gemma-3's global layers is swapped for Lyra's and swapped back."""
+"""Injecting: a loaded Gemma-3's attention is swapped for Lyra's, or gets blocks behind it, and is given back."""
 
 from __future__ import annotations
 
@@ -11,19 +11,32 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from transformers import Gemma3TextModel
+from transformers.cache_utils import Cache
 
 from lyra.backends.protocol import CapturedLayer
-from lyra.spec.attaching import Split, check_origin, splits_by_layer, static_layers
+from lyra.spec.attaching import (
+    Gate,
+    Split,
+    block_contexts,
+    blocks_by_layer,
+    check_origin,
+    gates_by_layer,
+    splits_by_layer,
+    static_layers,
+)
 from lyra.spec.attention import AttentionSpec, Live, Positions, StaticSpec
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
+from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from .capture import capture
+from .external import from_cache
 from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
+from .injected import MemoryInjectionBlock, inject, withdraw
 from .sharding import shard
 from .static import PreparedStatic, prepare_static
 from .tensor_parallel import Share, share_of, whole
@@ -32,6 +45,9 @@ from .tokens import check_tokens
 
 class GemmaInjector:
     """Gives the global layers of a Gemma-3 a head split and a static context, and takes them away again.
+
+    `enable` and `disable` do it in parallel, within the layers' own attention; `attach` and `detach` in sequence, with
+    a block behind it (clause SEQUENTIAL).
 
     `model` is any PyTorch module with one Gemma3TextModel in it: Gemma3ForCausalLM, Gemma3ForConditionalGeneration,
     Gemma3Model, Gemma3TextModel itself, a wrapper of one of them. All that there is to know stands in the model, so
@@ -61,6 +77,7 @@ class GemmaInjector:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.detach()
         self.disable()
 
     @property
@@ -156,6 +173,65 @@ class GemmaInjector:
                 decoder_layer.self_attn = LyraGemma3Attention.around(decoder_layer.self_attn, spec)
             self.text.layers[layer].self_attn.attend_to(prepared[layer], mode)
 
+    @property
+    def attached(self) -> dict[int, MemoryInjectionBlock]:
+        """The layers that have an injected block now."""
+        found = ((number, getattr(layer, "injected", None)) for number, layer in enumerate(self.text.layers))
+        return {number: block for number, block in found if isinstance(block, MemoryInjectionBlock)}
+
+    def attach(
+        self,
+        external_kv_cache: StaticContext | str | os.PathLike[str] | Cache | None = None,
+        *,
+        gate: Gate = 0.0,
+        residual: bool = True,
+        layers: Iterable[int] | None = None,
+        split: Split | None = None,
+        live: Live = "none",
+        positions: Positions = "continue",
+        trainable: bool = False,
+        override: bool = False,
+    ) -> Self:
+        """Put a block behind the self-attention of layers; what was attached before is replaced. Clause SEQUENTIAL.
+
+        `external_kv_cache` is what the blocks read: a StaticContext or its file, or a transformers Cache of this model
+        without padding (else make a context of it with `context_of`). With None they read the model's own cache, in
+        any layers; by default `layers` are those of the context, or the global ones. `gate` is one number or one for
+        each layer; at 0, the start, the model is Hugging Face's bit for bit. `split` names the heads of a block that
+        read the context, by default all that find their KV head in it; `live` is what they see of live tokens, whose
+        keys and values are then the block's own. `trainable` copies the layer's weights into parameters of the
+        block, the gate being another one.
+
+        Raises ContextError for a context of another model, unless `override`, and for one without the layers or heads
+        asked for; SpecError for a split or gates that do not fit; InputError for a cache that is not whole. A refusal
+        changes nothing.
+        """
+        if external_kv_cache is None:
+            chosen = sorted(self.spec.global_layers if layers is None else set(layers))
+            gates, eps = gates_by_layer(gate, chosen), self.spec.rms_norm_eps
+            blocks = {
+                layer: SequentialSpec.for_layer(
+                    self.spec.layer(layer), source="own", residual=residual, gate=gates[layer], norm_eps=eps
+                )
+                for layer in chosen
+            }
+            self.place_blocks({}, blocks, trainable=trainable)
+            return self
+        context = external_kv_cache
+        if isinstance(context, Cache):
+            context = self.context_of(context, layers=layers)
+        elif not isinstance(context, StaticContext):
+            context = StaticContext.load(context)
+        if not override:
+            check_origin(context, self.fingerprint(set(context.layers) & set(self.spec.global_layers)))
+        if layers is not None:
+            context = context.take({layer: context.kv_heads.get(layer, ()) for layer in layers})
+        blocks = blocks_by_layer(
+            self.spec, context.kv_heads, split, StaticSpec(live=live, positions=positions), gate, residual
+        )
+        self.place_blocks(block_contexts(context, blocks), blocks, trainable=trainable)
+        return self
+
     def capture(
         self,
         ids: np.ndarray,
@@ -166,7 +242,7 @@ class GemmaInjector:
     ) -> StaticContext:
         """The context of a text, ids [1,S], BOS included: all KV heads of `layers`, by default the global ones.
 
-        `on_chunk` is called with the number of tokens done. Raises InputError while a context is enabled:
+        `on_chunk` is called with the number of tokens done. Raises InputError while something is enabled or attached:
         contexts are captured by the unmodified model (clause CAPTURE).
         """
         chosen = self._global(layers)
@@ -175,7 +251,7 @@ class GemmaInjector:
             raise InputError(
                 f"capture: ids has {len(tokens.ids)} rows and chunk_size is {chunk_size}; expected one row, 1 or more"
             )
-        if self.enabled:
+        if self.enabled or self.attached:
             raise InputError(
                 "capture: Lyra is in the model, and contexts are captured by the plain one; take it out first"
             )
@@ -183,6 +259,49 @@ class GemmaInjector:
             found = capture(self.text, tokens.ids, chosen, chunk_size, on_chunk)
         positions = np.arange(tokens.ids.shape[1])[None]
         return self._context(found, np.ones(positions.shape, dtype=bool), positions, tokens.ids.cpu().numpy())
+
+    def context_of(
+        self, cache: Cache, *, layers: Iterable[int] | None = None, mask: np.ndarray | None = None
+    ) -> StaticContext:
+        """The context that a transformers Cache holds, which this model has filled; one row for each of its rows.
+
+        mask [B,S] bool is that of the tokens in the cache, False at padding. Keys, which a cache holds rotated, are
+        turned back (clause STORED). Raises InputError for a cache that is not whole, with the reason.
+        """
+        return self._context(*from_cache(self.text, self.spec, cache, self._global(layers), mask), None)
+
+    def detach(self) -> None:
+        """Take the blocks out again: the layers are Hugging Face's own, bit for bit."""
+        for number in self.attached:
+            withdraw(self.text.layers[number])
+
+    def place_blocks(
+        self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec], *, trainable: bool = False
+    ) -> None:
+        """`attach` with the spec of each layer's block and the context of each; keys are rotated here, once.
+
+        Raises InputError; then nothing has changed.
+        """
+        outside = sorted(set(blocks) - set(range(self.spec.num_hidden_layers))) or sorted(set(static) - set(blocks))
+        if outside:
+            raise InputError(f"attach: layers {outside} have no place for a block or no block for their context")
+        if any(share_of(self.text.layers[layer].self_attn).ranks > 1 for layer in blocks):
+            raise InputError(
+                "attach: the model's heads are spread over processes (tensor parallel); blocks need them all"
+            )
+        made = {
+            layer: MemoryInjectionBlock(
+                self.text.layers[layer],
+                block,
+                static.get(layer),
+                trainable=trainable,
+                slot=self.spec.num_hidden_layers + rank,
+            )
+            for rank, (layer, block) in enumerate(sorted(blocks.items()))
+        }
+        self.detach()
+        for layer, block in made.items():
+            inject(self.text.layers[layer], block)
 
     def fingerprint(self, layers: Iterable[int]) -> Fingerprint:
         """What a context of some global layers of this model carries, but for the tokenizer (clause FINGERPRINT)."""
