@@ -1,7 +1,7 @@
 # Everything happens in .venv; nothing is assumed but Python 3.11 or newer with pip.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-EXTRAS := torch,jax,conformance,gemma-270m,studies,dev
+EXTRAS := torch,jax,conformance,gemma-270m,studies,training,dev
 PACKAGES := api spec backends conformance studies
 
 # The strict editable install links files one by one, so another set of files is another install.

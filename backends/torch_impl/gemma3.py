@@ -15,7 +15,7 @@ from transformers import Gemma3TextConfig
 from transformers.cache_utils import Cache
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
 
-from lyra.spec.attention import AttentionSpec, StaticSpec
+from lyra.spec.attention import AttentionSpec, RopeSpec, StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
@@ -24,7 +24,7 @@ from . import projections, visibility
 from .heads import LyraHeads, lyra_heads, unfold
 from .layer import add_static
 from .partial import finish, partial_attention
-from .rope import cos_sin, inverse_frequencies
+from .rope import cos_sin, inverse_frequencies, rotate
 from .static import PreparedStatic
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ ATTENTION_KINDS = ("sdpa", "eager")
 SHARED = ("q_proj", "o_proj", "q_norm", "k_norm")
 """The submodules that both streams and the original module share."""
 
+TUNED = ("static_k", "static_v")
+"""The parameters of a context that is tuned. They belong into its file, not into the model's."""
+
 
 class LyraGemma3Attention(Gemma3Attention):
     """Gemma3Attention whose Lyra heads also attend to a static context. Clauses SPLIT, STATIC, LIVE.
@@ -44,7 +47,8 @@ class LyraGemma3Attention(Gemma3Attention):
     `lyra_v_proj` for the KV heads that Lyra heads read, shared ones too, `vanilla_k_proj` and `vanilla_v_proj` for the
     rest. A projection that is more than a linear layer (wrapped for LoRA, quantised, offloaded, split over devices)
     stays whole, as `k_proj` and `v_proj`. State dicts are those of Gemma3Attention, with `k_proj` and `v_proj`, either
-    way. The context's tensors are buffers: they follow `.to`, and stay out of the state dict.
+    way. The context's tensors are buffers, its keys and values parameters while they are tuned: they follow `.to`, and
+    stay out of the state dict.
 
     `split` is by default the half of the heads that `HeadSplit.half` names; `static` says what Lyra heads see of live
     tokens and where these sit. Raises SpecError for a sliding-window layer with Lyra heads and for a split that does
@@ -73,6 +77,7 @@ class LyraGemma3Attention(Gemma3Attention):
         split = HeadSplit.half(spec) if split is None else split
         self.spec: AttentionSpec = spec.replace(split=split, static=static or StaticSpec())
         self.static_group: ProcessGroup | None = None
+        self.static_trainable = False
         self._original: tuple[Gemma3Attention, ...] = ()  # in a tuple, so that it is no submodule
         self._cut(self.k_proj, self.v_proj)
         for name in ("static_k", "static_v", "static_visible", "static_positions"):
@@ -117,13 +122,22 @@ class LyraGemma3Attention(Gemma3Attention):
         original.train(self.training)
         return original
 
-    def attend_to(self, static: PreparedStatic | None, mode: StaticSpec) -> None:
-        """Put a prepared context, or none, in the place of the present one."""
+    def attend_to(self, static: PreparedStatic | None, mode: StaticSpec, *, trainable: bool = False) -> None:
+        """Put a prepared context, or none, in the place of the present one.
+
+        With `trainable` its keys have not been rotated yet; they and its values become parameters, in float32, and are
+        rotated in every call (clauses STORED-2, GRAD).
+        """
         weight = self.q_norm.weight
         self.spec = self.spec.replace(static=mode)
+        self.static_trainable = trainable and static is not None
         k, v, visible, positions, self.static_group = static or (None,) * 5
-        self.static_k = None if k is None else k.to(weight)
-        self.static_v = None if v is None else v.to(weight)
+        for name, value in zip(TUNED, (k, v), strict=True):
+            delattr(self, name)
+            if value is not None and trainable:
+                self.register_parameter(name, nn.Parameter(value.to(weight.device, torch.float32)))
+            else:
+                self.register_buffer(name, None if value is None else value.to(weight), persistent=False)
         self.static_visible = None if visible is None else visible.to(weight.device)
         self.static_positions = None if positions is None else positions.to(weight.device)
 
@@ -156,19 +170,21 @@ class LyraGemma3Attention(Gemma3Attention):
         queries = q.unflatten(1, (k.shape[1], -1))
         seen = self._visible(attention_mask, tokens, k.shape[2], offset, k.device)
         total = partial_attention(queries, k, v, seen, self.scaling, self.spec.softcap)
-        if self.static is not None:
-            total = add_static(total, queries, self.static, self.lyra, self.scaling, self.spec.softcap)
+        static = self.static
+        if static is not None:
+            total = add_static(total, queries, static, self.lyra, self.scaling, self.spec.softcap)
         heads = unfold(finish(total)).flatten(2).to(hidden_states.dtype)
         return self.o_proj(heads), None
 
     @property
     def static(self) -> PreparedStatic | None:
         """The prepared context, or None."""
-        if self.static_k is None or self.static_v is None or self.static_positions is None:
+        k, v = self.static_k, self.static_v
+        if k is None or v is None or self.static_positions is None:
             return None
-        return PreparedStatic(
-            self.static_k, self.static_v, self.static_visible, self.static_positions, self.static_group
-        )
+        if self.static_trainable and self.spec.rope is not None:
+            k = rotate(k, *(part[:, None] for part in self._turns(self.spec.rope, self.static_positions)))
+        return PreparedStatic(k, v, self.static_visible, self.static_positions, self.static_group)
 
     @property
     def lyra(self) -> LyraHeads:
@@ -183,15 +199,15 @@ class LyraGemma3Attention(Gemma3Attention):
     @property
     def lyra_kv_cache(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The static keys, rotated to where live tokens meet them, and values, [Bc,G,S,D] each, or None."""
-        return None if self.static is None else self.static[:2]
+        static = self.static
+        return None if static is None else static[:2]
 
     @property
     def lyra_position_embeddings(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """cos and sin [Bc,S,D], float32, by which the static keys are rotated, or None."""
         if self.static_positions is None or self.spec.rope is None:
             return None
-        frequencies = inverse_frequencies(self.spec.rope, self.head_dim).to(self.static_positions.device)
-        cos, sin = (torch.cat((half, half), dim=-1) for half in cos_sin(self.static_positions, frequencies))
+        cos, sin = (torch.cat((half, half), dim=-1) for half in self._turns(self.spec.rope, self.static_positions))
         return cos, sin
 
     def weights(self, name: str) -> torch.Tensor:
@@ -246,6 +262,9 @@ class LyraGemma3Attention(Gemma3Attention):
                 getattr(made, name).to_empty(device=self.k_norm.weight.device)
         return made
 
+    def _turns(self, rope: RopeSpec, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cos_sin(positions, inverse_frequencies(rope, self.head_dim).to(positions.device))
+
     def _visible(
         self, mask: torch.Tensor | None, tokens: int, keys: int, offset: int | torch.Tensor, device: torch.device
     ) -> torch.Tensor | None:
@@ -275,10 +294,14 @@ def live_keys(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _join_state(module: LyraGemma3Attention, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    for name in TUNED:
+        state.pop(prefix + name, None)
     if not module.whole:
         projections.joined_state(state, prefix, module.kv_order, module.head_dim)
 
 
 def _cut_state(module: LyraGemma3Attention, state: dict[str, Any], prefix: str, *_: object) -> None:
+    if module.static_trainable:
+        state |= {prefix + name: getattr(module, name).detach() for name in TUNED}
     if not module.whole:
         projections.cut_state(state, prefix, projections.streams(module.spec), module.head_dim)

@@ -28,7 +28,7 @@ from lyra.spec.attention import AttentionSpec, Live, Positions, StaticSpec
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
-from lyra.spec.inputs import StaticLayer, check_static
+from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
@@ -37,10 +37,9 @@ from .capture import capture
 from .external import from_cache
 from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
 from .injected import MemoryInjectionBlock, inject, withdraw
-from .sharding import shard
-from .static import PreparedStatic, prepare_static
-from .tensor_parallel import Share, share_of, whole
+from .tensor_parallel import prepare_own, share_of, whole
 from .tokens import check_tokens
+from .tuning import tuned_context
 
 
 class GemmaInjector:
@@ -63,6 +62,7 @@ class GemmaInjector:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.text = text_model(model)
+        self._given: StaticContext | None = None
         self.spec = ModelSpec.from_hf_config(self.text.config.to_dict())
         kind = self.text.config._attn_implementation
         if kind not in ATTENTION_KINDS:
@@ -95,6 +95,7 @@ class GemmaInjector:
         positions: Positions = "continue",
         override: bool = False,
         group: ProcessGroup | None = None,
+        trainable: bool = False,
     ) -> Self:
         """Put LyraGemma3Attention into the layers of `context`; what was enabled before is replaced.
 
@@ -106,6 +107,9 @@ class GemmaInjector:
         In a model that transformers has spread over processes by tensor parallelism every process calls this with the
         same arguments. `group` spreads the context's slots over the processes of a group, all of which run the same
         model on the same tokens: see `sharding`.
+
+        With `trainable` the context's visible keys and values become parameters of the model, in float32; the keys are
+        tuned as a context stores them, unrotated. `context()` gives them back. No state dict holds them.
 
         The key and value projections that are tuned meanwhile are the model's own rows: `disable` leaves them tuned.
         To get the former ones back, tune an adapter (LoRA) instead, or save them first.
@@ -119,14 +123,26 @@ class GemmaInjector:
             chosen = HeadSplit.half(self.spec) if split is None else split
             by_layer = chosen if isinstance(chosen, Mapping) else dict.fromkeys(self.spec.global_layers, chosen)
             self.place({}, by_layer, mode)
+            self._given = None
             return self
         if not isinstance(context, StaticContext):
             context = StaticContext.load(context)
         if not override:
             check_origin(context, self.fingerprint(set(context.layers) & set(self.spec.global_layers)))
         by_layer = splits_by_layer(self.spec, context, split)
-        self.place(static_layers(context, by_layer), by_layer, mode, group=group)
+        self.place(static_layers(context, by_layer), by_layer, mode, group=group, trainable=trainable)
+        self._given = context
         return self
+
+    def context(self) -> StaticContext:
+        """The context that this injector has enabled, with the keys and values that it has now.
+
+        Where those are `trainable` it is no longer the context of a text, and holds no tokens. Raises InputError where
+        none is enabled, ContextError where tuning has led to NaN or infinity.
+        """
+        if self._given is None or not self.enabled:
+            raise InputError("this injector has no context enabled; call enable(context) first")
+        return tuned_context(self._given, self.enabled)
 
     def disable(self) -> None:
         """Put Hugging Face's own modules back: the very same ones, with the same weights, bit for bit.
@@ -145,6 +161,7 @@ class GemmaInjector:
         *,
         lazy: bool = False,
         group: ProcessGroup | None = None,
+        trainable: bool = False,
     ) -> None:
         """`enable` with the static K/V and the split of each layer; keys are rotated here, once.
 
@@ -156,8 +173,12 @@ class GemmaInjector:
         shares = {layer: share_of(self.text.layers[layer].self_attn) for layer in asked}
         own = {layer: shares[layer].own_layer(spec) for layer, spec in asked.items()}
         specs = {layer: spec for layer, spec in own.items() if spec.lyra_q_heads}
+        if trainable and (group is not None or any(share.ranks > 1 for share in shares.values())):
+            raise InputError("trainable: a context is tuned in one piece; leave out the group, and tensor parallelism")
         prepared = {
-            layer: None if layer not in static else _prepared(asked[layer], static[layer], shares[layer], group)
+            layer: prepare_own(asked[layer], static[layer], shares[layer], group, trainable)
+            if layer in static
+            else None
             for layer in specs
         }
         if lazy and mode.live == "causal":
@@ -171,7 +192,7 @@ class GemmaInjector:
             if layer not in kept:
                 decoder_layer = self.text.layers[layer]
                 decoder_layer.self_attn = LyraGemma3Attention.around(decoder_layer.self_attn, spec)
-            self.text.layers[layer].self_attn.attend_to(prepared[layer], mode)
+            self.text.layers[layer].self_attn.attend_to(prepared[layer], mode, trainable=trainable)
 
     @property
     def attached(self) -> dict[int, MemoryInjectionBlock]:
@@ -357,14 +378,3 @@ def text_model(model: nn.Module) -> Gemma3TextModel:
             f"Gemma3ForCausalLM or a Gemma3ForConditionalGeneration"
         )
     return found[0]
-
-
-def _prepared(
-    asked: AttentionSpec, static: StaticLayer, share: Share, group: ProcessGroup | None
-) -> PreparedStatic | None:
-    own = share.own_static(asked, check_static(asked, static, len(static.k)))
-    prepared = prepare_static(share.own_layer(asked), own)
-    if group is None or prepared is None:
-        return prepared
-    share.check_group(group)
-    return shard(prepared, group)

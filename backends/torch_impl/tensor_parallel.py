@@ -11,8 +11,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import StaticLayer
+from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.split import HeadSplit
+
+from .sharding import shard
+from .static import PreparedStatic, prepare_static
 
 
 class Share(NamedTuple):
@@ -91,3 +94,23 @@ def _share_of_rows(weight: torch.Tensor) -> Share:
         return Share()
     processes = dist.get_process_group_ranks(weight.device_mesh.get_group("tp"))
     return Share(weight.device_mesh.get_local_rank("tp"), tuple(processes))
+
+
+def prepare_own(
+    asked: AttentionSpec,
+    static: StaticLayer,
+    share: Share,
+    group: dist.ProcessGroup | None,
+    trainable: bool,
+) -> PreparedStatic | None:
+    """What this process needs of a layer's context: its heads' part, and its slots where a group shares them.
+
+    Keys are placed; trainable ones stay as they are stored. None where nothing is visible. Raises InputError.
+    """
+    own = share.own_static(asked, check_static(asked, static, len(static.k)))
+    spec = share.own_layer(asked)
+    prepared = prepare_static(spec.replace(rope=None) if trainable else spec, own)
+    if group is None or prepared is None:
+        return prepared
+    share.check_group(group)
+    return shard(prepared, group)
