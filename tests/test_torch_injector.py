@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from tiny_gemma import CONFIG, GLOBAL, LAYERS, make_model, random_context, random_ids
-from transformers import Gemma3TextConfig
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from lyra.backends.torch_impl.gemma3 import LyraGemma3Attention
 from lyra.backends.torch_impl.injector import GemmaInjector
-from lyra.spec import HeadSplit
+from lyra.spec import ContextError, HeadSplit, InputError, SpecError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,3 +117,198 @@ def test_enabling_replaces_and_disabling_restores_whichever_injector_does_it():
     assert [layer.self_attn for layer in model.model.layers] == modules
     assert torch.equal(logits(model), plain)
     assert len(modules) == LAYERS
+
+
+def test_a_projection_that_is_more_than_a_linear_layer_stays_whole():
+    model = make_model(**HEADS)
+    injector = GemmaInjector(model)
+    context = random_context(injector, (0, 1, 2, 3))
+    with injector.enable(context, SPLITS["cut"]):
+        expected = logits(model)
+    calls = []
+    projection = model.model.layers[GLOBAL[0]].self_attn.k_proj
+    projection.register_forward_hook(lambda *_: calls.append(1))
+    with injector.enable(context, SPLITS["cut"]):
+        module = injector.enabled[GLOBAL[0]]
+        assert module.whole
+        assert module.k_proj is projection
+        assert not injector.enabled[GLOBAL[1]].whole
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+        assert calls == [1]
+        keys = module.k_proj = torch.nn.Sequential(projection)
+        other = injector.enabled[GLOBAL[1]]
+        queries = other.q_proj = torch.nn.Sequential(other.q_proj)
+    assert model.model.layers[GLOBAL[0]].self_attn.k_proj is keys
+    assert model.model.layers[GLOBAL[1]].self_attn.q_proj is queries
+
+
+def test_what_is_tuned_while_enabled_stays_tuned():
+    model = make_model(**HEADS)
+    before = bits(model)
+    for name in ("last half", "scattered"):
+        with GemmaInjector(model).enable(split=SPLITS[name]) as injector, torch.no_grad():
+            module = injector.enabled[GLOBAL[0]]
+            heads = list(module.spec.lyra_kv_heads)
+            module.lyra_v_proj.weight += 1
+        changed = model.model.layers[GLOBAL[0]].self_attn.v_proj.weight.detach().unflatten(0, (4, -1))
+        old = before[f"model.layers.{GLOBAL[0]}.self_attn.v_proj.weight"].unflatten(0, (4, -1))
+        assert torch.equal(changed[heads], old[heads] + 1)
+        rest = [head for head in range(4) if head not in heads]
+        assert torch.equal(changed[rest], old[rest])
+        model.load_state_dict(before)
+
+
+def test_only_the_lyra_heads_projections_can_be_trained():
+    model = make_model(**HEADS).requires_grad_(False)
+    with GemmaInjector(model).enable(split=SPLITS["last half"]) as injector:
+        module = injector.enabled[GLOBAL[0]]
+        module.lyra_k_proj.weight.requires_grad_(True)
+        ids = torch.tensor(random_ids(1, 7))
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert module.lyra_k_proj.weight.grad.abs().max() > 0
+        assert [name for name, value in model.named_parameters() if value.grad is not None] == [
+            f"model.layers.{GLOBAL[0]}.self_attn.lyra_k_proj.weight"
+        ]
+
+
+def test_a_wrapped_part_is_neither_cut_anew_nor_put_back():
+    model = make_model(**HEADS)
+    injector = GemmaInjector(model).enable(split=SPLITS["last half"])
+    context = random_context(injector, (2, 3))
+    module = injector.enabled[GLOBAL[1]]
+    plain, module.lyra_k_proj = module.lyra_k_proj, torch.nn.Sequential(module.lyra_k_proj)
+    expected, first = logits(model), injector.enabled[GLOBAL[0]]
+    with pytest.raises(InputError, match=r"has become a Sequential.*merge or unload the adapter first"):
+        injector.disable()
+    with pytest.raises(InputError, match="merge or unload the adapter first"):
+        injector.enable(split=SPLITS["first"])
+    assert injector.enabled == {GLOBAL[0]: first, GLOBAL[1]: module}
+    injector.enable(context, SPLITS["last half"], override=True)
+    assert isinstance(module.lyra_k_proj, torch.nn.Sequential)
+    assert (logits(model) - expected).abs().max() > 1e-2
+    module.lyra_k_proj = plain
+    injector.disable()
+    assert injector.enabled == {}
+
+
+@pytest.mark.parametrize("name", ["last half", "scattered"])
+def test_an_enabled_model_may_be_moved_and_copied(name):
+    model = make_model(**HEADS)
+    expected = bits(copy.deepcopy(model).bfloat16())
+    injector = GemmaInjector(model)
+    injector.enable(random_context(injector, (0, 1, 2, 3)), SPLITS[name])
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    model.bfloat16()
+    assert injector.enabled[GLOBAL[0]].static_k.dtype == torch.bfloat16
+    for one in (model, twin.bfloat16()):
+        GemmaInjector(one).disable()
+        assert_same_bits(bits(one), expected)
+        assert all(value.dtype == torch.bfloat16 for value in one.parameters())
+
+
+def test_state_dicts_are_hugging_faces_while_enabled():
+    model, other = make_model(**HEADS), make_model(seed=1, **HEADS)
+    injector = GemmaInjector(other)
+    with injector.enable(random_context(injector, (0, 1, 2, 3)), SPLITS["cut"]):
+        other.load_state_dict(bits(model))
+        assert_same_bits(bits(other), bits(model))
+    assert torch.equal(logits(other), logits(model))
+
+
+SIZES = {
+    "4b": {"num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256},
+    "27b": {"num_attention_heads": 32, "num_key_value_heads": 16, "query_pre_attn_scalar": 168},
+}
+FACTOR_8 = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_scale_and_rope_factor_of_the_larger_models(size):
+    """Where all heads are Lyra's and there is one layer, a captured context is a prefix: Hugging Face says what of."""
+    model = make_model(
+        **SIZES[size], rope_parameters=FACTOR_8, num_hidden_layers=1, layer_types=["full_attention"], hidden_size=64
+    )
+    injector = GemmaInjector(model)
+    assert injector.spec.attention.scale == SIZES[size]["query_pre_attn_scalar"] ** -0.5
+    assert injector.spec.attention.rope.factor == 8.0
+    prefix, ids = random_ids(1, 40, seed=5), random_ids(1, 9)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor(np.concatenate((prefix, ids), axis=1))).logits[:, 40:]
+        with injector.enable(injector.capture(prefix), HeadSplit.all(injector.spec)):
+            found = model(input_ids=torch.tensor(ids)).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+def multimodal() -> Gemma3ForConditionalGeneration:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=CONFIG, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        image_token_index=90, boi_token_index=91, eoi_token_index=92,
+    )  # fmt: skip
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+def test_models_of_every_kind_with_the_same_text_model():
+    model = make_model()
+    injector = GemmaInjector(model)
+    context = injector.capture(random_ids(1, 12, seed=4))
+    whole = multimodal()
+    whole.model.language_model.load_state_dict(model.model.state_dict())
+    ids = torch.tensor(random_ids(2, 9))
+    with torch.inference_mode():
+        with injector.enable(context):
+            expected = model.model(input_ids=ids).last_hidden_state
+        for other in (whole, whole.model, whole.model.language_model):
+            with GemmaInjector(other).enable(context) as enabled:
+                assert tuple(enabled.enabled) == GLOBAL
+                found = other(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    for layer, kept in injector.capture(random_ids(1, 12, seed=4)).layers.items():
+        np.testing.assert_array_equal(kept.k, context.layers[layer].k)
+
+
+def test_the_cache_and_the_angles_of_a_context():
+    model = make_model()
+    injector = GemmaInjector(model)
+    context = injector.capture(random_ids(1, 12, seed=4))
+    module = injector.enable(context).enabled[GLOBAL[0]]
+    k, v = module.lyra_kv_cache
+    cos, sin = module.lyra_position_embeddings
+    stored = context.static_layer(GLOBAL[0], (1,))
+    one, two = torch.tensor(stored.k).chunk(2, dim=-1)
+    turned = torch.tensor(stored.k) * cos[:, None] + torch.cat((-two, one), dim=-1) * sin[:, None]
+    torch.testing.assert_close(k, turned)
+    assert torch.equal(v, torch.tensor(stored.v))
+    injector.enable(split=HeadSplit.half(injector.spec))
+    assert module.lyra_kv_cache is None
+    assert module.lyra_position_embeddings is None
+
+
+def test_refusals():
+    model = make_model()
+    injector = GemmaInjector(model)
+    context = random_context(injector, (1,))
+    with pytest.raises(ContextError, match=r"does not fit.*projections or k_norm of layers"):
+        GemmaInjector(make_model(seed=1)).enable(context)
+    with pytest.raises(ContextError, match=r"holds KV heads \(1,\) of layer"):
+        injector.enable(context, HeadSplit((0, 1)))
+    with pytest.raises(SpecError, match="cuts a GQA group"):
+        injector.enable(split=HeadSplit((0,)))
+    with pytest.raises(SpecError, match="sliding-window layer"):
+        LyraGemma3Attention(model.config, 0)
+    assert injector.enabled == {}
+    injector.enable(context)
+    with pytest.raises(InputError, match="plain one"):
+        injector.capture(random_ids(1, 4))
+    with pytest.raises(InputError, match=f"layer {GLOBAL[0]} has a context"):
+        model(input_ids=torch.tensor(random_ids(1, 4)), output_attentions=True)
+    with pytest.raises(InputError, match="give its to_original"):
+        injector.enabled[GLOBAL[0]].load_weights_from_original(injector.enabled[GLOBAL[0]])
+    with pytest.raises(InputError, match="a Linear holds 0 Gemma3TextModels"):
+        GemmaInjector(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match="attn_implementation is 'flex_attention'"):
+        GemmaInjector(make_model(attn_implementation="flex_attention"))

@@ -111,14 +111,17 @@ class LyraGemma3Attention(Gemma3Attention):
     def to_original(self) -> Gemma3Attention:
         """A Gemma3Attention with the weights that this module has now, bit for bit, and no context.
 
-        It is the module that the weights were loaded from, if any, brought up to date where the parts of k_proj and
-        v_proj have been tuned or moved since; otherwise a new one that shares q_proj, o_proj, q_norm and k_norm.
-        Raises InputError where a part has been wrapped, as for LoRA: merge the adapter first.
+        It is the module that the weights were loaded from, if any, brought up to date: with this module's submodules,
+        where q_proj, say, has been wrapped for LoRA since, and in k_proj and v_proj with the rows of their parts, where
+        these have been tuned or moved. Otherwise it is a new one. Raises InputError where a part has been wrapped
+        itself: merge the adapter first.
         """
         original = self._original[0] if self._original else self._new_original()
         if not self.whole:
             for name in projections.NAMES:
                 projections.restore(getattr(original, name), self._parts(name), self.kv_order, self.head_dim)
+        for name in (*SHARED, *projections.NAMES) if self.whole else SHARED:
+            setattr(original, name, getattr(self, name))
         original.train(self.training)
         return original
 
@@ -154,6 +157,11 @@ class LyraGemma3Attention(Gemma3Attention):
             raise InputError(
                 f"attention_dropout={self.attention_dropout} while training: a layer with a static context has none; "
                 f"set it to 0 in the config"
+            )
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise InputError(
+                f"output_attentions: layer {self.layer_idx} has a context, and its heads no weights to give out, since "
+                f"they are never formed for all keys at once; leave it out, or disable the context first"
             )
         batch, tokens = hidden_states.shape[:2]
         self._check_batch(batch)
@@ -253,13 +261,8 @@ class LyraGemma3Attention(Gemma3Attention):
     def _new_original(self) -> Gemma3Attention:
         with torch.device("meta"):
             made = Gemma3Attention(self.config, self.layer_idx)
-        for name in SHARED:
-            setattr(made, name, getattr(self, name))
         for name in projections.NAMES:
-            if self.whole:
-                setattr(made, name, getattr(self, name))
-            else:
-                getattr(made, name).to_empty(device=self.k_norm.weight.device)
+            getattr(made, name).to_empty(device=self.k_norm.weight.device)
         return made
 
     def _turns(self, rope: RopeSpec, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

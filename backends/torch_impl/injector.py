@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -63,7 +64,8 @@ class GemmaInjector:
         self.model = model
         self.text = text_model(model)
         self._given: StaticContext | None = None
-        self.spec = ModelSpec.from_hf_config(self.text.config.to_dict())
+        name = Path(self.text.config.name_or_path)
+        self.spec = ModelSpec.from_hf_config(self.text.config.to_dict(), name.name if name.is_dir() else str(name))
         kind = self.text.config._attn_implementation
         if kind not in ATTENTION_KINDS:
             raise InputError(f"attn_implementation is {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}")

@@ -39,6 +39,11 @@ def text_options(name: str | os.PathLike[str], **options: Any) -> dict[str, Any]
     return {}
 
 
+def save_as_text(model: Gemma3ForCausalLM) -> None:
+    """Let the text model of a multimodal checkpoint be saved as such: transformers would undo the renaming."""
+    model._weight_conversions = None
+
+
 def load_module(folder: str, dtype: torch.dtype) -> Gemma3ForCausalLM:
     """The Gemma3ForCausalLM of a folder; of a multimodal model the text part. Raises InputError for missing weights."""
     options = text_options(folder, local_files_only=True)
@@ -52,6 +57,8 @@ def load_module(folder: str, dtype: torch.dtype) -> Gemma3ForCausalLM:
         output_loading_info=True,
     )
     module, report = loaded
+    if options:
+        save_as_text(module)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(

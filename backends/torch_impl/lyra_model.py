@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.distributed import ProcessGroup
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from lyra.spec.attaching import Split
@@ -18,7 +19,7 @@ from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import hash_vocabulary
 
 from .injector import GemmaInjector
-from .loading import NOT_TEXT, text_options
+from .loading import NOT_TEXT, save_as_text, text_options
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """The options of from_pretrained that say where files are found; config and tokenizer lie there too."""
@@ -44,10 +45,12 @@ class LyraForCausalLM(Gemma3ForCausalLM):
     ) -> Any:
         """As in transformers, from a folder or a hub id, with all its options. Raises InputError for no Gemma-3."""
         where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        if "config" not in kwargs and "gguf_file" not in kwargs:
-            kwargs |= text_options(pretrained_model_name_or_path, **where)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        known = "config" in kwargs or "gguf_file" in kwargs
+        options = {} if known else text_options(pretrained_model_name_or_path, **where)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if options:
+            save_as_text(model)
         model._hub_options = where
         return loaded
 
@@ -83,9 +86,12 @@ class LyraForCausalLM(Gemma3ForCausalLM):
         live: Live = "causal",
         positions: Positions = "continue",
         override: bool = False,
+        group: ProcessGroup | None = None,
     ) -> GemmaInjector:
         """`GemmaInjector.enable` for this model; `with model.enable(context):` disables at the end."""
-        return GemmaInjector(self).enable(context, split, live=live, positions=positions, override=override)
+        return GemmaInjector(self).enable(
+            context, split, live=live, positions=positions, override=override, group=group
+        )
 
     def disable(self) -> None:
         """`GemmaInjector.disable` for this model."""
