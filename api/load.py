@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from lyra.backends.protocol import Backend, BackendNotFound, ModelBackend, check_backend, get_backend
 from lyra.spec.attaching import Split
@@ -26,6 +26,7 @@ def load(
     mode: Literal["parallel", "sequential"] = "parallel",
     dtype: str = "float32",
     device: str | None = None,
+    mesh: Any | None = None,
 ) -> Model:
     """A model, ready to use.
 
@@ -36,6 +37,8 @@ def load(
     context  a StaticContext, or its file, to attach at once
     dtype    "float32", or another one that the backend computes in, such as "bfloat16"
     device   the backend's name of a device; None is its default
+    mesh     for backend "jax": a jax.sharding.Mesh whose axes "heads" and "context" the model and its contexts are
+             spread over
 
     Raises CheckpointError where there is no such model, BackendNotFound or ImportError for the backend, and what
     `Model.attach` raises.
@@ -47,8 +50,12 @@ def load(
     maker = get_backend(backend) if isinstance(backend, str) else check_backend(backend)
     if not isinstance(maker, ModelBackend):
         raise BackendNotFound(f"backend {maker.name!r} has attention layers only, no whole models: it lacks load()")
+    if mesh is not None and "mesh" not in maker.capabilities:
+        raise ModelError(f"backend {maker.name!r} takes no mesh; load with backend='jax', or without mesh")
     folder = resolve(model)
-    made = Model(maker.load(str(folder), dtype=dtype, device=device), Text.from_folder(folder), split=split)
+    options: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
+    engine = maker.load(str(folder), dtype=dtype, device=device, **options)
+    made = Model(engine, Text.from_folder(folder), split=split)
     if context is not None:
         made.attach(context)
     return made

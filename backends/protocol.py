@@ -32,6 +32,7 @@ __all__ = [
     "DifferentiableAttention",
     "Engine",
     "Gradients",
+    "MeshBackend",
     "ModelBackend",
     "Result",
     "Sampling",
@@ -54,6 +55,7 @@ CAPABILITIES = {
     "grad": "Attention.vjp",
     "bfloat16": "Attention computes in bfloat16 when the backend is given dtype='bfloat16'",
     "sequential": "SequentialBackend.sequential: an injected attention block after self-attention",
+    "mesh": "MeshBackend.load spreads a whole model over the devices of a mesh",
 }
 
 
@@ -262,6 +264,14 @@ class ModelBackend(Backend, Protocol):
     """A backend that also loads whole models, from a folder in Hugging Face's layout (config.json, *.safetensors)."""
 
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> Engine: ...
+
+
+class MeshBackend(ModelBackend, Protocol):
+    """What a backend is with the capability "mesh"; a mesh is the framework's own."""
+
+    def load(
+        self, folder: str, *, dtype: str = "float32", device: str | None = None, mesh: Any | None = None
+    ) -> Engine: ...
 
 
 def known_backends() -> dict[str, EntryPoint]:

@@ -33,6 +33,8 @@ from .shapes import general, make_room, pad_slots, pad_tokens
 from .static import PlacedStatic, place_static, rotate_static
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from .model import JaxEngine
     from .sequential import JaxSequential
 
@@ -149,7 +151,7 @@ class JaxBackend:
     """Attention layers, injected blocks and whole Gemma-3 models in JAX (`SequentialBackend` and `ModelBackend`)."""
 
     name = "jax"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16"})
+    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "mesh"})
 
     def attention(
         self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
@@ -163,11 +165,13 @@ class JaxBackend:
 
         return JaxSequential(spec, weights)
 
-    def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> JaxEngine:
+    def load(
+        self, folder: str, *, dtype: str = "float32", device: str | None = None, mesh: Mesh | None = None
+    ) -> JaxEngine:
         """A whole Gemma-3 from a folder in Hugging Face's layout; raises and options as in `JaxEngine.load`."""
         from .model import JaxEngine  # here, because it imports flax, which the attention level does not need
 
-        return JaxEngine.load(folder, dtype=dtype, device=device)
+        return JaxEngine.load(folder, dtype=dtype, device=device, mesh=mesh)
 
 
 def _live_cache(cache: Any) -> LiveCache:

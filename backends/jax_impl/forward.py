@@ -18,21 +18,23 @@ from jax import Array
 from lyra.spec.model import ModelSpec
 
 from .gemma3 import Attached, Forward, Gemma3, ModelCache, empty_model_cache
+from .sharding import ShardingConfig
 from .tokens import CHUNK, Packed
 
 
 class Graph(NamedTuple):
-    """A module, split into its structure and its parameters; its spec, and the type that it computes in."""
+    """A module, split into its structure and its parameters; its spec, the type it computes in, and where it lies."""
 
     structure: Any
     state: Any
     spec: ModelSpec
     dtype: np.dtype[Any]
+    sharding: ShardingConfig
 
 
 def split_module(module: Gemma3) -> Graph:
     """The module as what compiled functions take."""
-    return Graph(*nnx.split(module), module.spec, module.norm.weight[...].dtype)
+    return Graph(*nnx.split(module), module.spec, module.norm.weight[...].dtype, module.sharding)
 
 
 def prefill(
@@ -92,8 +94,8 @@ def log_probs(graph: Graph, hidden: np.ndarray, targets: np.ndarray) -> Array:
 
 
 def open_cache(graph: Graph, batch: int, tokens: int) -> ModelCache:
-    """An empty cache on the device."""
-    cache: ModelCache = jax.device_put(empty_model_cache(graph.spec, batch, tokens, graph.dtype))
+    """An empty cache on its devices."""
+    cache: ModelCache = graph.sharding.place_cache(empty_model_cache(graph.spec, batch, tokens, graph.dtype))
     return cache
 
 

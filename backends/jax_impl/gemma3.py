@@ -25,6 +25,7 @@ from .layer import Cache, Call, Layer, constants_of, run_layer, shape_of
 from .norm import rms_norm
 from .partial import HIGHEST
 from .rolling import empty_ring
+from .sharding import ShardingConfig
 from .static import StaticKV
 from .visibility import LiveRule
 
@@ -90,9 +91,9 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """One attention layer: the parameters, and the same stages that the attention level runs."""
 
-    def __init__(self, spec: AttentionSpec, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: AttentionSpec, sharding: ShardingConfig, *, rngs: nnx.Rngs) -> None:
         queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-        self.spec = spec
+        self.spec, self.sharding = spec, sharding
         self.q_proj = Linear(spec.hidden_size, queries, bias=spec.bias, rngs=rngs)
         self.k_proj = Linear(spec.hidden_size, keys, bias=spec.bias, rngs=rngs)
         self.v_proj = Linear(spec.hidden_size, keys, bias=spec.bias, rngs=rngs)
@@ -112,7 +113,8 @@ class Attention(nnx.Module):
         if attached is not None:
             constants = constants._replace(rule=attached.rule, split=attached.split)
             call = call._replace(static=attached.static)
-        output, cache, trace = run_layer(x, Layer(self.weights(), constants, shape_of(self.spec)), call)
+        shape = shape_of(self.spec)._replace(sharding=self.sharding)
+        output, cache, trace = run_layer(x, Layer(self.weights(), constants, shape), call)
         return output, cache, Captured(trace.get("k_norm", trace["k_proj"]), trace["v_proj"])
 
 
@@ -132,9 +134,9 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward block, each between two norms, each added to the residual stream."""
 
-    def __init__(self, spec: ModelSpec, index: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: ModelSpec, index: int, sharding: ShardingConfig, *, rngs: nnx.Rngs) -> None:
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = Attention(spec.layer(index).replace(split=None), rngs=rngs)
+        self.self_attn = Attention(spec.layer(index).replace(split=None), sharding, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.pre_feedforward_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mlp = MLP(spec, rngs=rngs)
@@ -163,13 +165,15 @@ class Embedding(nnx.Module):
 class Gemma3(nnx.Module):
     """A Gemma-3 text model with its language head."""
 
-    def __init__(self, spec: ModelSpec, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: ModelSpec, sharding: ShardingConfig | None = None, *, rngs: nnx.Rngs) -> None:
         """Random parameters. Raises InputError for another activation than gelu_pytorch_tanh."""
         if spec.hidden_activation != GELU_TANH:
             raise InputError(f"hidden_activation is {spec.hidden_activation!r}; this model has {GELU_TANH!r} only")
-        self.spec = spec
+        self.spec, self.sharding = spec, sharding or ShardingConfig.no_sharding()
         self.embed_tokens = Embedding(spec, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(spec, index, rngs=rngs) for index in range(spec.num_hidden_layers)])
+        self.layers = nnx.List(
+            [DecoderLayer(spec, index, self.sharding, rngs=rngs) for index in range(spec.num_hidden_layers)]
+        )
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.lm_head = None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, rngs=rngs)
 

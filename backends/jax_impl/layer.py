@@ -25,6 +25,7 @@ from .norm import rms_norm
 from .partial import HIGHEST, finish, merge, partial_attention
 from .rolling import RollingCache
 from .rope import cos_sin, inverse_frequencies, rotate
+from .sharding import ShardingConfig
 from .static import StaticKV, static_attention
 from .visibility import LiveRule, live_rule, visible_keys
 
@@ -40,6 +41,7 @@ class Shape(NamedTuple):
     kv_heads: int
     head_dim: int
     order: tuple[str, ...]
+    sharding: ShardingConfig = ShardingConfig.no_sharding()
 
 
 class Constants(NamedTuple):
@@ -157,7 +159,9 @@ def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
     partial = partial_attention(query, live.keys, live.values, visible, constants.scale, constants.softcap)
     if call.static is not None and constants.split is not None:
         tokens = call.mask.shape[1]
-        static = static_attention(query, call.static, constants.split, tokens, constants.scale, constants.softcap)
+        static = static_attention(
+            query, call.static, constants.split, tokens, constants.scale, constants.softcap, shape.sharding
+        )
         partial = merge(partial, static)
     heads = store(finish(partial), flow.values["q"].dtype)
     return flow.add(heads=unfold(heads, shape.query_heads))

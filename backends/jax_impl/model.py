@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.spec.attention import StaticSpec
@@ -24,7 +25,8 @@ from .heads import split_arrays
 from .params import load_model
 from .rope import inverse_frequencies
 from .shapes import pad_context
-from .static import place_static, prepare_static
+from .sharding import CONTEXT
+from .static import PlacedStatic, place_static, prepare_static
 from .tokens import Tokens, check_tokens, pack_left
 from .visibility import live_rule
 
@@ -44,13 +46,18 @@ class JaxEngine:
         self._attached: dict[int, Attached] = {}
 
     @classmethod
-    def load(cls, folder: str, *, dtype: str = "float32", device: str | None = None) -> JaxEngine:
+    def load(
+        cls, folder: str, *, dtype: str = "float32", device: str | None = None, mesh: Mesh | None = None
+    ) -> JaxEngine:
         """The model of a folder with config.json and *.safetensors, on `device` ("cpu", "gpu" ...; JAX's default).
 
-        Of a multimodal Gemma-3 the text model is taken. Raises SpecError for another architecture and InputError for
-        an unknown dtype or device, and for weights that do not fit.
+        A `mesh` with the axes "heads", "context" or both spreads KV heads and static slots over its devices. Of a
+        multimodal Gemma-3 the text model is taken. Raises SpecError for another architecture and InputError for an
+        unknown dtype or device, for a mesh that does not fit, and for weights that do not.
         """
-        return cls(load_model(Path(folder), DTYPES[check_dtype(dtype)], _device(device)))
+        if mesh is not None and device is not None:
+            raise InputError(f"device is {device!r} and there is a mesh, which names its own devices; give one of them")
+        return cls(load_model(Path(folder), DTYPES[check_dtype(dtype)], _device(device), mesh))
 
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """float32 [B,T,V] for ids [B,T]; the logits at padding are finite and mean nothing. Raises InputError."""
@@ -153,11 +160,15 @@ class JaxEngine:
         spec = self.spec.attention.replace(split=split, static=mode)
         dtype = split_module(self.module).dtype
         placed = None if static is None else place_static(spec, check_static(spec, static, len(static.k)), dtype)
-        kv = None if placed is None else prepare_static(pad_context(placed), inverse_frequencies(spec))
+        kv = None if placed is None else prepare_static(self._on_devices(placed), inverse_frequencies(spec))
         rule = live_rule(spec)
         if kv is None and rule is None:
             return None
         return Attached(*jax.device_put((kv, rule, split_arrays(spec) if kv is not None else None)))
+
+    def _on_devices(self, placed: PlacedStatic) -> PlacedStatic:
+        sharding = self.module.sharding
+        return sharding.place_slots(pad_context(placed, sharding.size(CONTEXT)))
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         tokens = check_tokens(ids, mask, self.spec.vocab_size)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors import safe_open
 
 from lyra.spec.errors import InputError
@@ -18,6 +19,7 @@ from lyra.spec.model import ModelSpec
 
 from .dtype import enter
 from .gemma3 import Gemma3
+from .sharding import ShardingConfig
 
 DECODER = r"(?:model\.language_model|language_model\.model|model)\."
 NAMES: tuple[tuple[str, str], ...] = (
@@ -39,15 +41,18 @@ UNREAD = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..*")
 """Parts of a multimodal checkpoint that a text model does not have."""
 
 
-def load_model(folder: Path, dtype: np.dtype[Any], device: jax.Device | None = None) -> Gemma3:
-    """The model of a folder with config.json and *.safetensors, in `dtype`, on `device` (JAX's default if None).
+def load_model(
+    folder: Path, dtype: np.dtype[Any], device: jax.Device | None = None, mesh: Mesh | None = None
+) -> Gemma3:
+    """The model of a folder with config.json and *.safetensors, in `dtype`, on `device` (JAX's default) or `mesh`.
 
     Raises SpecError for another architecture, and InputError for tensors that are missing, unknown, given twice or of
     another shape.
     """
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     spec = ModelSpec.from_hf_config(fields)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Gemma3(spec, rngs=nnx.Rngs(0))))
+    sharding = ShardingConfig.no_sharding() if mesh is None else ShardingConfig.over(mesh, spec)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Gemma3(spec, sharding, rngs=nnx.Rngs(0))))
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     found: dict[str, str] = {}
     for name, tensor in read_tensors(folder):
@@ -62,7 +67,8 @@ def load_model(folder: Path, dtype: np.dtype[Any], device: jax.Device | None = N
         if tensor.shape != leaf.shape:
             raise InputError(f"{folder}: tensor {name!r} has shape {tensor.shape}; the config says {leaf.shape}")
         found[target] = name
-        flat[target] = (path, leaf.replace(jax.device_put(enter(tensor, dtype), device)))
+        place = sharding.parameter(target, leaf.shape) or device
+        flat[target] = (path, leaf.replace(jax.device_put(enter(tensor, dtype), place)))
     missing = sorted(set(flat) - set(found))
     if missing:
         raise InputError(f"{folder}: {len(missing)} tensors are missing, among them {', '.join(missing[:3])}")

@@ -44,7 +44,7 @@ def partial_attention(
     maximum = jnp.max(scores, axis=-1, keepdims=True)
     # The largest score cancels out of the result, so no gradient has to flow through it.
     maximum = lax.stop_gradient(maximum)
-    weights = jnp.exp(scores - _finite(maximum))
+    weights = jnp.exp(scores - finite_maximum(maximum))
     out = jnp.matmul(weights, values, precision=HIGHEST, preferred_element_type=jnp.float32)
     return Partial(out, maximum, jnp.sum(weights, axis=-1, keepdims=True))
 
@@ -52,8 +52,8 @@ def partial_attention(
 def merge(a: Partial, b: Partial) -> Partial:
     """Attention over the keys of both parts, as one softmax. Clause STATIC-1."""
     maximum = jnp.maximum(a.maximum, b.maximum)
-    weight_a = jnp.exp(a.maximum - _finite(maximum))
-    weight_b = jnp.exp(b.maximum - _finite(maximum))
+    weight_a = jnp.exp(a.maximum - finite_maximum(maximum))
+    weight_b = jnp.exp(b.maximum - finite_maximum(maximum))
     return Partial(a.out * weight_a + b.out * weight_b, maximum, a.total * weight_a + b.total * weight_b)
 
 
@@ -63,6 +63,6 @@ def finish(partial: Partial) -> Array:
     return jnp.where(empty, 0.0, partial.out / jnp.where(empty, 1.0, partial.total))
 
 
-def _finite(maximum: Array) -> Array:
+def finite_maximum(maximum: Array) -> Array:
     """A maximum that may be subtracted: −inf, no key visible, becomes 0 (−inf − −inf would be NaN)."""
     return jnp.where(jnp.isneginf(maximum), 0.0, maximum)

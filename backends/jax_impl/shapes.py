@@ -62,9 +62,12 @@ def pad_slots(static: PlacedStatic) -> PlacedStatic:
     return _with_slots(static, max(SMALLEST_SLOTS, round_up(slots, SMALLEST_SLOTS)))
 
 
-def pad_context(static: PlacedStatic) -> PlacedStatic:
-    """The same for the context of a whole model: another one of about its length compiles nothing."""
-    return _with_slots(static, context_slots(static.positions.shape[1]))
+def pad_context(static: PlacedStatic, parts: int = 1) -> PlacedStatic:
+    """The same for the context of a whole model, in slots that can be spread over so many devices: another one of about
+    its length compiles nothing.
+    """
+    slots = context_slots(static.positions.shape[1])
+    return _with_slots(static, -(-slots // parts) * parts)
 
 
 def context_slots(slots: int) -> int:

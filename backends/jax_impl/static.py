@@ -16,6 +16,7 @@ from .dtype import DTYPES, enter
 from .heads import SplitArrays, select_readers, spread_readers
 from .partial import Partial, partial_attention
 from .rope import cos_sin, rotate
+from .sharding import ShardingConfig
 
 
 class PlacedStatic(NamedTuple):
@@ -72,7 +73,13 @@ prepare_static = jax.jit(rotate_static)
 
 
 def static_attention(
-    query: Array, static: StaticKV, split: SplitArrays, tokens: int, scale: Array, softcap: Array | None
+    query: Array,
+    static: StaticKV,
+    split: SplitArrays,
+    tokens: int,
+    scale: Array,
+    softcap: Array | None,
+    sharding: ShardingConfig,
 ) -> Partial:
     """Attention of the Lyra heads to the static keys; empty for vanilla heads. Clauses STATIC-2, STATIC-3, SPLIT-4.
 
@@ -85,7 +92,8 @@ def static_attention(
     if shared:
         selected = selected.swapaxes(0, 1).reshape(1, groups, batch * queries, head_dim)
     visible = None if static.mask is None else static.mask[:, None, None, :]
-    partial = partial_attention(selected, static.keys, static.values, visible, scale, softcap)
+    attend = sharding.attend_slots(partial_attention)
+    partial = attend(selected, static.keys, static.values, visible, scale, softcap)
     if shared:
         partial = Partial(*(part.reshape(groups, batch, queries, -1).swapaxes(0, 1) for part in partial))
     return spread_readers(partial, split, tokens)

@@ -25,6 +25,7 @@ from .forward import Graph
 from .gemma3 import Attached, Gemma3, empty_model_cache
 from .heads import SplitArrays, split_arrays
 from .rope import inverse_frequencies
+from .sharding import CONTEXT, ShardingConfig
 from .static import PlacedStatic, place_static, rotate_static
 from .tokens import check_tokens
 from .visibility import LiveRule, live_rule
@@ -56,18 +57,27 @@ def tunable(
     static: Mapping[int, StaticLayer],
     splits: Mapping[int, HeadSplit],
     mode: StaticSpec | None = None,
+    sharding: ShardingConfig | None = None,
 ) -> tuple[Context, Settings]:
-    """Static layers as what is tuned and what stays, by layer; each has slots and Lyra heads. Raises InputError."""
+    """Static layers as what is tuned and what stays, by layer; each has slots and Lyra heads.
+
+    `sharding` is that of the model; devices that share the slots have to divide them. Raises InputError.
+    """
+    sharding = sharding or ShardingConfig.no_sharding()
     context, settings = {}, {}
     for layer, given in static.items():
         own = spec.attention.replace(split=splits[layer], static=mode or StaticSpec())
         placed, split = place_static(own, check_static(own, given, len(given.k))), split_arrays(own)
         if placed is None or split is None:
             raise InputError(f"tunable: layer {layer} has no static slots or no Lyra heads; there is nothing to tune")
-        context[layer] = Tunable(jnp.asarray(placed.k), jnp.asarray(placed.v))
-        settings[layer] = Setting(
-            jnp.asarray(placed.positions), jnp.asarray(given.mask), inverse_frequencies(own), live_rule(own), split
-        )
+        if given.mask.shape[1] % sharding.size(CONTEXT):
+            raise InputError(
+                f"tunable: layer {layer} has {given.mask.shape[1]} slots for {sharding.size(CONTEXT)} devices to "
+                f"share; give a multiple, masked where there is nothing"
+            )
+        k, v, positions, mask = map(jnp.asarray, sharding.place_slots(placed._replace(mask=given.mask)))
+        context[layer] = Tunable(k, v)
+        settings[layer] = Setting(positions, mask, inverse_frequencies(own), live_rule(own), split)
     return context, settings
 
 
