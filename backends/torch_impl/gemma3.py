@@ -282,10 +282,11 @@ class LyraGemma3Attention(Gemma3Attention):
         return visibility.by_head(causal, own, self.lyra_queries, live)
 
     def _check_batch(self, batch: int) -> None:
-        if self.static_k is not None and len(self.static_k) not in {1, batch}:
+        if self.static_k is not None and batch % len(self.static_k):
             raise InputError(
                 f"layer {self.layer_idx}: the context holds {len(self.static_k)} rows and the call {batch}; "
-                f"attach a context of one row (shared by all) or of {batch}"
+                f"attach a context of one row (shared by all), of {batch}, or of one row for each prompt where a prompt "
+                f"stands in several rows side by side (beams)"
             )
 
 

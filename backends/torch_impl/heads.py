@@ -23,14 +23,18 @@ def unfold(heads: torch.Tensor) -> torch.Tensor:
     return heads.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def fold_batch(q: torch.Tensor) -> torch.Tensor:
-    """[B,G,R,T,D] -> [1,G,B·R,T,D]: the rows of the batch become queries of one shared context. Clause BATCH-4."""
-    return q.transpose(0, 1).flatten(1, 2)[None]
+def fold_batch(q: torch.Tensor, contexts: int) -> torch.Tensor:
+    """[B,G,R,T,D] -> [Bc,G,B/Bc·R,T,D]: the rows that share a context become queries of it. Clause BATCH-4.
+
+    Of Bc contexts, row b reads number b // (B/Bc): the rows of one stand together.
+    """
+    return q.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def unfold_batch(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """[1,G,B·R,T,...] -> [B,G,R,T,...], the inverse of `fold_batch`."""
-    return x[0].unflatten(1, (batch, -1)).transpose(0, 1)
+    """[Bc,G,B/Bc·R,T,...] -> [B,G,R,T,...], the inverse of `fold_batch`."""
+    sharing = batch // len(x)
+    return x.unflatten(2, (sharing, -1)).transpose(1, 2).flatten(0, 1)
 
 
 class LyraHeads(NamedTuple):

@@ -177,7 +177,7 @@ class InjectedAttentionBlock(nn.Module):
             seen = self._visible(mask, queries.shape[-2], k.shape[2], offset, k.device)
             total = partial_attention(queries, k, v, seen, attention.scale, attention.softcap)
         if external is not None:
-            if len(external.k) not in {1, len(x)}:
+            if len(x) % len(external.k):
                 raise InputError(
                     f"layer {self.layer_idx}: the external context holds {len(external.k)} rows and the call {len(x)}; "
                     f"give a context of one row (shared by all) or of {len(x)}"

@@ -102,19 +102,17 @@ def add_static(
 
 
 def static_partial(queries: torch.Tensor, static: PreparedStatic, scale: float, softcap: float | None) -> Partial:
-    """Queries [B,G,R,T,D] over the static keys; a context of batch 1 is read once for all rows. Clause BATCH.
+    """Queries [B,G,R,T,D] over the static keys; each context is read once for all rows that share it. Clause BATCH.
 
     Where other processes hold other slots, the result is over the slots of all.
     """
     if static.group is not None:
         own = static._replace(group=None)
         return merge_over(static_partial(shared_by(queries, static.group), own, scale, softcap), static.group)
-    if len(static.k) == 1:
-        batch = len(queries)
-        part = partial_attention(fold_batch(queries), static.k, static.v, static.visible, scale, softcap)
-        return Partial(*(unfold_batch(field, batch) for field in part))
     visible = None if static.visible is None else static.visible[:, None, None, None, :]
-    return partial_attention(queries, static.k, static.v, visible, scale, softcap)
+    folded = fold_batch(queries, len(static.k))
+    part = partial_attention(folded, static.k, static.v, visible, scale, softcap)
+    return Partial(*(unfold_batch(field, len(queries)) for field in part))
 
 
 def output(weights: Weights, heads: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,11 @@ class TorchEngine:
         return self.injector.attention_weights(layer)
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
-        return check_tokens(ids, mask, self.spec.vocab_size, self.module.device)
+        tokens = check_tokens(ids, mask, self.spec.vocab_size, self.module.device)
+        rows = {len(one.static.k) for one in self.injector.enabled.values() if one.static is not None} - {1}
+        if rows - {len(tokens.ids)}:
+            raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
+        return tokens
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.module.lm_head(hidden).float()
