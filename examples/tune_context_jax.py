@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated
@@ -25,7 +24,6 @@ from lyra.backends.jax_impl import tuning
 from lyra.backends.jax_impl.forward import split_module
 from lyra.cli.options import ModelName, load_model
 from lyra.progress import steps as progress
-from lyra.spec.context import ContextLayer
 
 DOCUMENT = "types"
 """An entry of the language reference that comes with every Python."""
@@ -52,15 +50,6 @@ def tuned(
             context, state = step(context, state, gradient)
 
 
-def with_values(context: lyra.StaticContext, found: tuning.Context) -> lyra.StaticContext:
-    """The context with tuned keys and values; it is no longer that of a text."""
-    layers = {
-        layer: ContextLayer(context.layers[layer].kv_heads, np.asarray(one.k), np.asarray(one.v))
-        for layer, one in found.items()
-    }
-    return replace(context, layers=layers, tokens=None)
-
-
 def main(
     model: ModelName = None,
     tokens: Annotated[int, typer.Option(min=3, help="Tokens of the text that the context is trained to hold.")] = 128,
@@ -76,9 +65,9 @@ def main(
     assert loaded.text is not None
     ids = np.array([loaded.text.encode(topics[DOCUMENT])[:tokens]])
     split = lyra.HeadSplit.last_q(loaded.spec, loaded.spec.num_attention_heads - 1)
-    captured = loaded.capture(ids[0, :slots]).take(split.bind(loaded.spec.attention).lyra_kv_heads)
+    captured = loaded.capture(ids[0, :slots])
     splits = dict.fromkeys(captured.layers, split)
-    static = {layer: captured.static_layer(layer, held) for layer, held in captured.kv_heads.items()}
+    static = {layer: captured.static_layer(layer, split.lyra_kv_heads) for layer in splits}
     context, settings = tuning.tunable(loaded.spec, static, splits)
     table = Table("step", "loss (nats a token)", "seconds", title=f"{slots} slots learn {tokens} tokens")
     started, losses = time.perf_counter(), []
@@ -87,7 +76,7 @@ def main(
             table.add_row(str(len(losses)), f"{loss:.4f}", f"{time.perf_counter() - started:.1f}")
             move(f"loss {loss:.4f}", len(losses), steps)
             losses.append(loss)
-            made = with_values(captured, found)
+            made = tuning.tuned_context(captured, found, splits)
     loaded.attach(made, split)
     console = Console()
     console.print(table)

@@ -23,9 +23,11 @@ from flax import nnx  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from tiny_gemma import CUT, GLOBAL, assert_close, hf_logits, make_model, random_ids  # noqa: E402
 
+import lyra  # noqa: E402
 from lyra.backends.jax_impl import JaxBackend  # noqa: E402
 from lyra.backends.jax_impl.model import JaxEngine  # noqa: E402
 from lyra.backends.jax_impl.params import module_path  # noqa: E402
+from lyra.backends.jax_impl.saving import save_model, text_config  # noqa: E402
 from lyra.spec import InputError, StaticSpec  # noqa: E402
 from lyra.spec.inputs import StaticLayer  # noqa: E402
 
@@ -81,6 +83,48 @@ def test_a_model_computes_in_bfloat16(gemma_folder: Path, jax_engine: JaxEngine)
     assert np.abs(got - expected).max() < 0.1 * np.abs(expected).max()
     assert engine._attached[1].static.keys.dtype == "bfloat16"
     assert engine.generate(ids, max_new_tokens=3).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("dtype", "shard_bytes"), [("float32", 40_000), ("bfloat16", 1 << 30)])
+def test_a_saved_model_is_the_model(
+    gemma_folder: Path, gemma: Any, tmp_path: Path, dtype: str, shard_bytes: int
+) -> None:
+    """Bit for bit in Hugging Face's model and in JAX's, whole and in shards; changed parameters as they are now."""
+    engine, ids, target = JaxBackend().load(str(gemma_folder), dtype=dtype), random_ids(1, 6), tmp_path / "saved"
+    weight = engine.module.layers[1].mlp.up_proj.weight
+    weight[...] = weight[...] * 2
+    save_model(engine.module, gemma_folder, target, shard_bytes)
+    assert (target / "model.safetensors.index.json").is_file() == (dtype == "float32")
+    theirs = transformers.Gemma3ForCausalLM.from_pretrained(target, dtype="auto")
+    assert theirs.dtype == getattr(torch, dtype)
+    for name, value in gemma.state_dict().items():
+        factor = 2 if name == "model.layers.1.mlp.up_proj.weight" else 1
+        assert torch.equal(theirs.state_dict()[name], factor * value.to(theirs.dtype)), name
+    again = JaxBackend().load(str(target), dtype=dtype)
+    np.testing.assert_array_equal(again.logits(ids), engine.logits(ids))
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_saving_keeps_the_tokenizer_and_takes_no_full_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    model = lyra.load(tiny_folder, backend="jax")
+    model.engine.save(tmp_path / "saved")
+    again = lyra.load(tmp_path / "saved", backend="jax")
+    assert again.fingerprint() == model.fingerprint()
+    assert again.score("the end of a note").mean_nll == model.score("the end of a note").mean_nll
+    with pytest.raises(InputError, match="saved is there already"):
+        model.engine.save(tmp_path / "saved")
+
+
+def test_the_text_part_of_a_multimodal_config_is_kept(tmp_path: Path) -> None:
+    outer = {"model_type": "gemma3", "tie_word_embeddings": False, "text_config": {"head_dim": 4, "torch_dtype": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    assert text_config(tmp_path, "float32") == {
+        "architectures": ["Gemma3ForCausalLM"],
+        "dtype": "float32",
+        "head_dim": 4,
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": False,
+    }
 
 
 def test_untied_head_softcap_and_linear_rope(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .generate import generate
 from .heads import split_arrays
 from .params import load_model
 from .rope import inverse_frequencies
+from .saving import save_model
 from .shapes import pad_context
 from .sharding import CONTEXT
 from .static import PlacedStatic, place_static, prepare_static
@@ -40,8 +42,9 @@ class JaxEngine:
     Changes made to the module's parameters show in the next call.
     """
 
-    def __init__(self, module: Gemma3) -> None:
-        self.module = module
+    def __init__(self, module: Gemma3, source: Path) -> None:
+        """`source` is the folder that the module comes from."""
+        self.module, self.source = module, source
         self.spec = module.spec
         self._attached: dict[int, Attached] = {}
 
@@ -57,7 +60,14 @@ class JaxEngine:
         """
         if mesh is not None and device is not None:
             raise InputError(f"device is {device!r} and there is a mesh, which names its own devices; give one of them")
-        return cls(load_model(Path(folder), DTYPES[check_dtype(dtype)], _device(device), mesh))
+        return cls(load_model(Path(folder), DTYPES[check_dtype(dtype)], _device(device), mesh), Path(folder))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """The model with its parameters as they are now, in Hugging Face's layout, which every backend loads.
+
+        An attached context is not part of it. Raises InputError for a folder that is there and not empty.
+        """
+        save_model(self.module, self.source, Path(folder))
 
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """float32 [B,T,V] for ids [B,T]; the logits at padding are finite and mean nothing. Raises InputError."""

@@ -6,6 +6,7 @@ Pure functions of arrays: `jax.value_and_grad`, `jax.vmap` over contexts and opt
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from lyra.spec.attention import StaticSpec
+from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
@@ -103,6 +105,17 @@ def mean_nll(structure: Any, state: Any, ids: Array, mask: Array, context: Conte
     return nll.sum() / counted.sum()
 
 
+def tuned_context(context: StaticContext, found: Context, splits: Mapping[int, HeadSplit]) -> StaticContext:
+    """`context`, whose layers `found` were made of, with the keys and values that they have now.
+
+    It is no longer the context of a text, and holds no tokens. Raises ContextError for NaN and infinity.
+    """
+    layers = {
+        layer: _tuned(context.layers[layer], tuned, splits[layer].lyra_kv_heads) for layer, tuned in found.items()
+    }
+    return replace(context, layers={**context.layers, **layers}, tokens=None)
+
+
 def loss_and_gradient(
     graph: Graph, ids: np.ndarray, mask: np.ndarray | None, context: Context, settings: Settings
 ) -> tuple[Array, Context]:
@@ -120,6 +133,14 @@ def _loss_and_gradient(
         structure, state, ids, mask, context, settings
     )
     return made
+
+
+def _tuned(held: ContextLayer, found: Tunable, kv_heads: tuple[int, ...]) -> ContextLayer:
+    """A layer of a context with other keys and values for the heads that Lyra's read."""
+    heads, arrays = np.searchsorted(held.kv_heads, kv_heads), (held.k.copy(), held.v.copy())
+    for array, part in zip(arrays, found, strict=True):
+        array[:, heads] = np.asarray(part)
+    return ContextLayer(held.kv_heads, *arrays)
 
 
 def _attached(context: Tunable, setting: Setting) -> Attached:

@@ -1,0 +1,93 @@
+"""From a model back to a folder in Hugging Face's layout, which every backend and Hugging Face itself load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from lyra.spec.errors import InputError
+
+from .gemma3 import Gemma3
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+SHARD_BYTES = 5 << 30
+"""A file holds about so much at most; more is cut into several files and an index."""
+
+
+def save_model(module: Gemma3, source: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config.json, the weights and the tokenizer to `folder`; config and tokenizer are those of `source`.
+
+    Of a multimodal `source` the text model is written. The folder is made under another name and renamed. Raises
+    InputError where there is one already that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"save: {folder} is there already; give a folder that is not, or that is empty")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        _write_json(made / "config.json", text_config(source, str(module.norm.weight[...].dtype)))
+        _write_weights(module, made, shard_bytes)
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, made / name)
+        made.replace(folder)
+
+
+def text_config(source: Path, dtype: str) -> dict[str, Any]:
+    """The config.json of the text model of a folder, for weights in `dtype`."""
+    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if "text_config" in fields:
+        tied = {key: fields[key] for key in ("tie_word_embeddings",) if key in fields}
+        fields = tied | fields["text_config"]
+    fields.pop("torch_dtype", None)
+    return fields | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "dtype": dtype}
+
+
+def checkpoint_name(path: str) -> str:
+    """Hugging Face's name of a parameter of the module."""
+    return path if path.startswith("lm_head.") else f"model.{path}"
+
+
+def _write_weights(module: Gemma3, folder: Path, shard_bytes: int) -> None:
+    parameters = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    sizes = {name: leaf.nbytes for name, leaf in parameters.items()}
+    groups = list(_grouped(sizes, shard_bytes))
+    files = [WEIGHTS] if len(groups) == 1 else [_shard_name(number, len(groups)) for number in range(len(groups))]
+    places: dict[str, str] = {}
+    for file, names in zip(files, groups, strict=True):
+        tensors = {checkpoint_name(name): np.ascontiguousarray(parameters[name]) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    if len(groups) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+
+
+def _grouped(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Names in their order, each group of `most` bytes at most, or of one name."""
+    group: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if group and held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
