@@ -66,15 +66,20 @@ def test_a_document_cut_too_short_is_refused(tiny_folder: Path, tmp_path: Path) 
     assert "tokens, got 20" in done.stderr
 
 
-def test_a_tuned_context_is_saved_and_serves(tiny_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("optax")
+@pytest.mark.parametrize(
+    ("script", "backend", "needs"), [("tune_context.py", "torch", "torch"), ("tune_context_jax.py", "jax", "optax")]
+)
+def test_a_tuned_context_is_saved_and_serves(
+    script: str, backend: str, needs: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(needs)
     options = ["--model", tiny_folder, "--tokens", "24", "--slots", "6", "--steps", "2", "--out", "tuned.safetensors"]
-    done = call(EXAMPLES / "tune_context_jax.py", *options, cwd=tmp_path)
+    done = call(EXAMPLES / script, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     said = re.search(r"gives (\d+\.\d+) nats", done.stdout)
     assert said is not None
     assert f"2 │ {said[1]}" in re.sub(r" +", " ", done.stdout)
     context = lyra.StaticContext.load(tmp_path / "tuned.safetensors")
     assert (context.num_tokens, context.tokens) == (6, None)
-    model = lyra.load(tiny_folder, backend="jax", context=context)
+    model = lyra.load(tiny_folder, backend=backend, context=context)
     assert model.generate("the", 2) != ""
