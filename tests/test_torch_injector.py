@@ -106,6 +106,7 @@ def test_enabling_replaces_and_disabling_restores_whichever_injector_does_it():
     second.enable(other, SPLITS["scattered"], live="self")
     two = logits(model)
     assert second.enabled[GLOBAL[0]] is kept
+    assert first.context() is second.context() is other
     second.enable(other, SPLITS["last half"])
     assert second.enabled[GLOBAL[0]] is not kept
     second.enable(context, SPLITS["scattered"])
@@ -306,6 +307,8 @@ def test_refusals():
         injector.capture(random_ids(1, 4))
     with pytest.raises(InputError, match=f"layer {GLOBAL[0]} has a context"):
         model(input_ids=torch.tensor(random_ids(1, 4)), output_attentions=True)
+    with pytest.raises(InputError, match="no context enabled"):
+        injector.enable(split=HeadSplit.half(injector.spec)).context()
     with pytest.raises(InputError, match="give its to_original"):
         injector.enabled[GLOBAL[0]].load_weights_from_original(injector.enabled[GLOBAL[0]])
     with pytest.raises(InputError, match="a Linear holds 0 Gemma3TextModels"):

@@ -63,10 +63,16 @@ def test_a_context_from_text_is_that_of_the_front_door(default, tiny_folder):
     assert default.capture([2, 271, 270], kv_heads=[1]).kv_heads == {1: (1,), 3: (1,)}
     model.attach(found, HeadSplit((0, 3), share_kv=True))
     default.enable(found, HeadSplit((0, 3), share_kv=True))
+    assert default.context() is found
     ids = default.tokenizer("and then", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         ours = default(input_ids=ids).logits[0].numpy()
-    assert abs(ours - model.logits("and then")).max() < 1e-4
+        assert abs(ours - model.logits("and then")).max() < 1e-4
+        default.disable()
+        plain = default(input_ids=ids).logits
+        with default.attach(found, gate=1.0):
+            assert (default(input_ids=ids).logits - plain).abs().max() > 1e-3
+        assert torch.equal(default(input_ids=ids).logits, plain)
 
 
 @pytest.mark.filterwarnings("error:.*loss_type.*")

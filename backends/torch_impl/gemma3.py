@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
 
 from lyra.spec.attention import AttentionSpec, RopeSpec, StaticSpec
+from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
@@ -78,6 +79,7 @@ class LyraGemma3Attention(Gemma3Attention):
         self.spec: AttentionSpec = spec.replace(split=split, static=static or StaticSpec())
         self.static_group: ProcessGroup | None = None
         self.static_trainable = False
+        self.given: StaticContext | None = None  # the whole context, of which static_k and static_v are this layer's
         self._original: tuple[Gemma3Attention, ...] = ()  # in a tuple, so that it is no submodule
         self._cut(self.k_proj, self.v_proj)
         for name in ("static_k", "static_v", "static_visible", "static_positions"):
@@ -131,6 +133,7 @@ class LyraGemma3Attention(Gemma3Attention):
         With `trainable` its keys have not been rotated yet; they and its values become parameters, in float32, and are
         rotated in every call (clauses STORED-2, GRAD).
         """
+        self.given = None
         weight = self.q_norm.weight
         self.spec = self.spec.replace(static=mode)
         self.static_trainable = trainable and static is not None

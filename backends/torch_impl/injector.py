@@ -63,7 +63,6 @@ class GemmaInjector:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.text = text_model(model)
-        self._given: StaticContext | None = None
         name = Path(self.text.config.name_or_path)
         self.spec = ModelSpec.from_hf_config(self.text.config.to_dict(), name.name if name.is_dir() else str(name))
         kind = self.text.config._attn_implementation
@@ -125,7 +124,6 @@ class GemmaInjector:
             chosen = HeadSplit.half(self.spec) if split is None else split
             by_layer = chosen if isinstance(chosen, Mapping) else dict.fromkeys(self.spec.global_layers, chosen)
             self.place({}, by_layer, mode)
-            self._given = None
             return self
         if not isinstance(context, StaticContext):
             context = StaticContext.load(context)
@@ -133,18 +131,21 @@ class GemmaInjector:
             check_origin(context, self.fingerprint(set(context.layers) & set(self.spec.global_layers)))
         by_layer = splits_by_layer(self.spec, context, split)
         self.place(static_layers(context, by_layer), by_layer, mode, group=group, trainable=trainable)
-        self._given = context
+        for module in self.enabled.values():
+            module.given = context
         return self
 
     def context(self) -> StaticContext:
-        """The context that this injector has enabled, with the keys and values that it has now.
+        """The context that is enabled, with the keys and values that it has now.
 
         Where those are `trainable` it is no longer the context of a text, and holds no tokens. Raises InputError where
         none is enabled, ContextError where tuning has led to NaN or infinity.
         """
-        if self._given is None or not self.enabled:
-            raise InputError("this injector has no context enabled; call enable(context) first")
-        return tuned_context(self._given, self.enabled)
+        modules = self.enabled
+        given = next((module.given for module in modules.values()), None)
+        if given is None:
+            raise InputError("the model has no context enabled; call enable(context) first")
+        return tuned_context(given, modules)
 
     def disable(self) -> None:
         """Put Hugging Face's own modules back: the very same ones, with the same weights, bit for bit.

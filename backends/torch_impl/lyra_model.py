@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.distributed import ProcessGroup
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.cache_utils import Cache
 
 from lyra.spec.attaching import Split
-from lyra.spec.attention import Live, Positions
 from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import hash_vocabulary
@@ -26,7 +25,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 
 
 class LyraForCausalLM(Gemma3ForCausalLM):
-    """A Gemma3ForCausalLM with `enable` and `disable` for static contexts, `capture`, and its tokenizer.
+    """A Gemma3ForCausalLM with GemmaInjector's methods, `capture` from text, and its tokenizer.
 
     Without a context it is Gemma3ForCausalLM, bit for bit, and it is saved as one whatever is enabled: plain
     transformers load what it saves. Of a multimodal checkpoint it takes the text model.
@@ -82,20 +81,28 @@ class LyraForCausalLM(Gemma3ForCausalLM):
         self,
         context: StaticContext | str | os.PathLike[str] | None = None,
         split: Split | None = None,
-        *,
-        live: Live = "causal",
-        positions: Positions = "continue",
-        override: bool = False,
-        group: ProcessGroup | None = None,
+        **options: Any,
     ) -> GemmaInjector:
         """`GemmaInjector.enable` for this model; `with model.enable(context):` disables at the end."""
-        return GemmaInjector(self).enable(
-            context, split, live=live, positions=positions, override=override, group=group
-        )
+        return GemmaInjector(self).enable(context, split, **options)
 
     def disable(self) -> None:
         """`GemmaInjector.disable` for this model."""
         GemmaInjector(self).disable()
+
+    def attach(
+        self, external_kv_cache: StaticContext | str | os.PathLike[str] | Cache | None = None, **options: Any
+    ) -> GemmaInjector:
+        """`GemmaInjector.attach` for this model; `with model.attach(context, gate=1.0):` detaches at the end."""
+        return GemmaInjector(self).attach(external_kv_cache, **options)
+
+    def detach(self) -> None:
+        """`GemmaInjector.detach` for this model."""
+        GemmaInjector(self).detach()
+
+    def context(self) -> StaticContext:
+        """`GemmaInjector.context` for this model: the context that is enabled, tuned or not."""
+        return GemmaInjector(self).context()
 
     def capture(
         self,
