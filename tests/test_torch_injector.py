@@ -143,6 +143,22 @@ def test_a_projection_that_is_more_than_a_linear_layer_stays_whole():
     assert model.model.layers[GLOBAL[1]].self_attn.q_proj is queries
 
 
+def test_a_model_whose_weights_are_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model()
+    context = GemmaInjector(model).capture(random_ids(1, 12, seed=4))
+    with GemmaInjector(model).enable(context):
+        expected = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[GLOBAL[0]].self_attn.k_proj.weight.is_meta
+    injector = GemmaInjector(model)
+    found = injector.capture(random_ids(1, 12, seed=4))
+    assert found.fingerprint == context.fingerprint
+    with injector.enable(found):
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+    assert model.model.layers[GLOBAL[0]].self_attn.k_proj.weight.is_meta
+
+
 def test_what_is_tuned_while_enabled_stays_tuned():
     model = make_model(**HEADS)
     before = bits(model)
@@ -179,7 +195,7 @@ def test_a_wrapped_part_is_neither_cut_anew_nor_put_back():
     module = injector.enabled[GLOBAL[1]]
     plain, module.lyra_k_proj = module.lyra_k_proj, torch.nn.Sequential(module.lyra_k_proj)
     expected, first = logits(model), injector.enabled[GLOBAL[0]]
-    with pytest.raises(InputError, match=r"has become a Sequential.*merge or unload the adapter first"):
+    with pytest.raises(InputError, match=r"has become a torch.nn.*Sequential.*merge or unload the adapter"):
         injector.disable()
     with pytest.raises(InputError, match="merge or unload the adapter first"):
         injector.enable(split=SPLITS["first"])

@@ -24,6 +24,7 @@ from lyra.spec.split import HeadSplit
 from . import projections, visibility
 from .heads import LyraHeads, lyra_heads, unfold
 from .layer import add_static
+from .offload import device_of
 from .partial import finish, partial_attention
 from .rope import cos_sin, inverse_frequencies, rotate
 from .static import PreparedStatic
@@ -134,18 +135,18 @@ class LyraGemma3Attention(Gemma3Attention):
         rotated in every call (clauses STORED-2, GRAD).
         """
         self.given = None
-        weight = self.q_norm.weight
+        device, dtype = device_of(self.k_norm), self.k_norm.weight.dtype
         self.spec = self.spec.replace(static=mode)
         self.static_trainable = trainable and static is not None
         k, v, visible, positions, self.static_group = static or (None,) * 5
         for name, value in zip(TUNED, (k, v), strict=True):
             delattr(self, name)
             if value is not None and trainable:
-                self.register_parameter(name, nn.Parameter(value.to(weight.device, torch.float32)))
+                self.register_parameter(name, nn.Parameter(value.to(device, torch.float32)))
             else:
-                self.register_buffer(name, None if value is None else value.to(weight), persistent=False)
-        self.static_visible = None if visible is None else visible.to(weight.device)
-        self.static_positions = None if positions is None else positions.to(weight.device)
+                self.register_buffer(name, None if value is None else value.to(device, dtype), persistent=False)
+        self.static_visible = None if visible is None else visible.to(device)
+        self.static_positions = None if positions is None else positions.to(device)
 
     def forward(  # type: ignore[override]  # the parent announces a third return value that it does not give
         self,
@@ -255,7 +256,7 @@ class LyraGemma3Attention(Gemma3Attention):
 
     def _place_heads(self, order: torch.Tensor | None) -> None:
         """Buffers that say which heads are Lyra's, made on the CPU whatever device is being initialised on."""
-        spec, device = self.spec, self.k_norm.weight.device
+        spec, device = self.spec, device_of(self.k_norm)
         lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads, torch.device("cpu"))
         names = ("lyra_queries", "lyra_groups", "lyra_chosen", "kv_order")
         for name, value in zip(names, (*lyra, order), strict=True):

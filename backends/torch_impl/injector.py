@@ -38,6 +38,7 @@ from .capture import capture
 from .external import from_cache
 from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
 from .injected import MemoryInjectionBlock, inject, withdraw
+from .offload import at_hand, device_of
 from .tensor_parallel import prepare_own, share_of, whole
 from .tokens import check_tokens
 from .tuning import tuned_context
@@ -270,7 +271,7 @@ class GemmaInjector:
         contexts are captured by the unmodified model (clause CAPTURE).
         """
         chosen = self._global(layers)
-        tokens = check_tokens(ids, None, self.spec.vocab_size, self.text.device)
+        tokens = check_tokens(ids, None, self.spec.vocab_size, device_of(self.text.embed_tokens))
         if len(tokens.ids) != 1 or chunk_size < 1:
             raise InputError(
                 f"capture: ids has {len(tokens.ids)} rows and chunk_size is {chunk_size}; expected one row, 1 or more"
@@ -336,7 +337,8 @@ class GemmaInjector:
         names = self.spec.layer(layer).weight_shapes()
         attention = self.text.layers[layer].self_attn
         found = attention.weights if isinstance(attention, LyraGemma3Attention) else attention.get_parameter
-        return {name: whole(found(name)).detach().to("cpu", torch.float32, copy=True).numpy() for name in names}
+        with at_hand(attention):
+            return {name: whole(found(name)).detach().to("cpu", torch.float32, copy=True).numpy() for name in names}
 
     def _context(
         self, found: Mapping[int, CapturedLayer], mask: np.ndarray, positions: np.ndarray, tokens: np.ndarray | None

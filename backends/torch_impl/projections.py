@@ -83,8 +83,8 @@ def restore(whole: nn.Linear, parts: tuple[nn.Module, nn.Module], order: torch.T
     for part in parts:
         if not is_plain(part):
             raise InputError(
-                f"a key or value projection has become a {type(part).__name__}, which cannot be put back into "
-                f"{type(whole).__name__}; merge or unload the adapter first (PEFT: merge_and_unload() or unload())"
+                f"a key or value projection has become a {type(part).__module__}.{type(part).__qualname__}, which "
+                f"cannot be put back; merge or unload the adapter first (PEFT: merge_and_unload() or unload())"
             )
     with torch.no_grad():
         for name, value in whole.named_parameters():
