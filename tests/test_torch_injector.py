@@ -288,6 +288,24 @@ def test_models_of_every_kind_with_the_same_text_model():
         np.testing.assert_array_equal(kept.k, context.layers[layer].k)
 
 
+def test_images_are_attended_to_as_before():
+    """Tokens of an image see each other in both directions: the model's own mask says so."""
+    model = multimodal()
+    torch.manual_seed(3)
+    ids = torch.tensor([[2, 5, 91, 90, 90, 90, 90, 92, 7, 8]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": (ids == 90).long()}
+    injector = GemmaInjector(model)
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        causal = model(**(inputs | {"token_type_ids": None})).logits
+        made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        with injector.enable(split=HeadSplit.all(injector.spec)):
+            found = model(**inputs).logits
+            assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), made)
+    assert (expected - causal).abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * expected.abs().max().item() + 1e-6)
+
+
 def test_the_cache_and_the_angles_of_a_context():
     model = make_model()
     injector = GemmaInjector(model)

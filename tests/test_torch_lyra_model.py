@@ -31,6 +31,17 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
+class WithoutBos:
+    """A tokenizer that adds no special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.get_vocab = tokenizer.get_vocab
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return self.tokenizer(text, add_special_tokens=False)
+
+
 @pytest.fixture
 def default(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Lyra:
     """What Lyra() gives where the default model is a tiny one, with a tokenizer."""
@@ -60,6 +71,10 @@ def test_a_context_from_text_is_that_of_the_front_door(default, tiny_folder):
     for layer, one in found.layers.items():
         assert abs(one.k - expected.layers[layer].k).max() < 1e-5
         assert abs(one.v - expected.layers[layer].v).max() < 1e-5
+    expected = default.capture(text).tokens.tolist()
+    default.tokenizer = WithoutBos(default.tokenizer)
+    assert default.capture(text).tokens.tolist() == expected
+    default.tokenizer = default.tokenizer.tokenizer
     assert default.capture([2, 271, 270], kv_heads=[1]).kv_heads == {1: (1,), 3: (1,)}
     model.attach(found, HeadSplit((0, 3), share_kv=True))
     default.enable(found, HeadSplit((0, 3), share_kv=True))

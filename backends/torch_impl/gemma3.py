@@ -289,7 +289,7 @@ class LyraGemma3Attention(Gemma3Attention):
         if self.static_k is not None and batch % len(self.static_k):
             raise InputError(
                 f"layer {self.layer_idx}: the context holds {len(self.static_k)} rows and the call {batch}; "
-                f"attach a context of one row (shared by all), of {batch}, or of one row for each prompt where a prompt "
+                f"attach a context of one row (shared by all), of {batch}, or of one row a prompt where each prompt "
                 f"stands in several rows side by side (beams)"
             )
 

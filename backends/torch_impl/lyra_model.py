@@ -112,21 +112,25 @@ class LyraForCausalLM(Gemma3ForCausalLM):
         kv_heads: Iterable[int] | Mapping[int, Iterable[int]] | None = None,
         chunk_size: int = 512,
     ) -> StaticContext:
-        """The static context of a text, or of token ids [S] taken as they are (clause CAPTURE).
+        """The static context of a text (BOS in front), or of token ids [S] taken as they are (clause CAPTURE).
 
         `layers` are global layers, all of them by default; `kv_heads` those to keep, by layer if a mapping. Raises
         InputError while a context is enabled, and for a text where there is no tokenizer.
         """
-        tokenizer = self.tokenizer
-        if isinstance(text, str) and tokenizer is None:
-            raise InputError("capture: this model has no tokenizer; set model.tokenizer, or give token ids")
-        ids = tokenizer(text)["input_ids"] if isinstance(text, str) else text
+        ids = self._ids(text) if isinstance(text, str) else text
         context = GemmaInjector(self).capture(np.asarray(ids)[None], layers=layers, chunk_size=chunk_size)
-        if tokenizer is not None:
-            vocabulary = hash_vocabulary(tokenizer.get_vocab())
+        if self.tokenizer is not None:
+            vocabulary = hash_vocabulary(self.tokenizer.get_vocab())
             known = replace(context.fingerprint, tokenizer=vocabulary, bos=self.config.bos_token_id)
             context = replace(context, fingerprint=known)
         return context if kv_heads is None else context.take(kv_heads)
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a text, BOS first whether the tokenizer adds it or not."""
+        if self.tokenizer is None:
+            raise InputError("capture: this model has no tokenizer; set model.tokenizer, or give token ids")
+        ids, bos = list(self.tokenizer(text)["input_ids"]), self.config.bos_token_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 # transformers goes by a class's name to choose the loss, to know what a pipeline serves and to save `architectures`.
