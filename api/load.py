@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any
 
 from lyra.backends.protocol import Backend, BackendNotFound, ModelBackend, check_backend, get_backend
 from lyra.spec.attaching import Split
@@ -11,10 +11,8 @@ from lyra.spec.context import StaticContext
 
 from .checkpoint import resolve
 from .errors import ModelError
-from .model import Model
+from .model import MODES, Mode, Model
 from .text import Text
-
-MODES = ("parallel", "sequential")
 
 
 def load(
@@ -23,7 +21,7 @@ def load(
     backend: str | Backend = "torch",
     split: Split | None = None,
     context: StaticContext | str | os.PathLike[str] | None = None,
-    mode: Literal["parallel", "sequential"] = "parallel",
+    mode: Mode = "parallel",
     dtype: str = "float32",
     device: str | None = None,
     mesh: Any | None = None,
@@ -35,27 +33,31 @@ def load(
     backend  "torch", "jax", the name of another installed backend, "package.module:Class", or a backend itself
     split    the head split, one for all layers or one by layer, that contexts are attached with
     context  a StaticContext, or its file, to attach at once
+    mode     "parallel": heads of the model's own attention read a context; "sequential": attention blocks behind it do
     dtype    "float32", or another one that the backend computes in, such as "bfloat16"
     device   the backend's name of a device; None is its default
     mesh     for backend "jax": a jax.sharding.Mesh whose axes "heads" and "context" the model and its contexts are
              spread over
 
-    Raises CheckpointError where there is no such model, BackendNotFound or ImportError for the backend, and what
-    `Model.attach` raises.
+    Raises CheckpointError where there is no such model, BackendNotFound or ImportError for the backend, ModelError for
+    a mode that it does not have, and what `Model.attach` raises.
     """
     if mode not in MODES:
         raise ModelError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-    if mode == "sequential":
-        raise NotImplementedError("mode='sequential' (clause SEQUENTIAL) is not there yet; use mode='parallel'")
     maker = get_backend(backend) if isinstance(backend, str) else check_backend(backend)
     if not isinstance(maker, ModelBackend):
         raise BackendNotFound(f"backend {maker.name!r} has attention layers only, no whole models: it lacks load()")
     if mesh is not None and "mesh" not in maker.capabilities:
         raise ModelError(f"backend {maker.name!r} takes no mesh; load with backend='jax', or without mesh")
+    if mode == "sequential" and "inject" not in maker.capabilities:
+        raise ModelError(
+            f"backend {maker.name!r} has no whole models with injected blocks (capability 'inject') yet; "
+            f"take backend='torch', or mode='parallel'"
+        )
     folder = resolve(model)
     options: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
     engine = maker.load(str(folder), dtype=dtype, device=device, **options)
-    made = Model(engine, Text.from_folder(folder), split=split)
+    made = Model(engine, Text.from_folder(folder), split=split, mode=mode)
     if context is not None:
         made.attach(context)
     return made

@@ -6,18 +6,28 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from lyra.backends.protocol import Engine, Sampling
-from lyra.spec.attaching import Split, check_origin, splits_by_layer, static_layers
+from lyra.backends.protocol import Engine, Sampling, SequentialEngine
+from lyra.spec.attaching import (
+    Gate,
+    Split,
+    block_contexts,
+    blocks_by_layer,
+    check_origin,
+    gates_by_layer,
+    splits_by_layer,
+    static_layers,
+)
 from lyra.spec.attention import Live, Positions, StaticSpec
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
 from lyra.spec.model import ModelSpec
+from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from .errors import ModelError
@@ -25,6 +35,11 @@ from .streaming import iterate
 from .text import Text, TextStream
 
 Ids = Sequence[int] | np.ndarray
+Mode = Literal["parallel", "sequential"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+GATE = 0.25
+"""How far `attach` opens the gates of blocks whose weights nobody has tuned; wide open they do more harm than good."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +75,21 @@ class Score:
 class Model:
     """A model that may have a context attached. Made by `lyra.load`; engine and text come from a backend and a folder.
 
-    `split` is the split that `attach` takes where it is given none.
+    `split` is the split that `attach` takes where it is given none. `mode` says who reads a context: heads of the
+    model's own attention ("parallel"), or blocks behind it ("sequential"), which an engine must be able to hold.
+    `blocks` are those that it has now, by layer.
     """
 
-    def __init__(self, engine: Engine, text: Text | None = None, *, split: Split | None = None) -> None:
+    def __init__(
+        self, engine: Engine, text: Text | None = None, *, split: Split | None = None, mode: Mode = "parallel"
+    ) -> None:
+        if mode == "sequential" and not isinstance(engine, SequentialEngine):
+            raise ModelError(f"a {type(engine).__name__} holds no injected blocks; take mode='parallel'")
         self.engine = engine
         self.text = text
+        self.mode = mode
         self.context: StaticContext | None = None
+        self.blocks: dict[int, SequentialSpec] = {}
         self._splits: dict[int, HeadSplit] = {}
         self._static = StaticSpec()
         self._split = split
@@ -75,6 +98,7 @@ class Model:
 
     def __repr__(self) -> str:
         attached = f", with {self.context!r}" if self.context else ""
+        attached += f" in {len(self.blocks)} blocks" if self.blocks else ""
         return f"Model({type(self.engine).__name__} of {self.engine.spec.name!r}{attached})"
 
     @property
@@ -232,30 +256,68 @@ class Model:
         context: StaticContext | str | os.PathLike[str],
         split: Split | None = None,
         *,
-        live: Live = "causal",
+        live: Live | None = None,
         positions: Positions = "continue",
+        gate: Gate | None = None,
+        residual: bool | None = None,
         override: bool = False,
     ) -> None:
         """Let the Lyra heads of the context's layers attend to it. Replaces what was attached.
 
         `context` is a StaticContext or its file. `split` is one HeadSplit, or one for each layer; by default the
-        split given to `load`, else the heads that read what the context holds, or the last half of them where it
-        holds all. Raises ContextError for a context of another model, unless `override`, and for one without the
-        layers or heads of the split; SpecError for a split that does not fit. A refusal changes nothing.
+        split given to `load`, else the heads that read what the context holds, or in parallel mode the last half of
+        them where it holds all. `live` is by default "causal", and in sequential mode "none".
+
+        In sequential mode only: the heads are those of blocks, which get a `gate`, one number or one for each layer,
+        by default 0.25, and keep the `residual` stream or replace it (clause SEQUENTIAL).
+
+        Raises ContextError for a context of another model, unless `override`, and for one without the layers or heads
+        of the split; SpecError for a split or gates that do not fit; ModelError for a gate in parallel mode. A refusal
+        changes nothing.
         """
+        if self.mode == "parallel" and (gate, residual) != (None, None):
+            raise ModelError("attach: gate and residual are those of blocks; load the model with mode='sequential'")
         if not isinstance(context, StaticContext):
             context = StaticContext.load(context)
         if not override:
             self._check_fingerprint(context)
-        splits = splits_by_layer(self.engine.spec, context, split if split is not None else self._split)
-        mode = StaticSpec(live=live, positions=positions)
-        self.engine.attach(static_layers(context, splits), splits, mode)
-        self.context, self._splits, self._static = context, splits, mode
+        split = split if split is not None else self._split
+        if isinstance(self.engine, SequentialEngine) and self.mode == "sequential":
+            sees = StaticSpec(live=live or "none", positions=positions)
+            gate, residual = GATE if gate is None else gate, residual is not False
+            blocks = blocks_by_layer(self.engine.spec, context.kv_heads, split, sees, gate, residual)
+            self.engine.inject(block_contexts(context, blocks), blocks)
+            self.context, self.blocks = context, blocks
+            return
+        splits = splits_by_layer(self.engine.spec, context, split)
+        sees = StaticSpec(live=live or "causal", positions=positions)
+        self.engine.attach(static_layers(context, splits), splits, sees)
+        self.context, self._splits, self._static = context, splits, sees
+
+    @property
+    def gate(self) -> Gate:
+        """The gate of the blocks: one number, or one by layer where they differ. Set it to one or the other.
+
+        Raises ModelError where no block is there; setting raises SpecError for gates of other layers.
+        """
+        gates = {layer: block.gate for layer, block in self.blocks.items()}
+        if not gates:
+            raise ModelError("gate: no block is there; load the model with mode='sequential' and attach a context")
+        return gates if len(set(gates.values())) > 1 else next(iter(gates.values()))
+
+    @gate.setter
+    def gate(self, gate: Gate) -> None:
+        gates = gates_by_layer(gate, self.blocks)
+        if not isinstance(self.engine, SequentialEngine) or not gates:
+            raise ModelError("gate: no block is there; load the model with mode='sequential' and attach a context")
+        blocks = {layer: block.replace(gate=gates[layer]) for layer, block in self.blocks.items()}
+        self.engine.set_gates(gates)
+        self.blocks = blocks
 
     def detach(self) -> None:
         """Back to the plain model."""
         self.engine.detach()
-        self.context, self._splits, self._static = None, {}, StaticSpec()
+        self.context, self.blocks, self._splits, self._static = None, {}, {}, StaticSpec()
 
     def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
         """What contexts of this model carry, for some global layers or for all (clause FINGERPRINT)."""

@@ -37,6 +37,7 @@ __all__ = [
     "Result",
     "Sampling",
     "SequentialBackend",
+    "SequentialEngine",
     "StaticLayer",
     "check_backend",
     "get_backend",
@@ -56,6 +57,7 @@ CAPABILITIES = {
     "bfloat16": "Attention computes in bfloat16 when the backend is given dtype='bfloat16'",
     "sequential": "SequentialBackend.sequential: an injected attention block after self-attention",
     "mesh": "MeshBackend.load spreads a whole model over the devices of a mesh",
+    "inject": "its engines are SequentialEngines: whole models with injected blocks",
 }
 
 
@@ -256,6 +258,23 @@ class Engine(Protocol):
 
     def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
         """Float32 copies of a layer's attention weights, in Hugging Face names and layout."""
+        ...
+
+
+@runtime_checkable
+class SequentialEngine(Engine, Protocol):
+    """What an engine is whose backend has the capability "inject" (clause SEQUENTIAL, in whole models)."""
+
+    def inject(self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]) -> None:
+        """Put a block behind the self-attention of each layer of `blocks`, with the layer's weights (SEQUENTIAL-7).
+
+        `static` has the context of each block; keys are rotated once, here. Replaces what was attached, and `detach`
+        takes it out.
+        """
+        ...
+
+    def set_gates(self, gates: Mapping[int, float]) -> None:
+        """Change the gates of injected blocks, by layer; raises InputError for a layer without one."""
         ...
 
 

@@ -317,8 +317,6 @@ def test_without_a_tokenizer_ids_serve(model: Model, backend: str, tiny_folder: 
 def test_what_is_not_there_is_said_so(model: Model, tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match="on_text serves one prompt, got 2"):
         model.generate([LIVE, LIVE], on_text=print)
-    with pytest.raises(NotImplementedError, match="clause SEQUENTIAL"):
-        lyra.load(tiny_folder, mode="sequential")
     with pytest.raises(ModelError, match="unknown mode 'both'; known: parallel, sequential"):
         lyra.load(tiny_folder, mode="both")
 

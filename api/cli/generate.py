@@ -10,10 +10,12 @@ from .options import (
     BackendName,
     ContextPath,
     Dtype,
+    GateOption,
     LiveMode,
     LyraKV,
     LyraQ,
     ModelName,
+    ModeName,
     Override,
     PositionMode,
     ShareKV,
@@ -41,16 +43,18 @@ def generate(
     lyra_kv: LyraKV = None,
     lyra_q: LyraQ = None,
     share_kv: ShareKV = False,
-    live: LiveMode = "causal",
+    live: LiveMode = None,
     positions: PositionMode = "continue",
+    mode: ModeName = "parallel",
+    gate: GateOption = None,
     override: Override = False,
     dtype: Dtype = "float32",
 ) -> None:
     """Continue a prompt, printing text as it comes."""
-    loaded = load_model(model, backend, dtype)
+    loaded = load_model(model, backend, dtype, mode)
     split = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv)
     if context is not None:
-        loaded.attach(context, split, live=live, positions=positions, override=override)
+        loaded.attach(context, split, live=live, positions=positions, gate=gate, override=override)
     for piece in loaded.stream(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         typer.echo(piece, nl=False)
     typer.echo()

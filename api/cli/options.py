@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lyra.errors import ModelError
+from lyra.model import Mode
 from lyra.spec.attention import Live, Positions
 from lyra.spec.errors import SpecError
 from lyra.spec.split import HasHeads, HeadSplit
@@ -38,7 +39,15 @@ LyraQ = Annotated[
 ]
 ShareKV = Annotated[bool, typer.Option("--share-kv", help="Let a split cut a GQA group: its KV head serves both.")]
 ContextPath = Annotated[Path | None, typer.Option("--context", "-c", help="A context to attach: what capture wrote.")]
-LiveMode = Annotated[Live, typer.Option(help="What Lyra heads see of the live tokens.")]
+LiveMode = Annotated[
+    Live | None, typer.Option(help="What Lyra heads see of the live tokens; else causal, in sequential mode none.")
+]
+ModeName = Annotated[
+    Mode, typer.Option(help="Who reads the context: heads of the model's own attention, or blocks behind it.")
+]
+GateOption = Annotated[
+    float | None, typer.Option(metavar="G", help="How far blocks are open, in sequential mode; else 0.25.")
+]
 PositionMode = Annotated[Positions, typer.Option(help="Whether live tokens follow the context or lie over it.")]
 Override = Annotated[bool, typer.Option("--override", help="Attach a context of another model all the same.")]
 
@@ -76,7 +85,7 @@ def read_text(source: str) -> str:
         raise ModelError(f"{source} is no UTF-8 text ({error})") from None
 
 
-def load_model(name: str | None, backend: str, dtype: str) -> Model:
+def load_model(name: str | None, backend: str, dtype: str, mode: Mode = "parallel") -> Model:
     """The model of the shared options, with a line on standard error while it loads."""
     from rich.console import Console
 
@@ -86,4 +95,4 @@ def load_model(name: str | None, backend: str, dtype: str) -> Model:
     folder = resolve(name)  # first, because a conversion or a download shows progress of its own
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw over the line below
     with Console(stderr=True).status(f"Loading {folder.name}"):
-        return load(folder, backend=backend, dtype=dtype)
+        return load(folder, backend=backend, dtype=dtype, mode=mode)

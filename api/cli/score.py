@@ -13,11 +13,13 @@ from .options import (
     BackendName,
     ContextPath,
     Dtype,
+    GateOption,
     JsonPath,
     LiveMode,
     LyraKV,
     LyraQ,
     ModelName,
+    ModeName,
     Override,
     PositionMode,
     ShareKV,
@@ -36,8 +38,10 @@ def score(
     lyra_kv: LyraKV = None,
     lyra_q: LyraQ = None,
     share_kv: ShareKV = False,
-    live: LiveMode = "causal",
+    live: LiveMode = None,
     positions: PositionMode = "continue",
+    mode: ModeName = "parallel",
+    gate: GateOption = None,
     override: Override = False,
     dtype: Dtype = "float32",
     json_path: JsonPath = None,
@@ -46,7 +50,7 @@ def score(
     from lyra.progress import steps
 
     words = read_text(text)
-    loaded = load_model(model, backend, dtype)
+    loaded = load_model(model, backend, dtype, mode)
     split = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv)
     rounds = 1 if context is None else 2
     found: dict[str, Score] = {}
@@ -55,7 +59,7 @@ def score(
         found["without context"] = loaded.score(words)
         if context is not None:
             move("with context", 1, rounds)
-            loaded.attach(context, split, live=live, positions=positions, override=override)
+            loaded.attach(context, split, live=live, positions=positions, gate=gate, override=override)
             found["with context"] = loaded.score(words)
     data = {
         name: {

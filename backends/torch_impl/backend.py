@@ -118,7 +118,9 @@ class TorchBackend:
     """PyTorch. Implements `lyra.backends.protocol.ModelBackend` and `SequentialBackend`."""
 
     name = "torch"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16"})
+    capabilities = frozenset(
+        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "inject"}
+    )
 
     def attention(
         self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"

@@ -328,6 +328,16 @@ class GemmaInjector:
         for layer, block in made.items():
             inject(self.text.layers[layer], block)
 
+    def set_gates(self, gates: Mapping[int, float]) -> None:
+        """Change the gates of blocks, by layer; 0 closes one. Raises InputError for a layer without a block."""
+        blocks = self.attached
+        wrong = sorted(set(gates) - set(blocks))
+        if wrong:
+            raise InputError(f"gate: layers {wrong} have no block; those with one are {sorted(blocks)}")
+        with torch.no_grad():
+            for layer, gate in gates.items():
+                blocks[layer].gate.fill_(gate)
+
     def fingerprint(self, layers: Iterable[int]) -> Fingerprint:
         """What a context of some global layers of this model carries, but for the tokenizer (clause FINGERPRINT)."""
         return Fingerprint.of(self.spec, {layer: hash_weights(self.attention_weights(layer)) for layer in layers})

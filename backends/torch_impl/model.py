@@ -16,6 +16,7 @@ from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
+from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from .capture import capture
@@ -101,7 +102,7 @@ class TorchEngine:
         on_chunk: Callable[[int], None] | None = None,
     ) -> dict[int, CapturedLayer]:
         """K and V of `layers` for ids [1,S], k normed and unrotated. Raises InputError. Clause CAPTURE."""
-        if self.injector.enabled:
+        if self.injector.enabled or self.injector.attached:
             raise InputError(
                 "capture: a context is attached, and contexts are captured by the plain model; detach first"
             )
@@ -122,9 +123,23 @@ class TorchEngine:
         Face's own module (clause IDENTITY). Raises InputError, SpecError; then nothing has changed.
         """
         self.injector.place(static, splits, mode, lazy=True)
+        self.injector.detach()
+
+    def inject(self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]) -> None:
+        """Put a block behind the self-attention of each layer of `blocks`, with its context (clause SEQUENTIAL).
+
+        The blocks use the layers' own weights. Replaces what was attached. Raises InputError; then nothing has changed.
+        """
+        self.injector.place_blocks(static, blocks)
+        self.injector.disable()
+
+    def set_gates(self, gates: Mapping[int, float]) -> None:
+        """Change the gates of injected blocks, by layer. Raises InputError for a layer without one."""
+        self.injector.set_gates(gates)
 
     def detach(self) -> None:
         """Put Hugging Face's own modules back: bit for bit the model that was loaded."""
+        self.injector.detach()
         self.injector.disable()
 
     def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
