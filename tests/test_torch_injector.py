@@ -224,6 +224,15 @@ def test_an_enabled_model_may_be_moved_and_copied(name):
         assert all(value.dtype == torch.bfloat16 for value in one.parameters())
 
 
+def test_training_and_evaluating_go_with_the_model():
+    model = make_model(attention_dropout=0.1)
+    with GemmaInjector(model).enable() as injector:
+        assert not any(part.training for part in injector.enabled[GLOBAL[0]].modules())
+        with pytest.raises(InputError, match=r"attention_dropout=0\.1 while training"):
+            model.train()(input_ids=torch.tensor(random_ids(1, 4)))
+    assert all(part.training for part in model.modules())
+
+
 def test_state_dicts_are_hugging_faces_while_enabled():
     model, other = make_model(**HEADS), make_model(seed=1, **HEADS)
     injector = GemmaInjector(other)
