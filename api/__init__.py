@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .drop_in import Lyra
     from .errors import CheckpointError, ModelError
-    from .load import load
+    from .loading import load
     from .model import Model, Score
 
 __all__ = [
@@ -54,7 +54,7 @@ _HOMES = {
     "lyra.backends.protocol": ("BackendNotFound",),
     "lyra.drop_in": ("Lyra",),
     "lyra.errors": ("CheckpointError", "ModelError"),
-    "lyra.load": ("load",),
+    "lyra.loading": ("load",),
     "lyra.model": ("Model", "Score"),
     "lyra.spec.attention": ("AttentionSpec", "QKNormSpec", "RopeSpec", "StaticSpec"),
     "lyra.spec.context": ("StaticContext",),

@@ -90,7 +90,7 @@ def load_model(name: str | None, backend: str, dtype: str, mode: Mode = "paralle
     from rich.console import Console
 
     from lyra.checkpoint import resolve
-    from lyra.load import load
+    from lyra.loading import load
 
     folder = resolve(name)  # first, because a conversion or a download shows progress of its own
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw over the line below
