@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,23 @@ def tensor_parallel(folder: str) -> dict[str, dict[str, np.ndarray]]:
         with attached(model, context, name):
             found[f"heads, {name}"] = answers(model) | weight_gradients(model)
     found["heads, plain again"] = answers(model)
-    try:
-        attached(model, context, "all", group=dist.group.WORLD)
-    except InputError as error:
-        found["heads, slots too"] = {"refusal": np.array(str(error))}
+    refused: dict[str, Callable[[], object]] = {
+        "slots too": lambda: attached(model, context, "all", group=dist.group.WORLD),
+        "trainable": lambda: attached(model, context, "all", trainable=True),
+        "capture": lambda: GemmaInjector(model).capture(PROMPT[:1]),
+        "attach": lambda: GemmaInjector(model).attach(context),
+    }
+    found["heads, refused"] = {what: np.array(refusal(call)) for what, call in refused.items()}
     return found
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The message of the InputError that a call ends in."""
+    try:
+        call()
+    except InputError as error:
+        return str(error)
+    return "not refused"
 
 
 def sharded_model(folder: str) -> dict[str, dict[str, np.ndarray]]:

@@ -109,9 +109,16 @@ def test_a_model_with_a_sharded_context_gives_the_single_process_logits(ranks: R
     assert sum(rank[f"slots, {name}"]["held"][2] for rank in ranks) == TOKENS
 
 
-def test_processes_with_different_heads_cannot_have_slots_of_one_context(ranks: Ranks) -> None:
+def test_what_needs_all_heads_is_refused(ranks: Ranks) -> None:
+    wanted = {
+        "slots too": "ranks [0, 1] have different heads",
+        "trainable": "tuned in one piece",
+        "capture": "capture: a context needs all heads",
+        "attach": "attach: a block needs all heads",
+    }
     for rank in ranks:
-        assert "ranks [0, 1] have different heads" in str(rank["heads, slots too"]["refusal"])
+        for what, message in wanted.items():
+            assert message in str(rank["heads, refused"][what])
 
 
 def test_heads_that_cannot_be_dealt_out_are_refused() -> None:

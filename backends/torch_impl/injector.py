@@ -280,6 +280,7 @@ class GemmaInjector:
             raise InputError(
                 "capture: Lyra is in the model, and contexts are captured by the plain one; take it out first"
             )
+        self._check_in_one_piece("capture: a context", chosen)
         with torch.inference_mode():
             found = capture(self.text, tokens.ids, chosen, chunk_size, on_chunk)
         positions = np.arange(tokens.ids.shape[1])[None]
@@ -293,7 +294,9 @@ class GemmaInjector:
         mask [B,S] bool is that of the tokens in the cache, False at padding. Keys, which a cache holds rotated, are
         turned back (clause STORED). Raises InputError for a cache that is not whole, with the reason.
         """
-        return self._context(*from_cache(self.text, self.spec, cache, self._global(layers), mask), None)
+        chosen = self._global(layers)
+        self._check_in_one_piece("context_of: a context", chosen)
+        return self._context(*from_cache(self.text, self.spec, cache, chosen, mask), None)
 
     def detach(self) -> None:
         """Take the blocks out again: the layers are Hugging Face's own, bit for bit."""
@@ -310,10 +313,7 @@ class GemmaInjector:
         outside = sorted(set(blocks) - set(range(self.spec.num_hidden_layers))) or sorted(set(static) - set(blocks))
         if outside:
             raise InputError(f"attach: layers {outside} have no place for a block or no block for their context")
-        if any(share_of(self.text.layers[layer].self_attn).ranks > 1 for layer in blocks):
-            raise InputError(
-                "attach: the model's heads are spread over processes (tensor parallel); blocks need them all"
-            )
+        self._check_in_one_piece("attach: a block", blocks)
         made = {
             layer: MemoryInjectionBlock(
                 self.text.layers[layer],
@@ -356,6 +356,13 @@ class GemmaInjector:
         heads = tuple(range(self.spec.num_key_value_heads))
         layers = {layer: ContextLayer(heads, one.k, one.v) for layer, one in found.items()}
         return StaticContext(layers, mask, positions, self.fingerprint(layers), tokens)
+
+    def _check_in_one_piece(self, what: str, layers: Iterable[int]) -> None:
+        if any(share_of(self.text.layers[layer].self_attn).ranks > 1 for layer in layers):
+            raise InputError(
+                f"{what} needs all heads, and the model's are spread over processes (tensor parallel); "
+                f"load the model in one piece for it"
+            )
 
     def _global(self, layers: Iterable[int] | None) -> list[int]:
         chosen = sorted(set(self.spec.global_layers if layers is None else layers))
