@@ -271,7 +271,7 @@ def test_a_context_of_one_row_serves_three_and_rows_may_have_their_own(torch_eng
     torch_engine.attach(shorter, splits, StaticSpec())
     np.testing.assert_allclose(both[1:], torch_engine.logits(ids[1:2]), atol=1e-4 * np.abs(shared).max())
     torch_engine.attach(rows, splits, StaticSpec())
-    with pytest.raises(InputError, match="holds 2 rows and the call 3"):
+    with pytest.raises(InputError, match="ids has 3 rows; the attached context has 2"):
         torch_engine.logits(ids)
 
 
