@@ -131,10 +131,10 @@ def test_what_it_saves_loads_in_plain_transformers(tmp_path, enabled):
 
 
 def test_the_tokenizer_is_saved_with_it(default, tmp_path):
-    default.save_pretrained(tmp_path)
-    again = Lyra.from_pretrained(tmp_path)
+    default.save_pretrained(tmp_path / "within")
+    again = Lyra.from_pretrained(tmp_path, subfolder="within")
     assert again.tokenizer("the end")["input_ids"] == default.tokenizer("the end")["input_ids"]
-    other = AutoTokenizer.from_pretrained(tmp_path)
+    other = AutoTokenizer.from_pretrained(tmp_path / "within")
     again.tokenizer = other
     assert again.tokenizer is other
 

@@ -68,7 +68,7 @@ class LyraForCausalLM(Gemma3ForCausalLM):
     def tokenizer(self) -> Any:
         """The tokenizer that lies with the weights, loaded when it is first asked for; None where there is none."""
         if self._tokenizer is None and self.name_or_path:
-            folder = Path(self.name_or_path)
+            folder = Path(self.name_or_path, self._hub_options.get("subfolder", ""))
             if not folder.is_dir() or (folder / "tokenizer.json").is_file():
                 self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **self._hub_options)
         return self._tokenizer
