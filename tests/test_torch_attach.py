@@ -109,6 +109,33 @@ def test_trainable_blocks_have_parameters(model, injector):
     assert torch.equal(logits(model), expected)
 
 
+def test_layers_that_accelerate_has_hooked(model):
+    """It puts a forward of its own into modules, and may keep their weights elsewhere between calls."""
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    context = GemmaInjector(model).capture(CONTEXT)
+    with GemmaInjector(model).attach(context, gate=1.0, live="causal"):
+        expected = logits(model)
+    other = make_model()
+    plain = logits(other)
+    accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
+    for layer in other.model.layers:
+        add_hook_to_module(layer, ModelHook())
+    with GemmaInjector(other).attach(context, gate=1.0, live="causal") as injector:
+        assert difference(logits(other), expected) < 1e-5
+        with pytest.raises(InputError, match="weights are kept elsewhere"):
+            injector.attach(context, trainable=True)
+        assert difference(logits(other), expected) < 1e-5
+    assert torch.equal(logits(other), plain)
+    last = other.model.layers[GLOBAL[1]]
+    last.forward = last.forward
+    del last._old_forward
+    with pytest.raises(InputError, match="layer 3 has a forward of its own"):
+        injector.attach(context)
+    assert not injector.attached
+
+
 def test_the_text_part_of_a_multimodal_model():
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(

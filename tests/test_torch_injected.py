@@ -12,7 +12,14 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from lyra.backends.torch_impl import TorchBackend
 from lyra.backends.torch_impl.block_cache import WatchedCache
-from lyra.backends.torch_impl.injected import InjectedAttentionBlock, MemoryInjectionBlock, inject, join, withdraw
+from lyra.backends.torch_impl.injected import (
+    InjectedAttentionBlock,
+    MemoryInjectionBlock,
+    check_place,
+    inject,
+    join,
+    withdraw,
+)
 from lyra.conformance.tolerance import K, distance
 from lyra.spec import HeadSplit, InputError
 from lyra.spec.reference_sequential import own_keys, reference_sequential
@@ -239,6 +246,11 @@ def test_a_closed_gate_hides_what_is_not_finite():
     assert (closed.view(torch.int32) == h.view(torch.int32)).all()
 
 
+def as_layer(module: torch.nn.Module) -> torch.nn.Module:
+    module.layer_idx = 0
+    return module
+
+
 def test_refusals(torch_engine):
     ids, layer = torch.tensor(some_ids(1, 4)), GLOBAL[0]
     decoder = torch_engine.module.model.layers[layer]
@@ -250,16 +262,20 @@ def test_refusals(torch_engine):
     tables = torch_engine.module.model.rotary_emb(h, torch.arange(4)[None], "full_attention")
     with pytest.raises(InputError, match="needs the WatchedCache"):
         alone(h, tables, past_key_values=DynamicCache())
+    with pytest.raises(InputError, match=r"of the class Linear with the parts \[\]; a block goes into a plain"):
+        check_place(as_layer(torch.nn.Linear(1, 1)))
     half = block_spec(torch_engine, layer, split=HeadSplit((2, 3)))
     with pytest.raises(InputError, match="hold 2 KV heads"):
         MemoryInjectionBlock(decoder, half, static)
+    with pytest.raises(InputError, match=r"qk_norm.eps \(0.5, 1e-06\) does not fit a layer whose norms have \(1e-06"):
+        InjectedAttentionBlock(decoder, own.replace(norm_eps=0.5))
     cache = DynamicCache(config=torch_engine.module.config)
     with torch.inference_mode():
         torch_engine.module(input_ids=ids, past_key_values=cache, use_cache=True)
         with blocks_in(torch_engine, live="causal") as blocks:
             with pytest.raises(InputError, match="holds 4 earlier tokens of the layer and 0 of the block"):
                 torch_engine.module(input_ids=ids, past_key_values=cache, use_cache=True)
-            with pytest.raises(InputError, match=r"of the class InjectedDecoderLayer .* detach what is there first"):
+            with pytest.raises(InputError, match="layer 2 has a block; take it out first"):
                 inject(decoder, blocks[layer])
             other = Cache(layers=[DynamicSlidingWindowLayer(WINDOW) for _ in range(6)])
             with pytest.raises(InputError, match="this cache has a DynamicSlidingWindowLayer"):

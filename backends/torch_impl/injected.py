@@ -25,7 +25,7 @@ from .block_cache import WatchedCache, keep_live
 from .gemma3 import LyraGemma3Attention, live_keys
 from .heads import LyraHeads, fold, lyra_heads, unfold
 from .layer import add_static
-from .norm import rms_norm
+from .offload import device_of
 from .partial import finish, nothing, partial_attention
 from .rope import rotate
 from .static import PreparedStatic, prepare_static
@@ -39,6 +39,9 @@ LAYER_PARTS = {
     "post_feedforward_layernorm",
 }
 """The submodules of a Gemma3DecoderLayer: one with others is not the layer that this module takes apart."""
+
+HOOKED = "_old_forward"
+"""Where accelerate keeps the forward of a module that it has hooked, to call it between its own two halves."""
 
 
 class Parts(NamedTuple):
@@ -70,8 +73,8 @@ class InjectedAttentionBlock(nn.Module):
 
     It begins with the weights of `layer`: `trainable` copies them into parameters of its own, named as in
     `spec.weight_shapes()`, beside the parameter `gate`; else it uses the layer's submodules, has no parameter, and the
-    gate is a buffer that no state dict holds. Everything else comes from `spec`, whose RoPE must be the layer's. `slot`
-    is its place behind the model's layers in a cache, for live keys of its own.
+    gate is a buffer that no state dict holds. Everything else comes from `spec`, whose RoPE and eps must be the
+    layer's. `slot` is its place behind the model's layers in a cache, for live keys of its own.
     """
 
     gate: torch.Tensor
@@ -87,18 +90,21 @@ class InjectedAttentionBlock(nn.Module):
         self.layer_idx = layer.layer_idx
         self.slot = slot
         attention = spec.attention
-        weight = layer.self_attn.o_proj.weight
         parts = parts_of(layer)
+        _check_eps(spec, parts)
+        device = device_of(parts.o_proj)
         self._lent = None if trainable else parts  # a tuple, so that they are no submodules of the block
-        gate = torch.tensor(float(spec.gate), device=weight.device)
+        gate = torch.tensor(float(spec.gate), device=device)
         if trainable:
+            if any(value.is_meta for part in parts if part is not None for value in part.parameters()):
+                raise InputError(f"layer {self.layer_idx}: its weights are kept elsewhere; bring them in to copy them")
             for name, part in parts._asdict().items():
                 if name != "output_norm" or spec.output_norm:
                     self.add_module(name, copy.deepcopy(part))
             self.gate = nn.Parameter(gate)
         else:
             self.register_buffer("gate", gate, persistent=False)
-        lyra = lyra_heads(attention.split, attention.num_attention_heads, attention.num_key_value_heads, weight.device)
+        lyra = lyra_heads(attention.split, attention.num_attention_heads, attention.num_key_value_heads, device)
         for name, value in lyra._asdict().items():
             self.register_buffer(f"lyra_{name}", value, persistent=False)
         self.uses_live_keys = attention.static.live != "none" or len(attention.lyra_q_heads) < len(lyra.queries.ravel())
@@ -118,11 +124,11 @@ class InjectedAttentionBlock(nn.Module):
         Raises InputError for a context of other rows than the call's, and for a cache that does not fit.
         """
         spec, parts = self.spec, self.parts
-        x = rms_norm(hidden_states, parts.input_norm.weight, spec.norm_eps)
+        x = parts.input_norm(hidden_states)
         heads = self._attend(parts, x, position_embeddings, attention_mask, past_key_values, external_past_key_values)
         y = parts.o_proj(heads)
         if spec.output_norm and parts.output_norm is not None:
-            y = rms_norm(y, parts.output_norm.weight, spec.norm_eps)
+            y = parts.output_norm(y)
         return join(hidden_states, y, self.gate, spec.residual)
 
     @property
@@ -149,12 +155,13 @@ class InjectedAttentionBlock(nn.Module):
         prepared = prepare_static(self.spec.attention, checked)
         if prepared is None:
             return None
-        weight, visible = self.parts.o_proj.weight, prepared.visible
+        last, visible = self.parts.o_proj, prepared.visible
+        device, dtype = device_of(last), last.weight.dtype
         return prepared._replace(
-            k=prepared.k.to(weight),
-            v=prepared.v.to(weight),
-            visible=None if visible is None else visible.to(weight.device),
-            positions=prepared.positions.to(weight.device),
+            k=prepared.k.to(device, dtype),
+            v=prepared.v.to(device, dtype),
+            visible=None if visible is None else visible.to(device),
+            positions=prepared.positions.to(device),
         )
 
     def _attend(
@@ -207,11 +214,7 @@ class InjectedAttentionBlock(nn.Module):
 
     def _rotated(self, flat: torch.Tensor, norm: Gemma3RMSNorm, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Queries or keys [B,T,H·D] into heads, normed and turned to their positions: [B,T,H,D]."""
-        attention = self.spec.attention
-        heads = flat.unflatten(-1, (-1, attention.head_dim))
-        if attention.qk_norm is not None:
-            heads = rms_norm(heads, norm.weight, attention.qk_norm.eps)
-        return rotate(heads, cos, sin)
+        return rotate(norm(flat.unflatten(-1, (-1, self.spec.attention.head_dim))), cos, sin)
 
     def _visible(
         self, mask: torch.Tensor | None, tokens: int, keys: int, offset: int | torch.Tensor, device: torch.device
@@ -299,22 +302,45 @@ class InjectedDecoderLayer(Gemma3DecoderLayer):
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
 
 
-def inject(layer: Gemma3DecoderLayer, block: InjectedAttentionBlock) -> None:
-    """Put a block into a decoder layer. Raises InputError for a layer that is not the library's plain one."""
-    names = {name for name, _ in layer.named_children()}
-    if type(layer) is not Gemma3DecoderLayer or names != LAYER_PARTS:
+def check_place(layer: Gemma3DecoderLayer) -> None:
+    """Refuse a layer that is not the library's, with or without a block of ours. Raises InputError."""
+    names = {name for name, _ in layer.named_children()} - {"injected"}
+    if type(layer) not in {Gemma3DecoderLayer, InjectedDecoderLayer} or names != LAYER_PARTS:
         raise InputError(
-            f"layer {block.layer_idx} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block "
-            f"goes into a plain Gemma3DecoderLayer with {sorted(LAYER_PARTS)}: detach what is there first"
+            f"layer {layer.layer_idx} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block "
+            f"goes into a plain Gemma3DecoderLayer with {sorted(LAYER_PARTS)}"
         )
+    if "forward" in vars(layer) and HOOKED not in vars(layer):
+        raise InputError(f"layer {layer.layer_idx} has a forward of its own, past which no block would be reached")
+
+
+def inject(layer: Gemma3DecoderLayer, block: InjectedAttentionBlock) -> None:
+    """Put a block into a decoder layer. Raises InputError for one that has a block, or that `check_place` refuses."""
+    check_place(layer)
+    if isinstance(layer, InjectedDecoderLayer):
+        raise InputError(f"layer {layer.layer_idx} has a block; take it out first")
     layer.injected = block.train(layer.training)
-    layer.__class__ = InjectedDecoderLayer
+    _become(layer, InjectedDecoderLayer)
 
 
 def withdraw(layer: Gemma3DecoderLayer) -> None:
     """Take the block out again: the layer is Hugging Face's own, bit for bit."""
-    layer.__class__ = Gemma3DecoderLayer
+    _become(layer, Gemma3DecoderLayer)
     del layer.injected
+
+
+def _become(layer: Gemma3DecoderLayer, kind: type[Gemma3DecoderLayer]) -> None:
+    layer.__class__ = kind
+    if HOOKED in vars(layer):
+        setattr(layer, HOOKED, kind.forward.__get__(layer))
+
+
+def _check_eps(spec: SequentialSpec, parts: Parts) -> None:
+    """Refuse a spec whose norms are not those of the layer, which the block computes with. Raises InputError."""
+    asked = (spec.norm_eps, None if spec.attention.qk_norm is None else spec.attention.qk_norm.eps)
+    there = (parts.input_norm.eps, parts.q_norm.eps)
+    if asked != there:
+        raise InputError(f"a block with norm_eps and qk_norm.eps {asked} does not fit a layer whose norms have {there}")
 
 
 def join(h: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, residual: bool) -> torch.Tensor:

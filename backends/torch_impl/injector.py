@@ -37,7 +37,7 @@ from lyra.spec.split import HeadSplit
 from .capture import capture
 from .external import from_cache
 from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
-from .injected import MemoryInjectionBlock, inject, withdraw
+from .injected import MemoryInjectionBlock, check_place, inject, withdraw
 from .offload import at_hand, device_of
 from .tensor_parallel import prepare_own, share_of, whole
 from .tokens import check_tokens
@@ -324,6 +324,8 @@ class GemmaInjector:
             )
             for rank, (layer, block) in enumerate(sorted(blocks.items()))
         }
+        for layer in made:
+            check_place(self.text.layers[layer])
         self.detach()
         for layer, block in made.items():
             inject(self.text.layers[layer], block)
