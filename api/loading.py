@@ -51,8 +51,8 @@ def load(
         raise ModelError(f"backend {maker.name!r} takes no mesh; load with backend='jax', or without mesh")
     if mode == "sequential" and "inject" not in maker.capabilities:
         raise ModelError(
-            f"backend {maker.name!r} has no whole models with injected blocks (capability 'inject') yet; "
-            f"take backend='torch', or mode='parallel'"
+            f"backend {maker.name!r} has no whole models with injected blocks (capability 'inject'); "
+            f"take backend='torch' or 'jax', or mode='parallel'"
         )
     folder = resolve(model)
     options: dict[str, Any] = {} if mesh is None else {"mesh": mesh}

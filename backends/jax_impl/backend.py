@@ -151,7 +151,9 @@ class JaxBackend:
     """Attention layers, injected blocks and whole Gemma-3 models in JAX (`SequentialBackend` and `ModelBackend`)."""
 
     name = "jax"
-    capabilities = frozenset({"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "mesh"})
+    capabilities = frozenset(
+        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "mesh", "inject"}
+    )
 
     def attention(
         self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"

@@ -5,7 +5,7 @@ A cache that goes in is donated: it is used up, and its memory becomes that of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jax import Array
 from lyra.spec.model import ModelSpec
 
 from .gemma3 import Attached, Forward, Gemma3, ModelCache, empty_model_cache
+from .injected import Block, remembering
 from .sharding import ShardingConfig
 from .tokens import CHUNK, Packed
 
@@ -42,7 +43,7 @@ def prefill(
     ids: np.ndarray,
     mask: np.ndarray,
     cache: ModelCache,
-    attached: Mapping[int, Attached],
+    attached: Mapping[int, Attached | Block],
     *,
     capture: tuple[int, ...] = (),
     first: bool = False,
@@ -53,14 +54,14 @@ def prefill(
 
 
 def prefill_all(
-    graph: Graph, packed: Packed, attached: Mapping[int, Attached], room: int = 0, chunk: int = CHUNK
+    graph: Graph, packed: Packed, attached: Mapping[int, Attached | Block], room: int = 0, chunk: int = CHUNK
 ) -> Iterator[tuple[Array, ModelCache]]:
     """All of packed's tokens [B,N], chunk by chunk: hidden [B,T,E] and the cache, with `room` more slots.
 
     They were packed for this `chunk`.
     """
     batch, width = packed.ids.shape
-    cache = open_cache(graph, batch, width + room)
+    cache = open_cache(graph, batch, width + room, remembering(attached))
     for start, stop in chunks(width, chunk):
         part = packed.ids[:, start:stop], packed.mask[:, start:stop]
         hidden, cache, _ = prefill(graph, *part, cache, attached, first=width <= chunk)
@@ -74,7 +75,7 @@ def next_scores(graph: Graph, hidden: Array) -> Array:
 
 
 def decode(
-    graph: Graph, token: np.ndarray, cache: ModelCache, attached: Mapping[int, Attached]
+    graph: Graph, token: np.ndarray, cache: ModelCache, attached: Mapping[int, Attached | Block]
 ) -> tuple[Array, ModelCache]:
     """Feed token [B] and give the scores of the next one, float32 [B,V]."""
     made: tuple[Array, ModelCache] = _decode(graph.structure, graph.state, token, cache, attached)
@@ -93,9 +94,9 @@ def log_probs(graph: Graph, hidden: np.ndarray, targets: np.ndarray) -> Array:
     return made
 
 
-def open_cache(graph: Graph, batch: int, tokens: int) -> ModelCache:
-    """An empty cache on its devices."""
-    cache: ModelCache = graph.sharding.place_cache(empty_model_cache(graph.spec, batch, tokens, graph.dtype))
+def open_cache(graph: Graph, batch: int, tokens: int, blocks: Collection[int] = ()) -> ModelCache:
+    """An empty cache on its devices; `blocks` names layers with an injected block that has live keys of its own."""
+    cache: ModelCache = graph.sharding.place_cache(empty_model_cache(graph.spec, batch, tokens, graph.dtype, blocks))
     return cache
 
 
@@ -111,7 +112,7 @@ def _prefill(
     ids: Array,
     mask: Array,
     cache: ModelCache,
-    attached: Mapping[int, Attached],
+    attached: Mapping[int, Attached | Block],
     *,
     capture: tuple[int, ...],
     first: bool,
@@ -128,7 +129,7 @@ def _next_scores(structure: Any, state: Any, hidden: Array) -> Array:
 
 @partial(jax.jit, static_argnames="structure", donate_argnames="cache")
 def _decode(
-    structure: Any, state: Any, token: Array, cache: ModelCache, attached: Mapping[int, Attached]
+    structure: Any, state: Any, token: Array, cache: ModelCache, attached: Mapping[int, Attached | Block]
 ) -> tuple[Array, ModelCache]:
     module = nnx.merge(structure, state)
     made = module(token[:, None], jnp.ones((token.shape[0], 1), bool), cache, attached)

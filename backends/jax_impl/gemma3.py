@@ -18,10 +18,11 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
-from .cache import bucket, empty_cache
+from .cache import LiveCache, bucket, empty_cache
 from .dtype import store
 from .heads import SplitArrays
-from .layer import Cache, Call, Layer, constants_of, run_layer, shape_of
+from .injected import Block, run_block
+from .layer import Cache, Call, Layer, Shape, constants_of, run_layer, shape_of
 from .norm import rms_norm
 from .partial import HIGHEST
 from .rolling import empty_ring
@@ -43,10 +44,11 @@ class Attached(NamedTuple):
 
 
 class ModelCache(NamedTuple):
-    """The live cache of every layer, and how many real tokens each row has: int32 [B]."""
+    """The live cache of every layer, how many real tokens each row has, int32 [B], and live keys of injected blocks."""
 
     layers: tuple[Cache, ...]
     counts: Array
+    blocks: dict[int, LiveCache]
 
 
 class Captured(NamedTuple):
@@ -107,14 +109,18 @@ class Attention(nnx.Module):
         owners = {name: name.split(".") for name in self.spec.weight_shapes()}
         return {name: getattr(getattr(self, owner), kind)[...] for name, (owner, kind) in owners.items()}
 
+    @property
+    def shape(self) -> Shape:
+        """What compiled code of this layer is specialised to."""
+        return shape_of(self.spec)._replace(sharding=self.sharding)
+
     def __call__(self, x: Array, call: Call, attached: Attached | None) -> tuple[Array, Cache, Captured]:
         """Output [B,T,E] for x [B,T,E], the cache with the call's tokens, and the call's K and V."""
         constants = constants_of(self.spec)
         if attached is not None:
             constants = constants._replace(rule=attached.rule, split=attached.split)
             call = call._replace(static=attached.static)
-        shape = shape_of(self.spec)._replace(sharding=self.sharding)
-        output, cache, trace = run_layer(x, Layer(self.weights(), constants, shape), call)
+        output, cache, trace = run_layer(x, Layer(self.weights(), constants, self.shape), call)
         return output, cache, Captured(trace.get("k_norm", trace["k_proj"]), trace["v_proj"])
 
 
@@ -142,11 +148,22 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(spec, rngs=rngs)
         self.post_feedforward_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
-    def __call__(self, x: Array, call: Call, attached: Attached | None) -> tuple[Array, Cache, Captured]:
-        """The residual stream [B,T,E] behind this layer, its cache, and its K and V."""
-        attended, cache, captured = self.self_attn(self.input_layernorm(x), call, attached)
+    def __call__(
+        self, x: Array, call: Call, attached: Attached | Block | None, memory: LiveCache | None
+    ) -> tuple[Array, Cache, Captured, LiveCache | None]:
+        """The residual stream [B,T,E] behind this layer, its cache, its K and V, and the live keys of its block."""
+        of_heads = attached if isinstance(attached, Attached) else None
+        attended, cache, captured = self.self_attn(self.input_layernorm(x), call, of_heads)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache, captured
+        if isinstance(attached, Block):
+            x, memory = run_block(attached, x, self.block_weights(), self.self_attn.shape, call, cache, memory)
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x, cache, captured, memory
+
+    def block_weights(self) -> dict[str, Array]:
+        """The weights that an injected block takes from its layer. Clause SEQUENTIAL-7."""
+        norms = {"input_norm": self.input_layernorm, "output_norm": self.post_attention_layernorm}
+        return {f"{name}.weight": norm.weight[...] for name, norm in norms.items()} | self.self_attn.weights()
 
 
 class Embedding(nnx.Module):
@@ -182,7 +199,7 @@ class Gemma3(nnx.Module):
         ids: Array,
         mask: Array,
         cache: ModelCache,
-        attached: Mapping[int, Attached],
+        attached: Mapping[int, Attached | Block],
         *,
         capture: Collection[int] = (),
         first: bool = False,
@@ -193,14 +210,17 @@ class Gemma3(nnx.Module):
         """
         positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         x = self.embed_tokens(ids)
-        caches, captured = [], {}
+        caches, captured, blocks = [], {}, dict(cache.blocks)
         for index, (layer, past) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            x, past, found = layer(x, Call(positions, mask, None, past, first), attached.get(index))
+            call, memory = Call(positions, mask, None, past, first), cache.blocks.get(index)
+            x, past, found, memory = layer(x, call, attached.get(index), memory)
             caches.append(past)
+            if memory is not None:
+                blocks[index] = memory
             if index in capture:
                 captured[index] = found
         counts = cache.counts + mask.sum(axis=1, dtype=jnp.int32)
-        return Forward(self.norm(x), ModelCache(tuple(caches), counts), captured)
+        return Forward(self.norm(x), ModelCache(tuple(caches), counts, blocks), captured)
 
     def logits(self, hidden: Array) -> Array:
         """hidden [..., E] to logits [..., V]."""
@@ -210,14 +230,23 @@ class Gemma3(nnx.Module):
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
 
-def empty_model_cache(spec: ModelSpec, batch: int, tokens: int, dtype: np.dtype[Any]) -> ModelCache:
-    """An empty cache with room for `tokens` tokens a row, and for no fewer than LEAST_ROOM."""
+def empty_model_cache(
+    spec: ModelSpec, batch: int, tokens: int, dtype: np.dtype[Any], blocks: Collection[int] = ()
+) -> ModelCache:
+    """An empty cache with room for `tokens` tokens a row, and for no fewer than LEAST_ROOM.
+
+    `blocks` names layers with an injected block that has live keys of its own.
+    """
+
+    def of_heads(layer: AttentionSpec) -> LiveCache:
+        room = bucket(max(tokens, LEAST_ROOM))
+        return empty_cache(batch, layer.num_key_value_heads, layer.head_dim, room, dtype)
 
     def of_layer(layer: AttentionSpec) -> Cache:
-        heads = (batch, layer.num_key_value_heads, layer.head_dim)
-        if layer.sliding_window is not None:
-            return empty_ring(*heads, layer.sliding_window, dtype)
-        return empty_cache(*heads, bucket(max(tokens, LEAST_ROOM)), dtype)
+        if layer.sliding_window is None:
+            return of_heads(layer)
+        return empty_ring(batch, layer.num_key_value_heads, layer.head_dim, layer.sliding_window, dtype)
 
     layers = tuple(of_layer(spec.layer(index)) for index in range(spec.num_hidden_layers))
-    return ModelCache(layers, jnp.asarray(np.zeros(batch, np.int32)))
+    remembered = {index: of_heads(spec.layer(index)) for index in blocks}
+    return ModelCache(layers, jnp.asarray(np.zeros(batch, np.int32)), remembered)

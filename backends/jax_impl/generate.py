@@ -13,6 +13,7 @@ from lyra.backends.protocol import Sampling
 
 from .forward import Graph, decode, next_scores, prefill_all
 from .gemma3 import Attached
+from .injected import Block
 from .sampling import draw, most_likely
 from .tokens import Tokens, pack_left
 
@@ -20,7 +21,7 @@ from .tokens import Tokens, pack_left
 def generate(
     graph: Graph,
     tokens: Tokens,
-    attached: Mapping[int, Attached],
+    attached: Mapping[int, Attached | Block],
     max_new_tokens: int,
     stop_ids: Sequence[int],
     on_token: Callable[[np.ndarray], None] | None = None,

@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lyra.backends.protocol import CapturedLayer, Sampling
-from lyra.spec.attention import StaticSpec
+from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_dtype, check_static
+from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from . import forward
@@ -23,12 +24,13 @@ from .forward import Graph, split_module
 from .gemma3 import Attached, Gemma3
 from .generate import generate
 from .heads import split_arrays
+from .injected import Block, check_blocks, make_block, with_gate
 from .params import load_model
 from .rope import inverse_frequencies
 from .saving import save_model
 from .shapes import pad_context
 from .sharding import CONTEXT
-from .static import PlacedStatic, place_static, prepare_static
+from .static import StaticKV, place_static, prepare_static
 from .tokens import Tokens, check_tokens, pack_left
 from .visibility import live_rule
 
@@ -46,7 +48,7 @@ class JaxEngine:
         """`source` is the folder that the module comes from."""
         self.module, self.source = module, source
         self.spec = module.spec
-        self._attached: dict[int, Attached] = {}
+        self._attached: dict[int, Attached | Block] = {}
 
     @classmethod
     def load(
@@ -156,6 +158,26 @@ class JaxEngine:
         }
         self._attached = {layer: one for layer, one in attached.items() if one is not None}
 
+    def inject(self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]) -> None:
+        """Put a block behind the self-attention of each layer of `blocks`, with its context (clause SEQUENTIAL).
+
+        The blocks use the layers' own weights. Replaces what was attached. Raises InputError; then nothing has changed.
+        """
+        check_blocks(self.spec, static, blocks)
+        made = {
+            layer: make_block(block, self._static(block.attention, static.get(layer)))
+            for layer, block in blocks.items()
+        }
+        self._attached = dict(jax.device_put(made))
+
+    def set_gates(self, gates: Mapping[int, float]) -> None:
+        """Change the gates of injected blocks, by layer. Raises InputError for a layer without one."""
+        blocks = {layer: one for layer, one in self._attached.items() if isinstance(one, Block)}
+        wrong = sorted(set(gates) - set(blocks))
+        if wrong:
+            raise InputError(f"gate: layers {wrong} have no block; those with one are {sorted(blocks)}")
+        self._attached |= {layer: with_gate(blocks[layer], gate) for layer, gate in gates.items()}
+
     def detach(self) -> None:
         """Back to the unmodified model, bit for bit."""
         self._attached = {}
@@ -168,17 +190,24 @@ class JaxEngine:
 
     def _prepared(self, split: HeadSplit, mode: StaticSpec, static: StaticLayer | None) -> Attached | None:
         spec = self.spec.attention.replace(split=split, static=mode)
-        dtype = split_module(self.module).dtype
-        placed = None if static is None else place_static(spec, check_static(spec, static, len(static.k)), dtype)
-        kv = None if placed is None else prepare_static(self._on_devices(placed), inverse_frequencies(spec))
+        kv = self._static(spec, static)
         rule = live_rule(spec)
         if kv is None and rule is None:
             return None
         return Attached(*jax.device_put((kv, rule, split_arrays(spec) if kv is not None else None)))
 
-    def _on_devices(self, placed: PlacedStatic) -> PlacedStatic:
-        sharding = self.module.sharding
-        return sharding.place_slots(pad_context(placed, sharding.size(CONTEXT)))
+    def _static(self, spec: AttentionSpec, static: StaticLayer | None) -> StaticKV | None:
+        """A context on the devices, rotated; None for an empty one."""
+        if static is None:
+            return None
+        sharding, dtype = self.module.sharding, split_module(self.module).dtype
+        placed = place_static(spec, check_static(spec, static, len(static.k)), dtype)
+        if placed is None:
+            return None
+        kv: StaticKV = prepare_static(
+            sharding.place_slots(pad_context(placed, sharding.size(CONTEXT))), inverse_frequencies(spec)
+        )
+        return kv
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         tokens = check_tokens(ids, mask, self.spec.vocab_size)
