@@ -24,6 +24,7 @@ from lyra.spec.clauses import clauses
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WORKS = ("docs/pytorch.md", "## What works")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
 SHOWN = {"text", "yaml", "toml"}
@@ -202,6 +203,19 @@ def test_the_context_table_is_the_one_that_is_measured(monkeypatch: pytest.Monke
     rows = importlib.import_module("context_value").ROWS
     told = [(float(row[1]), float(row[2])) for row in table_rows("docs/contexts.md", "## What it is worth")]
     assert told == [row.published for row in rows]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_works_is_what_the_script_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the other library what works and what does not, in the version that the page names."""
+    version = pytest.importorskip("peft").__version__
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    script = importlib.import_module("peft_prefix")
+    ways = script.WAYS if f"PEFT {version}:" in (ROOT / "docs" / "pytorch.md").read_text() else ["Lyra"]
+    told = [[row[0], *(cell.partition(":")[0] for cell in row[1 : 1 + len(ways)])] for row in table_rows(*WORKS)]
+    found = [[name, *(cells[way].partition(":")[0] for way in ways)] for name, cells in script.tried().items()]
+    assert told == found
+    assert {row[1] for row in found} == {"works"}
 
 
 def test_the_head_map_is_the_one_that_the_command_draws(workplace: Path) -> None:
