@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
 import torch
 from tiny_gemma import CONFIG, GLOBAL, LAYERS, make_model, random_context, random_ids
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from lyra.backends.torch_impl.gemma3 import LyraGemma3Attention
 from lyra.backends.torch_impl.injector import GemmaInjector
-from lyra.spec import ContextError, HeadSplit, InputError, SpecError
+from lyra.spec import ContextError, HeadSplit, InputError, ModelSpec, SpecError
+from lyra.spec.model import presets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -252,6 +254,27 @@ FACTOR_8 = {
 }
 
 
+@pytest.mark.parametrize("name", [name for name in presets() if re.fullmatch(r"gemma-3-\d+[mb]", name)])
+def test_every_size_is_cut_as_its_preset_says(name):
+    known = ModelSpec.preset(name).attention
+    config = Gemma3TextConfig(
+        hidden_size=known.hidden_size, num_attention_heads=known.num_attention_heads, head_dim=known.head_dim,
+        num_key_value_heads=known.num_key_value_heads, query_pre_attn_scalar=round(known.scale**-2),
+        rope_parameters=FACTOR_8 if known.rope.factor > 1 else None, num_hidden_layers=6,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Gemma3ForCausalLM(config)
+    original = model.model.layers[5].self_attn
+    with GemmaInjector(model).enable() as injector:
+        assert injector.spec.attention == known
+        module = injector.enabled[5]
+        assert module.scaling == known.scale
+        rows = len(HeadSplit.half(known).lyra_kv_heads) * known.head_dim
+        assert module.lyra_k_proj.weight.shape == (rows, known.hidden_size)
+        assert module.vanilla_v_proj.weight.shape == (original.v_proj.out_features - rows, known.hidden_size)
+    assert model.model.layers[5].self_attn is original
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_scale_and_rope_factor_of_the_larger_models(size):
     """Where all heads are Lyra's and there is one layer, a captured context is a prefix: Hugging Face says what of."""
@@ -327,6 +350,7 @@ def test_the_cache_and_the_angles_of_a_context():
     turned = torch.tensor(stored.k) * cos[:, None] + torch.cat((-two, one), dim=-1) * sin[:, None]
     torch.testing.assert_close(k, turned)
     assert torch.equal(v, torch.tensor(stored.v))
+    assert "lyra_q_heads=[2, 3], context of 12 tokens" in repr(model)
     injector.enable(split=HeadSplit.half(injector.spec))
     assert module.lyra_kv_cache is None
     assert module.lyra_position_embeddings is None

@@ -188,6 +188,11 @@ class LyraGemma3Attention(Gemma3Attention):
         heads = unfold(finish(total)).flatten(2).to(hidden_states.dtype)
         return self.o_proj(heads), None
 
+    def extra_repr(self) -> str:
+        """The Lyra heads and the size of the context, for print(model)."""
+        slots = 0 if self.static_k is None else self.static_k.shape[2]
+        return f"lyra_q_heads={list(self.spec.lyra_q_heads)}, context of {slots} tokens"
+
     @property
     def static(self) -> PreparedStatic | None:
         """The prepared context, or None."""
