@@ -16,12 +16,8 @@ from transformers.cache_utils import Cache
 
 from lyra.backends.protocol import CapturedLayer
 from lyra.spec.attaching import (
-    Gate,
     Split,
-    block_contexts,
-    blocks_by_layer,
     check_origin,
-    gates_by_layer,
     splits_by_layer,
     static_layers,
 )
@@ -31,20 +27,19 @@ from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
-from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
+from .block_injector import BlockInjector
 from .capture import capture
 from .external import from_cache
 from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
-from .injected import MemoryInjectionBlock, check_place, inject, withdraw
 from .offload import at_hand, device_of
 from .tensor_parallel import prepare_own, share_of, whole
 from .tokens import check_tokens
 from .tuning import tuned_context
 
 
-class GemmaInjector:
+class GemmaInjector(BlockInjector):
     """Gives the global layers of a Gemma-3 a head split and a static context, and takes them away again.
 
     `enable` and `disable` do it in parallel, within the layers' own attention; `attach` and `detach` in sequence, with
@@ -198,65 +193,6 @@ class GemmaInjector:
                 decoder_layer.self_attn = LyraGemma3Attention.around(decoder_layer.self_attn, spec)
             self.text.layers[layer].self_attn.attend_to(prepared[layer], mode, trainable=trainable)
 
-    @property
-    def attached(self) -> dict[int, MemoryInjectionBlock]:
-        """The layers that have an injected block now."""
-        found = ((number, getattr(layer, "injected", None)) for number, layer in enumerate(self.text.layers))
-        return {number: block for number, block in found if isinstance(block, MemoryInjectionBlock)}
-
-    def attach(
-        self,
-        external_kv_cache: StaticContext | str | os.PathLike[str] | Cache | None = None,
-        *,
-        gate: Gate = 0.0,
-        residual: bool = True,
-        layers: Iterable[int] | None = None,
-        split: Split | None = None,
-        live: Live = "none",
-        positions: Positions = "continue",
-        trainable: bool = False,
-        override: bool = False,
-    ) -> Self:
-        """Put a block behind the self-attention of layers; what was attached before is replaced. Clause SEQUENTIAL.
-
-        `external_kv_cache` is what the blocks read: a StaticContext or its file, or a transformers Cache of this model
-        without padding (else make a context of it with `context_of`). With None they read the model's own cache, in
-        any layers; by default `layers` are those of the context, or the global ones. `gate` is one number or one for
-        each layer; at 0, the start, the model is Hugging Face's bit for bit. `split` names the heads of a block that
-        read the context, by default all that find their KV head in it; `live` is what they see of live tokens, whose
-        keys and values are then the block's own. `trainable` copies the layer's weights into parameters of the
-        block, the gate being another one.
-
-        Raises ContextError for a context of another model, unless `override`, and for one without the layers or heads
-        asked for; SpecError for a split or gates that do not fit; InputError for a cache that is not whole. A refusal
-        changes nothing.
-        """
-        if external_kv_cache is None:
-            chosen = sorted(self.spec.global_layers if layers is None else set(layers))
-            gates, eps = gates_by_layer(gate, chosen), self.spec.rms_norm_eps
-            blocks = {
-                layer: SequentialSpec.for_layer(
-                    self.spec.layer(layer), source="own", residual=residual, gate=gates[layer], norm_eps=eps
-                )
-                for layer in chosen
-            }
-            self.place_blocks({}, blocks, trainable=trainable)
-            return self
-        context = external_kv_cache
-        if isinstance(context, Cache):
-            context = self.context_of(context, layers=layers)
-        elif not isinstance(context, StaticContext):
-            context = StaticContext.load(context)
-        if not override:
-            check_origin(context, self.fingerprint(set(context.layers) & set(self.spec.global_layers)))
-        if layers is not None:
-            context = context.take({layer: context.kv_heads.get(layer, ()) for layer in layers})
-        blocks = blocks_by_layer(
-            self.spec, context.kv_heads, split, StaticSpec(live=live, positions=positions), gate, residual
-        )
-        self.place_blocks(block_contexts(context, blocks), blocks, trainable=trainable)
-        return self
-
     def capture(
         self,
         ids: np.ndarray,
@@ -298,48 +234,6 @@ class GemmaInjector:
         self._check_in_one_piece("context_of: a context", chosen)
         return self._context(*from_cache(self.text, self.spec, cache, chosen, mask), None)
 
-    def detach(self) -> None:
-        """Take the blocks out again: the layers are Hugging Face's own, bit for bit."""
-        for number in self.attached:
-            withdraw(self.text.layers[number])
-
-    def place_blocks(
-        self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec], *, trainable: bool = False
-    ) -> None:
-        """`attach` with the spec of each layer's block and the context of each; keys are rotated here, once.
-
-        Raises InputError; then nothing has changed.
-        """
-        outside = sorted(set(blocks) - set(range(self.spec.num_hidden_layers))) or sorted(set(static) - set(blocks))
-        if outside:
-            raise InputError(f"attach: layers {outside} have no place for a block or no block for their context")
-        self._check_in_one_piece("attach: a block", blocks)
-        made = {
-            layer: MemoryInjectionBlock(
-                self.text.layers[layer],
-                block,
-                static.get(layer),
-                trainable=trainable,
-                slot=self.spec.num_hidden_layers + rank,
-            )
-            for rank, (layer, block) in enumerate(sorted(blocks.items()))
-        }
-        for layer in made:
-            check_place(self.text.layers[layer])
-        self.detach()
-        for layer, block in made.items():
-            inject(self.text.layers[layer], block)
-
-    def set_gates(self, gates: Mapping[int, float]) -> None:
-        """Change the gates of blocks, by layer; 0 closes one. Raises InputError for a layer without a block."""
-        blocks = self.attached
-        wrong = sorted(set(gates) - set(blocks))
-        if wrong:
-            raise InputError(f"gate: layers {wrong} have no block; those with one are {sorted(blocks)}")
-        with torch.no_grad():
-            for layer, gate in gates.items():
-                blocks[layer].gate.fill_(gate)
-
     def fingerprint(self, layers: Iterable[int]) -> Fingerprint:
         """What a context of some global layers of this model carries, but for the tokenizer (clause FINGERPRINT)."""
         return Fingerprint.of(self.spec, {layer: hash_weights(self.attention_weights(layer)) for layer in layers})
@@ -358,13 +252,6 @@ class GemmaInjector:
         heads = tuple(range(self.spec.num_key_value_heads))
         layers = {layer: ContextLayer(heads, one.k, one.v) for layer, one in found.items()}
         return StaticContext(layers, mask, positions, self.fingerprint(layers), tokens)
-
-    def _check_in_one_piece(self, what: str, layers: Iterable[int]) -> None:
-        if any(share_of(self.text.layers[layer].self_attn).ranks > 1 for layer in layers):
-            raise InputError(
-                f"{what} needs all heads, and the model's are spread over processes (tensor parallel); "
-                f"load the model in one piece for it"
-            )
 
     def _global(self, layers: Iterable[int] | None) -> list[int]:
         chosen = sorted(set(self.spec.global_layers if layers is None else layers))
