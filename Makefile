@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --
 
 # What depends on transformers, for the oldest version that is supported and the newest that there is. The tests above
 # run with that of constraints.txt.
-TRANSFORMERS_TESTS := $(wildcard tests/test_torch_*.py tests/test_oracle_hf*.py)
+TRANSFORMERS_TESTS := $(filter-out %_backend.py %_partial.py,$(wildcard tests/test_torch_*.py)) $(wildcard tests/test_oracle_hf*.py)
 TARGET := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 
 .PHONY: demo test test-suite test-harness test-models test-oldest test-newest lint format schema faults bench clean

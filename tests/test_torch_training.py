@@ -53,12 +53,12 @@ def freeze_but_context(model: torch.nn.Module) -> None:
         part.requires_grad_("static_" in name)
 
 
-def train(model: Any, folder: Path, steps: int, rate: float) -> list[float]:
+def train(model: Any, folder: Path, steps: int, rate: float, **more: Any) -> list[float]:
     """Losses of transformers' own trainer over one batch of two rows, step after step."""
     rows = [{"input_ids": row, "labels": row} for row in random_ids(2, 16)]
     options = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=2, learning_rate=rate, logging_steps=1, report_to=[],
-        save_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", weight_decay=0.0,
+        save_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", weight_decay=0.0, **more,
     )  # fmt: skip
     trainer = Trainer(model, options, train_dataset=rows)
     trainer.train()
@@ -107,7 +107,7 @@ def compare_static(module: LyraGemma3Attention, wanted: OracleGradients, shown: 
         assert far.ratio <= K, far.describe(name, K)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model = make_model().train()
     injector = GemmaInjector(model)
@@ -135,6 +135,18 @@ def test_gradients_under_autocast() -> None:
         assert 0 < off < 0.2, name
 
 
+def test_a_context_in_a_bfloat16_model_is_tuned_in_float32() -> None:
+    model = make_model().to(torch.bfloat16)
+    injector = GemmaInjector(model)
+    injector.enable(random_context(injector, range(2)), CUT, trainable=True)
+    loss_of(model, random_ids(2, 9)).backward()
+    for module in injector.enabled.values():
+        for parameter in (module.static_k, module.static_v):
+            assert parameter.dtype == parameter.grad.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all()
+            assert (parameter.grad != parameter.grad.bfloat16()).any()
+
+
 # contexts that learn
 
 
@@ -151,7 +163,9 @@ def test_a_trainable_context_gives_what_it_gives_as_it_is() -> None:
         assert torch.equal(*found)
 
 
-def test_the_trainer_tunes_a_context_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+def test_the_trainer_tunes_a_context_and_nothing_else(tmp_path: Path, again: bool) -> None:
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     injector = GemmaInjector(model)
@@ -159,7 +173,7 @@ def test_the_trainer_tunes_a_context_and_nothing_else(tmp_path: Path) -> None:
     injector.enable(context, ALIGNED, trainable=True)
     freeze_but_context(model)
     assert len(trainable_only(model)) == 2 * len(GLOBAL)
-    losses = train(model, tmp_path, steps=6, rate=0.1)
+    losses = train(model, tmp_path, steps=6, rate=0.1, gradient_checkpointing=again)
     assert losses[-1] < losses[0] - 0.1
     tuned = injector.context()
     trained = model.eval()(torch.tensor(random_ids(2, 9))).logits
@@ -245,7 +259,7 @@ def head_outputs(model: Any, layer: int) -> torch.Tensor:
     return seen[0].unflatten(-1, (4, -1))
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
 @pytest.mark.parametrize("merged", [True, False])
 def test_lora_of_the_lyra_projections_only(tmp_path: Path, merged: bool) -> None:
     base = make_model()
@@ -256,7 +270,7 @@ def test_lora_of_the_lyra_projections_only(tmp_path: Path, merged: bool) -> None
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["lyra_k_proj", "lyra_v_proj"]))
     assert len(trainable_only(model)) == 2 * 2 * len(GLOBAL)
     assert all(".lyra_" in name and "lora_" in name for name in trainable_only(model))
-    losses = train(model, tmp_path, steps=6, rate=0.1)
+    losses = train(model, tmp_path, steps=6, rate=0.1, gradient_checkpointing=merged)
     assert losses[-1] < losses[0] - 0.05
     model.eval()
     now = head_outputs(model, 1)
