@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,10 +26,12 @@ from tiny_gemma import CUT, GLOBAL, assert_close, hf_logits, make_model, random_
 
 import lyra  # noqa: E402
 from lyra.backends.jax_impl import JaxBackend  # noqa: E402
+from lyra.backends.jax_impl.gemma3 import DecoderLayer, Gemma3  # noqa: E402
 from lyra.backends.jax_impl.model import JaxEngine  # noqa: E402
 from lyra.backends.jax_impl.params import module_path  # noqa: E402
 from lyra.backends.jax_impl.saving import save_model, text_config  # noqa: E402
-from lyra.spec import InputError, StaticSpec  # noqa: E402
+from lyra.backends.jax_impl.sharding import ShardingConfig  # noqa: E402
+from lyra.spec import InputError, ModelSpec, StaticSpec  # noqa: E402
 from lyra.spec.inputs import StaticLayer  # noqa: E402
 
 
@@ -181,3 +184,24 @@ def test_loads_without_torch_and_transformers(gemma_folder: Path, jax_engine: Ja
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(token) for token in jax_engine.generate(ids, max_new_tokens=4)[0]]
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("270m", 268_098_176), ("1b", 999_885_952)])
+def test_presets_have_the_published_number_of_parameters(size: str, parameters: int) -> None:
+    """Nothing is allocated: shapes only."""
+    spec = ModelSpec.preset(f"gemma-3-{size}")
+    shapes = nnx.state(nnx.eval_shape(lambda: Gemma3(spec, rngs=nnx.Rngs(0))))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+@pytest.mark.parametrize("size", ["270m", "1b", "4b", "12b", "27b"])
+def test_layers_of_every_preset_have_the_shapes_of_its_spec(size: str) -> None:
+    spec = ModelSpec.preset(f"gemma-3-{size}")
+    index, wide = spec.global_layers[-1], (spec.intermediate_size, spec.hidden_size)
+    layer = nnx.eval_shape(lambda: DecoderLayer(spec, index, ShardingConfig.no_sharding(), rngs=nnx.Rngs(0)))
+    found = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(layer))}
+    expected = {f"self_attn.{name}": shape for name, shape in spec.layer(index).weight_shapes().items()}
+    expected |= {f"mlp.{name}_proj.weight": wide for name in ("gate", "up")} | {"mlp.down_proj.weight": wide[::-1]}
+    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    expected |= {f"{name}_layernorm.weight": (spec.hidden_size,) for name in norms}
+    assert found == expected

@@ -6,7 +6,7 @@ A cache that goes in is donated: it is used up, and its memory becomes that of t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +23,30 @@ from .sharding import ShardingConfig
 from .tokens import CHUNK, Packed
 
 
+class Structure:
+    """A module without its parameters, the same object for equal ones, with its hash at hand: compiled functions are
+    found by it at every token, and a hash of the whole takes milliseconds.
+    """
+
+    def __init__(self, definition: Any) -> None:
+        self.definition, self._hash = definition, hash(definition)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and bool(self.definition == other.definition))
+
+    def merge(self, state: Any) -> Gemma3:
+        """The module with these parameters."""
+        module: Gemma3 = nnx.merge(self.definition, state)
+        return module
+
+
 class Graph(NamedTuple):
     """A module, split into its structure and its parameters; its spec, the type it computes in, and where it lies."""
 
-    structure: Any
+    structure: Structure
     state: Any
     spec: ModelSpec
     dtype: np.dtype[Any]
@@ -35,7 +55,8 @@ class Graph(NamedTuple):
 
 def split_module(module: Gemma3) -> Graph:
     """The module as what compiled functions take."""
-    return Graph(*nnx.split(module), module.spec, module.norm.weight[...].dtype, module.sharding)
+    definition, state = nnx.split(module)
+    return Graph(_known(definition), state, module.spec, module.norm.weight[...].dtype, module.sharding)
 
 
 def prefill(
@@ -105,9 +126,12 @@ def chunks(width: int, chunk: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + chunk, width)) for start in range(0, width, chunk))
 
 
+_known = lru_cache(maxsize=64)(Structure)
+
+
 @partial(jax.jit, static_argnames=("structure", "capture", "first"), donate_argnames="cache")
 def _prefill(
-    structure: Any,
+    structure: Structure,
     state: Any,
     ids: Array,
     mask: Array,
@@ -117,33 +141,33 @@ def _prefill(
     capture: tuple[int, ...],
     first: bool,
 ) -> Forward:
-    module: Gemma3 = nnx.merge(structure, state)
+    module = structure.merge(state)
     return module(ids, mask, cache, attached, capture=capture, first=first)
 
 
 @partial(jax.jit, static_argnames="structure")
-def _next_scores(structure: Any, state: Any, hidden: Array) -> Array:
-    module: Gemma3 = nnx.merge(structure, state)
+def _next_scores(structure: Structure, state: Any, hidden: Array) -> Array:
+    module = structure.merge(state)
     return module.logits(hidden[:, -1])
 
 
 @partial(jax.jit, static_argnames="structure", donate_argnames="cache")
 def _decode(
-    structure: Any, state: Any, token: Array, cache: ModelCache, attached: Mapping[int, Attached | Block]
+    structure: Structure, state: Any, token: Array, cache: ModelCache, attached: Mapping[int, Attached | Block]
 ) -> tuple[Array, ModelCache]:
-    module = nnx.merge(structure, state)
+    module = structure.merge(state)
     made = module(token[:, None], jnp.ones((token.shape[0], 1), bool), cache, attached)
     return module.logits(made.hidden[:, -1]), made.cache
 
 
 @partial(jax.jit, static_argnames="structure")
-def _logits(structure: Any, state: Any, hidden: Array) -> Array:
-    module: Gemma3 = nnx.merge(structure, state)
+def _logits(structure: Structure, state: Any, hidden: Array) -> Array:
+    module = structure.merge(state)
     return module.logits(hidden)
 
 
 @partial(jax.jit, static_argnames="structure")
-def _log_probs(structure: Any, state: Any, hidden: Array, targets: Array) -> Array:
-    scores = nnx.merge(structure, state).logits(hidden)
+def _log_probs(structure: Structure, state: Any, hidden: Array, targets: Array) -> Array:
+    scores = structure.merge(state).logits(hidden)
     chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1, mode="clip")[:, 0]
     return chosen - jax.nn.logsumexp(scores, axis=-1)

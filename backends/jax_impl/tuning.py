@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from lyra.spec.attention import StaticSpec
@@ -23,8 +22,8 @@ from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
-from .forward import Graph
-from .gemma3 import Attached, Gemma3, empty_model_cache
+from .forward import Graph, Structure
+from .gemma3 import Attached, empty_model_cache
 from .heads import SplitArrays, split_arrays
 from .rope import inverse_frequencies
 from .sharding import CONTEXT, ShardingConfig
@@ -88,12 +87,12 @@ def attached(context: Context, settings: Settings) -> dict[int, Attached]:
     return {layer: _attached(one, settings[layer]) for layer, one in context.items()}
 
 
-def mean_nll(structure: Any, state: Any, ids: Array, mask: Array, context: Context, settings: Settings) -> Array:
+def mean_nll(structure: Structure, state: Any, ids: Array, mask: Array, context: Context, settings: Settings) -> Array:
     """Mean negative log-likelihood in nats of the real tokens of ids [B,T] but the first of each row: float32 [].
 
     mask [B,T] bool, False for padding, which is on the left. `structure` and `state` are those of a Graph.
     """
-    module: Gemma3 = nnx.merge(structure, state)
+    module = structure.merge(state)
     batch, width = ids.shape
     dtype = module.norm.weight[...].dtype
     cache = empty_model_cache(module.spec, batch, width, dtype)
@@ -127,7 +126,7 @@ def loss_and_gradient(
 
 @partial(jax.jit, static_argnames="structure")
 def _loss_and_gradient(
-    structure: Any, state: Any, ids: Array, mask: Array, context: Context, settings: Settings
+    structure: Structure, state: Any, ids: Array, mask: Array, context: Context, settings: Settings
 ) -> tuple[Array, Context]:
     made: tuple[Array, Context] = jax.value_and_grad(mean_nll, argnums=4)(
         structure, state, ids, mask, context, settings
