@@ -34,7 +34,8 @@ def filtered(scores: Array, sampling: Sampling) -> Array:
     scores = scores.astype(jnp.float32)
     scores = (scores - scores.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None:
-        scores = kept(scores, scores >= highest(scores, sampling.top_k)[:, -1:])
+        # The smallest of them, not the last: XLA makes a sort of the whole vocabulary of a slice of the highest.
+        scores = kept(scores, scores >= highest(scores, sampling.top_k).min(axis=-1, keepdims=True))
     if sampling.top_p < 1:
         scores = kept(scores, nucleus(jax.nn.softmax(scores), sampling.top_p))
     return scores

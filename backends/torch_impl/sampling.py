@@ -25,7 +25,7 @@ def filtered(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     scores = scores.float()
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None:
-        scores = kept(scores, scores >= highest(scores, sampling.top_k)[:, -1:])
+        scores = kept(scores, scores >= highest(scores, sampling.top_k).amin(dim=-1, keepdim=True))
     if sampling.top_p < 1:
         scores = kept(scores, nucleus(scores.softmax(dim=-1), sampling.top_p))
     return scores
