@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -322,3 +325,13 @@ def test_transformers_versions(version, fits):
     else:
         with pytest.raises(ImportError, match=r"transformers>=5\.20,<6"):
             versions.check_transformers(version)
+
+
+def test_the_versions_that_are_installed_are_those_that_are_checked():
+    root = Path(__file__).parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    wanted = f"transformers>={versions.OLDEST[0]}.{versions.OLDEST[1]},<{versions.TOO_NEW[0]}"
+    assert [name for name, needs in extras.items() if wanted in needs] == ["torch", "conformance"]
+    pinned = re.search(r"^transformers==(.*)$", (root / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned is not None
+    versions.check_transformers(pinned[1])
