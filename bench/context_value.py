@@ -40,11 +40,19 @@ class Attached:
 
 
 @dataclass(frozen=True)
+class Injected:
+    """A context read by blocks behind the attention of every global layer (clause SEQUENTIAL)."""
+
+    gate: float
+    live: Literal["causal", "self", "none"] = "none"
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table: how the context is given, and the published mean NLL of the next and the same text."""
 
     name: str
-    given: Attached | Literal["absent", "prefix"]
+    given: Attached | Injected | Literal["absent", "prefix"]
     published: tuple[float, float]
 
 
@@ -58,6 +66,11 @@ ROWS = (
     Row("1 of 4, causal, continue", Attached(1), (2.913, 3.396)),
     Row("3 of 4, causal, continue", Attached(3), (2.511, 0.308)),
     Row("4 of 4, causal, continue", Attached(4), (2.434, 0.202)),
+    Row("blocks, gate 0.1", Injected(0.1), (2.758, 2.861)),
+    Row("blocks, gate 0.25", Injected(0.25), (2.771, 2.574)),
+    Row("blocks, gate 0.25, causal", Injected(0.25, live="causal"), (2.774, 2.700)),
+    Row("blocks, gate 0.5", Injected(0.5), (3.068, 2.501)),
+    Row("blocks, gate 1", Injected(1.0), (4.237, 3.441)),
 )
 
 
@@ -90,9 +103,14 @@ def mean_nll(model: lyra.Model, ids: list[int], scored: int) -> float:
     return float(model.score(ids).nll[-scored:].mean(dtype=np.float64))
 
 
-def score_row(model: lyra.Model, given: Attached | str, document: Document, context: lyra.StaticContext) -> list[float]:
+def score_row(
+    model: lyra.Model, given: Attached | Injected | str, document: Document, context: lyra.StaticContext
+) -> list[float]:
     """One row of the table for one document: the next and the same text."""
-    if isinstance(given, Attached):
+    if isinstance(given, Injected):
+        model = lyra.Model(model.engine, model.text, mode="sequential")
+        model.attach(context, gate=given.gate, live=given.live)
+    elif isinstance(given, Attached):
         split = lyra.HeadSplit.last_q(model.spec, given.heads)
         model.attach(context, split, live=given.live, positions=given.positions)
     sequence: Callable[[str], list[int]] = document.behind_prefix if given == "prefix" else document.alone
