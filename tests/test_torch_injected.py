@@ -52,6 +52,20 @@ def test_a_block_in_a_layer_equals_the_oracle(torch_engine, name):
         assert_oracle(torch_engine, layer, blocks[layer].spec, ids, mask)
 
 
+def test_a_block_stands_between_the_halves_of_its_layer(torch_engine):
+    """It is given the residual stream behind self-attention, and what it gives is all that the feed-forward half sees."""
+    layer, ids = GLOBAL[0], some_ids(2, 9)
+    decoder = torch_engine.module.model.layers[layer]
+    with blocks_in(torch_engine, residual=False) as blocks:
+        run = lambda: torch_engine.logits(ids)  # noqa: E731
+        (x, y), (h, given), (_, attended) = (seen_by(one, run) for one in (decoder, blocks[layer], decoder.self_attn))
+    with torch.inference_mode():
+        stream, middle = torch.tensor(x), torch.tensor(given)
+        assert (h == (stream + decoder.post_attention_layernorm(torch.tensor(attended))).numpy()).all()
+        fed = decoder.mlp(decoder.pre_feedforward_layernorm(middle))
+        assert (y == (middle + decoder.post_feedforward_layernorm(fed)).numpy()).all()
+
+
 def test_a_sliding_layer_lends_the_keys_in_its_window(torch_engine):
     """Phase one serves every layer: the block of a sliding one sees what the layer sees, and nothing that left."""
     ids = some_ids(1, 2 * WINDOW + 3)

@@ -44,12 +44,11 @@ def from_cache(
 def turned_back(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Keys before RoPE, from rotated ones: k [B,H,S,D]; cos, sin [B,S,D] as Hugging Face gives them. Clause ROPE-1.
 
-    In float64, and divided by cos² + sin², which rounding has moved away from 1.
+    With the tables that turned them an angle's own error, which grows with the position, cancels.
     """
     first, second = k.double().chunk(2, dim=-1)
     c, s = (table[:, None, :, : k.shape[-1] // 2].double() for table in (cos, sin))
-    straight = torch.cat((first * c + second * s, second * c - first * s), dim=-1)
-    return (straight / (c.square() + s.square()).repeat(1, 1, 1, 2)).to(k.dtype)
+    return torch.cat((first * c + second * s, second * c - first * s), dim=-1).to(k.dtype)
 
 
 def _whole(spec: ModelSpec, cache: Cache, number: int) -> tuple[torch.Tensor, torch.Tensor]:
