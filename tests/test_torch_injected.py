@@ -53,7 +53,7 @@ def test_a_block_in_a_layer_equals_the_oracle(torch_engine, name):
 
 
 def test_a_block_stands_between_the_halves_of_its_layer(torch_engine):
-    """It is given the residual stream behind self-attention, and what it gives is all that the feed-forward half sees."""
+    """It is given the residual stream behind self-attention, and the feed-forward half sees what it gives, no more."""
     layer, ids = GLOBAL[0], some_ids(2, 9)
     decoder = torch_engine.module.model.layers[layer]
     with blocks_in(torch_engine, residual=False) as blocks:
@@ -231,6 +231,8 @@ def test_a_context_may_come_with_the_call(torch_engine):
                                 positions=static.positions.repeat(3, 0))  # fmt: skip
         with pytest.raises(InputError, match="holds 3 rows and the call 2"):
             given(h, tables, external_past_key_values=given.prepare(three))
+        beams = given(h.repeat_interleave(6, 0), tables, external_past_key_values=given.prepare(three))
+        torch.testing.assert_close(beams, expected.repeat_interleave(6, 0))
 
 
 def test_the_memory_follows_the_module(torch_folder):
