@@ -28,6 +28,10 @@ FLAVOURS: dict[Flavour, str] = {
 }
 
 
+STRIDE = 0x9E3779B9
+"""Between the seeds of the data that one case is checked with: far from the small seeds that shrinking ends at."""
+
+
 @dataclass(frozen=True)
 class Context:
     """A static context: tokens slots, `batch` 1 or the case's, the first slot's position, and what is hidden.
@@ -103,6 +107,10 @@ class Case:
     def respec(self, **changes: Any) -> Case:
         """A copy with some fields of the spec changed."""
         return self.replace(spec=self.spec.replace(**changes))
+
+    def with_other_data(self, index: int) -> Case:
+        """The case with the data of another seed, which follows from its own; `index` 0 gives the case itself."""
+        return self.replace(seed=(self.seed + index * STRIDE) % 2**32)
 
     def hiding(self) -> Case:
         """A copy in which every row hides something: padding tokens, and slots of its context, which it must have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +68,18 @@ def prop(
                     HealthCheck.data_too_large,
                     HealthCheck.large_base_example,
                 ],
-            )(seed(session.seed)(given(case=case)(function)))
+            )(seed(session.seed)(given(case=case)(with_data(function, session.profile.data))))
         return pytest.mark.lyra(Declaration(tuple(statements), tuple(needs), profile, function, weight))(test)
 
     return declare
+
+
+def with_data(check: Callable[..., None], times: int) -> Callable[..., None]:
+    """A property that holds each case `times` times, with other data each time; the case that fails is the one kept."""
+
+    @functools.wraps(check)
+    def hold(case: Case, **rest: Any) -> None:
+        for index in range(times):
+            check(case=case.with_other_data(index), **rest)
+
+    return hold

@@ -27,11 +27,18 @@ ProfileName = Literal["smoke", "ci", "thorough"]
 
 @dataclass(frozen=True)
 class Profile:
-    """How much a run does: generated examples per property of weight 1, and the number of shapes they come from."""
+    """How much a run does.
+
+    examples  what is generated for a property of weight 1
+    frames    the shapes that examples come from
+    data      the times that each example is checked, with other data each time: drawing it, and what a backend
+              compiles for it, are then paid once
+    """
 
     name: ProfileName
     examples: int
     frames: int
+    data: int = 1
 
     def includes(self, other: str) -> bool:
         """Whether a property that asks for at least profile `other` runs in this one."""
@@ -40,9 +47,9 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    "smoke": Profile("smoke", examples=12, frames=4),
-    "ci": Profile("ci", examples=60, frames=7),
-    "thorough": Profile("thorough", examples=240, frames=32),
+    "smoke": Profile("smoke", examples=12, frames=4, data=4),
+    "ci": Profile("ci", examples=60, frames=7, data=2),
+    "thorough": Profile("thorough", examples=240, frames=32, data=2),
 }
 
 

@@ -13,6 +13,9 @@ from lyra.backends.protocol import Backend, get_backend
 from lyra.conformance.case import Case, Context
 from lyra.conformance.judge import Judge
 from lyra.conformance.record import Record
+from lyra.conformance.registry import with_data
+from lyra.conformance.runner import run
+from lyra.conformance.session import Profile, Session
 from lyra.conformance.subject import Divergence, Subject
 from lyra.spec import HeadSplit
 
@@ -61,6 +64,36 @@ def test_every_input_of_a_check_is_held() -> None:
     with pytest.raises(Divergence, match="against the oracle"):
         judge_of(WrongOnTheOther()).each(CASE, ask_twice)
     judge_of(WrongOnTheOther()).each(CASE, lambda subject: subject.run(PROBLEM))
+
+
+def test_a_case_is_held_with_other_data_too_and_the_failing_one_is_kept() -> None:
+    judge = judge_of(WrongOnTheOther())
+    hold = with_data(lambda case, judge: judge.oracle(case), 3)
+    with pytest.raises(Divergence):
+        hold(case=CASE, judge=judge)
+    (failure,) = judge.record.failures.values()
+    assert failure.case == CASE.with_other_data(1).to_json() != CASE.to_json()
+    with_data(lambda case, judge: judge.oracle(case), 1)(case=CASE, judge=judge_of(WrongOnTheOther()))
+
+
+def test_a_profile_says_how_many_data_a_case_is_held_with() -> None:
+    once, thrice = (
+        run(
+            Session(backends=[get_backend("torch")], profile=Profile("smoke", 2, 2, data=data)),
+            only="layer_equals_oracle",
+        )
+        for data in (1, 3)
+    )
+    assert thrice.record.ok
+    assert thrice.record.cases == 3 * once.record.cases > 0
+
+
+def test_other_data_are_those_of_another_seed() -> None:
+    seeds = [CASE.replace(seed=2**32 - 1).with_other_data(index).seed for index in range(100)]
+    assert seeds[0] == 2**32 - 1
+    assert len(set(seeds)) == 100
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert CASE.with_other_data(1).replace(seed=CASE.seed) == CASE
 
 
 def test_inputs_are_counted_once_each_and_only_where_all_backends_were_asked() -> None:

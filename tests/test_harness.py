@@ -400,7 +400,7 @@ def test_plain_pytest_runs_the_suite_from_an_empty_folder(tmp_path: Path) -> Non
     right = subprocess.run([*command, *quick], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert right.returncode == 0, right.stdout
     assert "1 passed" in right.stdout
-    assert "lyra: 24 compared cases" in right.stdout
+    assert "lyra: 96 compared cases" in right.stdout
     command[-1] = f"{MINE}:NullZeros"
     wrong = subprocess.run([*command, *quick], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert wrong.returncode == 1
