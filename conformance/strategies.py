@@ -10,6 +10,7 @@ def test_mine(case): ...
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from hypothesis import strategies as st
@@ -30,6 +31,20 @@ LIVE: tuple[Live, ...] = ("causal", "self", "none")
 POSITIONS: tuple[Positions, ...] = ("continue", "overlay")
 
 
+@cache
+def _near_or_far(near: int, far: int) -> st.SearchStrategy[int]:
+    """Integers from 0 to `near`, or from 0 to `far`. Kept: Hypothesis examines a strategy that it has not met before,
+    which takes longer than drawing from it. For the same reason choices are tuples, by which it knows them again.
+    """
+    return st.one_of(st.integers(0, near), st.integers(0, far))
+
+
+@cache
+def _orders(count: int) -> st.SearchStrategy[list[int]]:
+    """Permutations of 0 to `count` - 1."""
+    return st.permutations(range(count))
+
+
 @st.composite
 def head_splits(draw: st.DrawFn, spec: HasHeads, kv_heads: int | None = None, aligned: bool | None = None) -> HeadSplit:
     """Any split of the heads of `spec` that reads exactly `kv_heads` KV heads (any number if None).
@@ -38,12 +53,12 @@ def head_splits(draw: st.DrawFn, spec: HasHeads, kv_heads: int | None = None, al
     """
     total, group = spec.num_key_value_heads, spec.num_attention_heads // spec.num_key_value_heads
     count = draw(st.integers(0, total)) if kv_heads is None else kv_heads
-    order = draw(st.permutations(range(total)))
+    order = draw(_orders(total))
     heads: list[int] = []
     for kv_head in order[:count]:
         members = range(kv_head * group, (kv_head + 1) * group)
-        keep = [True] * group if aligned else draw(st.lists(st.booleans(), min_size=group, max_size=group))
-        heads += [head for head, kept in zip(members, keep, strict=True) if kept or not any(keep)]
+        kept = 0 if aligned else draw(st.integers(0, 2**group - 1))  # a bit a head; none stands for all
+        heads += [head for place, head in enumerate(members) if not kept or kept >> place & 1]
     return HeadSplit.from_q_heads(spec, heads, share_kv=None)
 
 
@@ -68,12 +83,12 @@ def attention_specs(
             num_attention_heads=frame.heads[0],
             num_key_value_heads=frame.heads[1],
             head_dim=frame.head_dim,
-            scale=draw(st.sampled_from([scale, scale / 2, 1.5 * scale, 168**-0.5])),
-            softcap=draw(st.sampled_from([2.0, 0.5, 50.0])) if frame.softcap else None,
+            scale=draw(st.sampled_from((scale, scale / 2, 1.5 * scale, 168**-0.5))),
+            softcap=draw(st.sampled_from((2.0, 0.5, 50.0))) if frame.softcap else None,
             bias=frame.bias,
-            qk_norm=QKNormSpec(eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3]))) if frame.qk_norm else None,
+            qk_norm=QKNormSpec(eps=draw(st.sampled_from((1e-6, 1e-5, 1e-3)))) if frame.qk_norm else None,
             rope=RopeSpec(
-                theta=draw(st.sampled_from([1e4, 1e6, 500.0, 123_456.0])), factor=draw(st.sampled_from([1.0, 8.0, 3.0]))
+                theta=draw(st.sampled_from((1e4, 1e6, 500.0, 123_456.0))), factor=draw(st.sampled_from((1.0, 8.0, 3.0)))
             )
             if frame.rope
             else None,
@@ -84,7 +99,8 @@ def attention_specs(
     elif split and spec.split is None and spec.sliding_window is None:
         changes["split"] = draw(head_splits(spec, kv_heads=frame.groups))
     if scope is None or scope.split is None:
-        changes["static"] = StaticSpec(live=draw(st.sampled_from(live)), positions=draw(st.sampled_from(positions)))
+        chosen = draw(st.sampled_from(tuple(live))), draw(st.sampled_from(tuple(positions)))
+        changes["static"] = StaticSpec(live=chosen[0], positions=chosen[1])
     return spec.replace(**changes) if changes else spec
 
 
@@ -92,13 +108,12 @@ def attention_specs(
 def contexts(draw: st.DrawFn, frame: Frame, *, far: bool = True, hidden: bool = True) -> Context:
     """A static context of a frame's shape: where it starts, what it hides, whether its positions have gaps."""
     tokens, rows = frame.context_tokens, frame.context_batch
-    start = draw(st.one_of(st.integers(0, 20), st.integers(0, FAR - 3 * tokens - 1))) if far else 0
-    counts = st.one_of(st.just(0), st.integers(0, tokens))
+    start = draw(_near_or_far(20, FAR - 3 * tokens - 1)) if far else 0
     return Context(
         tokens=tokens,
         batch=rows,
         start=start,
-        hidden=tuple(draw(st.lists(counts, min_size=rows, max_size=rows))) if hidden else (0,) * rows,
+        hidden=tuple(draw(_near_or_far(0, tokens)) if hidden else 0 for _ in range(rows)),
         gaps=draw(st.booleans()),
     )
 
@@ -133,7 +148,7 @@ def cases(
         enough_calls = len(frame.calls) >= min_calls and sum(frame.calls) >= min_tokens
         return enough_calls and (frame.context_tokens >= min_context or context is False)
 
-    pool = [frame for frame in current().frames if fits(frame)]
+    pool = tuple(frame for frame in current().frames if fits(frame))
     if not pool:
         raise ValueError(
             f"no frame of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens"
@@ -146,17 +161,17 @@ def cases(
     tokens = sum(frame.calls)
     paddings: tuple[int, ...] = ()
     if padding and draw(st.booleans()):
-        paddings = tuple(draw(st.lists(st.integers(0, tokens - 1), min_size=frame.batch, max_size=frame.batch)))
+        paddings = tuple(draw(st.integers(0, tokens - 1)) for _ in range(frame.batch))
     return Case(
         spec=spec,
         calls=frame.calls,
         batch=frame.batch,
         context=draw(contexts(frame, far=far, hidden=hidden)) if with_context else None,
         padding=paddings,
-        padding_side=draw(st.sampled_from(["left", "right"])) if paddings else "left",
-        start=draw(st.one_of(st.just(0), st.integers(0, FAR - tokens))) if far else 0,
-        flavour=draw(st.sampled_from(flavours)),
-        poison=draw(st.sampled_from(poison)),
+        padding_side=draw(st.sampled_from(("left", "right"))) if paddings else "left",
+        start=draw(_near_or_far(0, FAR - tokens)) if far else 0,
+        flavour=draw(st.sampled_from(tuple(flavours))),
+        poison=draw(st.sampled_from(tuple(poison))),
         seed=draw(seeds()),
         dtype=dtype,
     )
@@ -172,9 +187,9 @@ def blocks(
 ) -> Block:
     """Injected blocks with an open gate, of either sign."""
     return Block(
-        residual=draw(st.sampled_from(residual)),
-        gate=draw(st.floats(0.1, 8.0)) * draw(st.sampled_from([1, -1])),
-        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
+        residual=draw(st.sampled_from(tuple(residual))),
+        gate=draw(st.floats(0.1, 8.0)) * draw(st.sampled_from((1, -1))),
+        norm_eps=draw(st.sampled_from((1e-6, 1e-5, 1e-3))),
         output_norm=output_norm,
         source=source,
     )
