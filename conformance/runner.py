@@ -84,6 +84,7 @@ def run(
     folder = Path(__file__).parent / "properties"
     arguments = [str(folder), "-q", "--capture=no", "-p", "no:cacheprovider", f"--rootdir={folder.parent}"]
     arguments += ["-c", os.devnull]  # the configuration of whatever project this runs in is not the suite's
+    arguments += ["--tb=native"]  # pytest's own tracebacks parse every file on the way: seconds for a failure
     arguments += ["-x"] if fail_fast else []
     arguments += ["--lyra-replay", replay] if replay else []
     arguments += ["--junitxml", junit] if junit else []
