@@ -83,3 +83,13 @@ def test_a_tuned_context_is_saved_and_serves(
     assert (context.num_tokens, context.tokens) == (6, None)
     model = lyra.load(tiny_folder, backend=backend, context=context)
     assert model.generate("the", 2) != ""
+
+
+def test_one_prompt_four_ways(tiny_folder: Path, tmp_path: Path) -> None:
+    done = call(EXAMPLES / "inference.py", "--tokens", "2000", "--model", tiny_folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for way in ("plain", "full prompt", "Lyra, parallel, 4 heads", "Lyra, sequential, gate 0.25"):
+        assert f"│ {way} " in done.stdout
+    too_short = call(EXAMPLES / "inference.py", "--tokens", "20", "--model", tiny_folder, cwd=tmp_path)
+    assert too_short.returncode == 2
+    assert "tokens, got 20" in too_short.stderr
