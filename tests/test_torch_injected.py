@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch_blocks import VARIANTS, block_spec, blocks_in, context_of, seen_by
 from torch_gemma import GLOBAL, WINDOW, greedy_by_prefill, left_padded, some_ids, token_by_token
-from transformers import DynamicCache, Gemma3ForCausalLM
+from transformers import DynamicCache, Gemma3ForCausalLM, StaticCache
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from lyra.backends.torch_impl import TorchBackend
@@ -141,6 +141,22 @@ def test_hugging_faces_own_generation_works_with_blocks(torch_engine, name):
                 torch.tensor(ids), max_new_tokens=6, do_sample=False, disable_compile=True, **options
             )
             assert (made[:, 11:].numpy() == expected).all(), options
+
+
+@pytest.mark.parametrize("name", ["causal", "own"])
+def test_a_compiled_decode_step_is_one_graph(torch_engine, name):
+    ids = some_ids(1, 9)
+    step = torch.compile(torch_engine.module.forward, fullgraph=True, backend="eager")
+    with blocks_in(torch_engine, **VARIANTS[name]), torch.inference_mode():
+        expected = torch_engine.logits(ids)[:, 5:]
+        cache = StaticCache(config=torch_engine.module.config, max_cache_len=12)
+        torch_engine.module(input_ids=torch.tensor(ids[:, :5]), past_key_values=cache, use_cache=True)
+        steps = [
+            step(input_ids=torch.tensor(ids[:, t : t + 1]), past_key_values=cache, position_ids=torch.tensor([[t]]))
+            for t in range(5, 9)
+        ]
+    got = np.concatenate([one.logits.numpy() for one in steps], axis=1)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["causal", "cut", "own"])
