@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import lyra
 from lyra.backends.protocol import get_backend
 from lyra.conformance.launch import make_session
 from lyra.conformance.runner import run
+from lyra.conformance.session import PROFILES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -28,6 +30,7 @@ def call(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_numpy_backend_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(PROFILES["smoke"], data=1))
     session = make_session(["numpy_backend:NumpyBackend"], profile="smoke", seed=0, spec=None)
     outcome = run(session, only="oracle or call or context or head or window or decode")
     assert outcome.exit_code == 0, outcome.log

@@ -20,6 +20,7 @@ from lyra.conformance.declared import declared
 from lyra.conformance.report.data import Report
 from lyra.conformance.report.markdown import markdown
 from lyra.conformance.report.merge import merged, read_report
+from lyra.conformance.session import PROFILES, Profile
 from lyra.conformance.shard import FIXED_COST, Shard, places
 from lyra.spec.errors import InputError
 
@@ -31,7 +32,8 @@ SLOWLY_DIFFERENT = {"started", "seconds", "property_seconds", "cases_per_second"
 
 @pytest.fixture(autouse=True)
 def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replay files go where nothing was before."""
+    """Replay files go where nothing was before; what runs in this process takes few examples."""
+    monkeypatch.setitem(PROFILES, "smoke", Profile("smoke", examples=4, frames=2))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
