@@ -69,7 +69,7 @@ def blocks_of(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_those_of_pytorch(engines: tuple[Any, JaxEngine], kind: str) -> None:
-    """Logits of padded rows at once and in pieces, and greedy tokens."""
+    """Logits of padded rows, and greedy tokens."""
     ids, mask, found = random_ids(2, 13), left_padding(2, 13), []
     given = blocks_of(engines[1], **KINDS[kind])
     for engine in engines:
@@ -79,7 +79,13 @@ def test_blocks_are_those_of_pytorch(engines: tuple[Any, JaxEngine], kind: str) 
         assert np.abs(found[-1][0] - plain[mask]).max() > 1e-2
     assert_close(found[1][0], found[0][0])
     np.testing.assert_array_equal(found[1][1], found[0][1])
-    assert_close(in_pieces(engines[1], ids, mask)[mask], found[0][0])
+
+
+@pytest.mark.parametrize("kind", ["causal, some heads", "own keys"])
+def test_blocks_do_not_depend_on_how_the_text_is_fed(jax_engine: JaxEngine, kind: str) -> None:
+    ids, mask = random_ids(2, 13), left_padding(2, 13)
+    jax_engine.inject(*blocks_of(jax_engine, **KINDS[kind]))
+    assert_close(in_pieces(jax_engine, ids, mask)[mask], jax_engine.logits(ids, mask)[mask])
 
 
 def in_pieces(engine: JaxEngine, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
