@@ -41,8 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {
         item: declaration
         for item, declaration in declared.items()
-        if session.profile.includes(declaration.profile)
-        and (replay is None or property_name(item) == replay.property)
+        if (session.profile.includes(declaration.profile) if replay is None else property_name(item) == replay.property)
         and (only is None or selects(only, item.path.stem, item.name))
     }
     if session.shard is not None:

@@ -210,6 +210,14 @@ def test_a_replay_file_gives_the_failure_again(tmp_path: Path) -> None:
     assert judged(Wrapped(), replay=str(path)).record.ok
 
 
+def test_a_replay_needs_no_profile(tmp_path: Path) -> None:
+    """The command that a failure prints runs its property, though that belongs to a larger profile than the default."""
+    path = a_failure(tmp_path)
+    fields = json.loads(path.read_text()) | {"property": "static::parts_of_a_context_merge"}
+    path.write_text(json.dumps(fields))
+    assert judged(Wrapped(), replay=str(path)).record.planned == 1
+
+
 def test_a_failure_of_a_block_is_shrunk_and_replayed_too() -> None:
     """Its block, and the layer whose cache it shares, come back from the file."""
     outcome = judged(SlightlyOff(), only="shared_cache_equals_oracle")

@@ -91,8 +91,8 @@ def conform(
         )
     seconds = time.perf_counter() - started
     if outcome.found_nothing:
-        asked = f"--replay {replay}" if replay else f"--only {only!r}"
-        raise InputError(f"{asked} names no property of profile {profile.value}; `lyra conform --list` names them all")
+        asked = f"--replay {replay}" if replay else f"profile {profile.value} with --only {only!r}"
+        raise InputError(f"{asked} names no property; `lyra conform --list` names them all")
     if outcome.refused:
         raise InputError(outcome.refused)
     if outcome.broke:

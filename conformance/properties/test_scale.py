@@ -31,8 +31,11 @@ def test_peaked_scores(case: Case, judge: Judge) -> None:
 
 @prop("SCALE-3", case=cases(context=False, flavours=("large",), padding=False), needs=())
 def test_huge_scores_stay_finite(case: Case, judge: Judge) -> None:
-    """Unnormed inputs of size 1,000 give scores far beyond what exp can take without a stable softmax."""
-    problem = case.respec(qk_norm=None, softcap=None, scale=1e-2).problem()
+    """Unnormed inputs of size 1,000 give scores far beyond what exp can take without a stable softmax.
+
+    They are some 10,000, not more: where rounding moves a score by 1, the softmax may choose another key.
+    """
+    problem = case.respec(qk_norm=None, softcap=None, scale=1e-6).problem()
     grown = {name: 100 * problem.weights[name] for name in ("q_proj.weight", "k_proj.weight")}
     problem = problem.replace(weights=problem.weights | grown)
 

@@ -161,7 +161,7 @@ def slots_of(static: StaticLayer, slots: np.ndarray | slice) -> StaticLayer:
     profile="ci",
 )
 def test_parts_of_a_context_merge(case: Case, judge: Judge) -> None:
-    """A context cut in two, each part attended to by itself, merged by the weight of the first: the whole one."""
+    """A context cut in two, each part attended to by itself, merged by the weights of both: the whole one."""
     case = case.respec(static=case.spec.static.replace(live="none", positions="overlay"))
     problem = case.problem()
     static = problem.static
@@ -169,15 +169,16 @@ def test_parts_of_a_context_merge(case: Case, judge: Judge) -> None:
     slots = static.mask.shape[1]
     cut = 1 + case.seed % (slots - 1)
     first, second = slots_of(static, slice(cut)), slots_of(static, slice(cut, None))
-    marked = static._replace(v=np.broadcast_to(np.arange(slots)[:, None] < cut, static.v.shape).astype(np.float32))
+    marks = np.broadcast_to(np.arange(slots)[:, None] < cut, static.v.shape)
     lyra = np.isin(np.arange(problem.spec.num_attention_heads), problem.spec.lyra_q_heads)[:, None]
 
     def check(subject: Subject) -> None:
         def heads(context: StaticLayer) -> np.ndarray:
             return subject.run(problem.replace(static=context), trace=True).trace["heads"].astype(np.float64)
 
-        weight = heads(marked)  # of the first part, in every element of a head
-        merged = weight * heads(first) + (1 - weight) * heads(second)
+        # Each part's weight, in every element of a head. 1 minus the one would be a poor value of a tiny other.
+        weights = (heads(static._replace(v=mark.astype(np.float32))) for mark in (marks, ~marks))
+        merged = sum(weight * heads(part) for weight, part in zip(weights, (first, second), strict=True))
         whole = heads(static)
         subject.expect_close(problem, np.where(lyra, merged, whole), whole, "the whole context", "heads")
 
