@@ -97,7 +97,7 @@ def test_the_suite_runs_from_an_empty_folder(python: Path, tmp_path: Path) -> No
     done = call(*suite, "--lyra-backend", "mypkg:Backend", "-k", "layer_equals_oracle or peaked", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
-    assert "lyra: 36 compared cases" in done.stdout
+    assert "lyra: 144 compared cases" in done.stdout
 
 
 def test_an_installed_backend_is_found_by_its_entry_point(python: Path, tmp_path: Path) -> None:
