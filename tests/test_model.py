@@ -363,7 +363,7 @@ def test_importing_lyra_imports_no_framework() -> None:
     done = run_python(
         "import sys, lyra\n"
         "assert lyra.HeadSplit and lyra.StaticContext and lyra.__version__ and set(lyra.__all__) <= set(dir(lyra))\n"
-        "assert all(getattr(lyra, name) is not None for name in lyra.__all__)\n"
+        "assert all(getattr(lyra, name) is not None for name in lyra.__all__ if name != 'Lyra')  # a torch module\n"
         "print([name for name in ('torch', 'jax', 'flax', 'transformers') if name in sys.modules])"
     )
     assert done.stdout.strip() == "[]", done.stderr
