@@ -127,7 +127,7 @@ def print_all(console: Console, task: Task, seen: dict[str, Seen], follows: str)
         title=f"{len(task.document):,} tokens of context, a prompt of {len(task.prompt)}", title_justify="left"
     )
     table.add_column("way", style="bold")
-    for column in (f"mean NLL of {len(task.follows)} tokens", "first token", "keys and values held"):
+    for column in ("mean NLL", "first token", "keys and values"):
         table.add_column(column, justify="right")
     for name, one in seen.items():
         table.add_row(name, f"{one.nll:.3f}", f"{one.first_token:.2f} s", size(one.held))
