@@ -18,6 +18,7 @@ from lyra.spec.attaching import (
     block_contexts,
     blocks_by_layer,
     check_origin,
+    chosen_layers,
     gates_by_layer,
     splits_by_layer,
     static_layers,
@@ -234,7 +235,9 @@ class Model:
         ids = self._ids(text)
         if ids.ndim != 1 or len(ids) == 0:
             raise InputError(f"capture: ids have shape {ids.shape}; expected one sequence of at least 1 token")
-        chosen = self._global(layers if layers is not None else kv_heads if isinstance(kv_heads, Mapping) else None)
+        chosen = chosen_layers(
+            self.engine.spec, layers if layers is not None else kv_heads if isinstance(kv_heads, Mapping) else None
+        )
         found = self.engine.capture(
             ids[None],
             chosen,
@@ -321,7 +324,10 @@ class Model:
 
     def fingerprint(self, layers: Iterable[int] | None = None) -> Fingerprint:
         """What contexts of this model carry, for some global layers or for all (clause FINGERPRINT)."""
-        hashes = {layer: hash_weights(self.engine.attention_weights(layer)) for layer in self._global(layers)}
+        hashes = {
+            layer: hash_weights(self.engine.attention_weights(layer))
+            for layer in chosen_layers(self.engine.spec, layers)
+        }
         known = (self.text.fingerprint, self.text.bos) if self.text else (None, None)
         return Fingerprint.of(self.engine.spec, hashes, *known)
 
@@ -343,14 +349,6 @@ class Model:
         if self.context is not None and self.context.batch not in {1, len(rows)}:
             raise InputError(f"the attached context has {self.context.batch} rows and the call {len(rows)}")
         return rows
-
-    def _global(self, layers: Iterable[int] | None) -> list[int]:
-        known = self.engine.spec.global_layers
-        chosen = sorted(set(known if layers is None else layers))
-        wrong = [layer for layer in chosen if layer not in known]
-        if wrong:
-            raise InputError(f"layers {wrong} are not global; the global layers are {list(known)} (clause SLIDING)")
-        return chosen
 
     def _check_fingerprint(self, context: StaticContext) -> None:
         own = self.fingerprint(layer for layer in context.layers if layer in self.engine.spec.global_layers)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from .attention import StaticSpec
+from .attention import AttentionSpec, StaticSpec
 from .context import StaticContext
-from .errors import ContextError, SpecError
+from .errors import ContextError, InputError, SpecError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
 from .model import ModelSpec
@@ -31,6 +31,34 @@ def splits_by_layer(spec: ModelSpec, context: StaticContext, split: Split | None
     elif isinstance(split, HeadSplit):
         split = dict.fromkeys(context.layers, split)
     return {item.layer: item.split for item in spec.with_split(split).splits}
+
+
+def specs_by_layer(
+    spec: ModelSpec, static: Collection[int], splits: Mapping[int, HeadSplit], mode: StaticSpec
+) -> dict[int, AttentionSpec]:
+    """The spec of every layer that has Lyra heads; `static` are the layers that have a context.
+
+    Raises InputError for a split or a context on a layer that can have none.
+    """
+    wrong = sorted(set(splits) - set(spec.global_layers))
+    if wrong:
+        raise InputError(f"attach: layers {wrong} are not global; the global layers are {list(spec.global_layers)}")
+    idle = sorted(layer for layer in static if layer not in splits or not splits[layer].lyra_q_heads)
+    if idle:
+        raise InputError(f"attach: layers {idle} have a context and no Lyra heads; give them a split")
+    return {
+        layer: spec.attention.replace(split=split, static=mode) for layer, split in splits.items() if split.lyra_q_heads
+    }
+
+
+def chosen_layers(spec: ModelSpec, layers: Iterable[int] | None) -> list[int]:
+    """Global layers, ascending, each once; all of them for None. Raises InputError for others. Clause SLIDING."""
+    known = spec.global_layers
+    chosen = sorted(set(known if layers is None else layers))
+    wrong = [layer for layer in chosen if layer not in known]
+    if wrong:
+        raise InputError(f"layers {wrong} are not global; the global layers are {list(known)} (clause SLIDING)")
+    return chosen
 
 
 def static_layers(context: StaticContext, splits: Mapping[int, HeadSplit]) -> dict[int, StaticLayer]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from lyra.backends.protocol import import_extra
 from lyra.spec.attention import AttentionSpec, Live
-from lyra.spec.base import write_atomically
 from lyra.spec.model import ModelSpec
+from lyra.studies.figures import save
 
 from .output import head_list
 
@@ -107,13 +106,10 @@ def save_head_map(paths: Sequence[Path], name: str, attention: AttentionSpec, mo
     import_extra("matplotlib", "studies")
     import matplotlib as mpl
 
-    with mpl.rc_context({"svg.hashsalt": "lyra", "font.family": "DejaVu Sans"}):
+    with mpl.rc_context({"font.family": "DejaVu Sans"}):
         figure = draw(name, attention, model)
         for path in paths:
-            file = io.BytesIO()
-            kind = path.suffix.removeprefix(".")
-            figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            write_atomically(path, file.getvalue())
+            save(figure, path)
 
 
 def draw(name: str, attention: AttentionSpec, model: ModelSpec | None) -> Figure:

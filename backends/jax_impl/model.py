@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lyra.backends.protocol import CapturedLayer, Sampling
+from lyra.spec.attaching import specs_by_layer
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_dtype, check_static
@@ -143,19 +144,8 @@ class JaxEngine:
         A layer on which this has no effect (no Lyra heads, or an empty context in live mode "causal") stays an ordinary
         one (clause IDENTITY). Raises InputError, SpecError; then nothing has changed.
         """
-        wrong = sorted(set(splits) - set(self.spec.global_layers))
-        if wrong:
-            raise InputError(
-                f"attach: layers {wrong} are not global; the global layers are {list(self.spec.global_layers)}"
-            )
-        idle = sorted(layer for layer in static if layer not in splits or not splits[layer].lyra_q_heads)
-        if idle:
-            raise InputError(f"attach: layers {idle} have a context and no Lyra heads; give them a split")
-        attached = {
-            layer: self._prepared(split, mode, static.get(layer))
-            for layer, split in splits.items()
-            if split.lyra_q_heads
-        }
+        specs = specs_by_layer(self.spec, static, splits, mode)
+        attached = {layer: self._prepared(spec, static.get(layer)) for layer, spec in specs.items()}
         self._attached = {layer: one for layer, one in attached.items() if one is not None}
 
     def inject(self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]) -> None:
@@ -188,8 +178,7 @@ class JaxEngine:
         weights = self.module.layers[layer].self_attn.weights()
         return {name: np.array(value, np.float32) for name, value in weights.items()}
 
-    def _prepared(self, split: HeadSplit, mode: StaticSpec, static: StaticLayer | None) -> Attached | None:
-        spec = self.spec.attention.replace(split=split, static=mode)
+    def _prepared(self, spec: AttentionSpec, static: StaticLayer | None) -> Attached | None:
         kv = self._static(spec, static)
         rule = live_rule(spec)
         if kv is None and rule is None:

@@ -15,7 +15,7 @@ from transformers import Gemma3TextConfig
 from transformers.cache_utils import Cache
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
 
-from lyra.spec.attention import AttentionSpec, RopeSpec, StaticSpec
+from lyra.spec.attention import AttentionSpec, Live, RopeSpec, StaticSpec
 from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
@@ -283,12 +283,7 @@ class LyraGemma3Attention(Gemma3Attention):
         live = self.spec.static.live
         if live == "causal" and mask is None and tokens == 1 and isinstance(offset, int) and keys == offset + 1:
             return None
-        # The model's mask hides padding; without one every key is real. Slots of the cache stand in causal order.
-        query_slots = torch.arange(tokens, device=device)[:, None] + offset
-        key_slots = torch.arange(keys, device=device)[None, :]
-        causal = (key_slots <= query_slots)[None] if mask is None else live_keys(mask)[..., :keys]
-        own = (key_slots == query_slots)[None] if live == "self" else None
-        return visibility.by_head(causal, own, self.lyra_queries, live)
+        return visible_slots(live, self.lyra_queries, mask, tokens, keys, offset, device)
 
     def _check_batch(self, batch: int) -> None:
         if self.static_k is not None and batch % len(self.static_k):
@@ -297,6 +292,27 @@ class LyraGemma3Attention(Gemma3Attention):
                 f"attach a context of one row (shared by all), of {batch}, or of one row a prompt where each prompt "
                 f"stands in several rows side by side (beams)"
             )
+
+
+def visible_slots(
+    live: Live,
+    lyra: torch.Tensor,
+    mask: torch.Tensor | None,
+    tokens: int,
+    keys: int,
+    offset: int | torch.Tensor,
+    device: torch.device,
+) -> torch.Tensor:
+    """Which slot of a model's cache a query sees, bool, broadcastable to [B,Hkv,R,T,L]. Clause LIVE.
+
+    lyra bool [Hkv,R]; the model's mask hides padding, and without one every key is real; the call's `tokens` stand in
+    the slots from `offset` on, and slots in causal order.
+    """
+    query_slots = torch.arange(tokens, device=device)[:, None] + offset
+    key_slots = torch.arange(keys, device=device)[None, :]
+    causal = (key_slots <= query_slots)[None] if mask is None else live_keys(mask)[..., :keys]
+    own = (key_slots == query_slots)[None] if live == "self" else None
+    return visibility.by_head(causal, own, lyra, live)
 
 
 def live_keys(mask: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,8 @@ from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.sequential import SequentialSpec
 
-from . import visibility
 from .block_cache import WatchedCache, keep_live
-from .gemma3 import LyraGemma3Attention, live_keys
+from .gemma3 import LyraGemma3Attention, visible_slots
 from .heads import LyraHeads, fold, lyra_heads, unfold
 from .layer import add_static
 from .offload import device_of
@@ -181,7 +180,8 @@ class InjectedAttentionBlock(nn.Module):
         total = nothing(queries)
         if self.uses_live_keys:
             k, v, offset = self._live(parts, x, cos, sin, cache)
-            seen = self._visible(mask, queries.shape[-2], k.shape[2], offset, k.device)
+            live = attention.static.live if attention.lyra_q_heads else "causal"
+            seen = visible_slots(live, self.lyra_queries, mask, queries.shape[-2], k.shape[2], offset, k.device)
             total = partial_attention(queries, k, v, seen, attention.scale, attention.softcap)
         if external is not None:
             if len(x) % len(external.k):
@@ -215,17 +215,6 @@ class InjectedAttentionBlock(nn.Module):
     def _rotated(self, flat: torch.Tensor, norm: Gemma3RMSNorm, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Queries or keys [B,T,H·D] into heads, normed and turned to their positions: [B,T,H,D]."""
         return rotate(norm(flat.unflatten(-1, (-1, self.spec.attention.head_dim))), cos, sin)
-
-    def _visible(
-        self, mask: torch.Tensor | None, tokens: int, keys: int, offset: int | torch.Tensor, device: torch.device
-    ) -> torch.Tensor:
-        """Which live key a query sees, bool, broadcastable to [B,Hkv,R,T,L]. Clause LIVE."""
-        live = self.spec.attention.static.live if self.spec.attention.lyra_q_heads else "causal"
-        query_slots = torch.arange(tokens, device=device)[:, None] + offset
-        key_slots = torch.arange(keys, device=device)[None, :]
-        causal = (key_slots <= query_slots)[None] if mask is None else live_keys(mask)[..., :keys]
-        own = (key_slots == query_slots)[None] if live == "self" else None
-        return visibility.by_head(causal, own, self.lyra_queries, live)
 
 
 class MemoryInjectionBlock(InjectedAttentionBlock):

@@ -18,10 +18,12 @@ from lyra.backends.protocol import CapturedLayer
 from lyra.spec.attaching import (
     Split,
     check_origin,
+    chosen_layers,
+    specs_by_layer,
     splits_by_layer,
     static_layers,
 )
-from lyra.spec.attention import AttentionSpec, Live, Positions, StaticSpec
+from lyra.spec.attention import Live, Positions, StaticSpec
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
@@ -168,7 +170,7 @@ class GemmaInjector(BlockInjector):
         effect, having no visible context and live mode "causal" (clause IDENTITY). Raises InputError, SpecError; then
         nothing has changed.
         """
-        asked = self._specs(static, splits, mode)
+        asked = specs_by_layer(self.spec, static, splits, mode)
         shares = {layer: share_of(self.text.layers[layer].self_attn) for layer in asked}
         own = {layer: shares[layer].own_layer(spec) for layer, spec in asked.items()}
         specs = {layer: spec for layer, spec in own.items() if spec.lyra_q_heads}
@@ -206,7 +208,7 @@ class GemmaInjector(BlockInjector):
         `on_chunk` is called with the number of tokens done. Raises InputError while something is enabled or attached:
         contexts are captured by the unmodified model (clause CAPTURE).
         """
-        chosen = self._global(layers)
+        chosen = chosen_layers(self.spec, layers)
         tokens = check_tokens(ids, None, self.spec.vocab_size, device_of(self.text.embed_tokens))
         if len(tokens.ids) != 1 or chunk_size < 1:
             raise InputError(
@@ -230,7 +232,7 @@ class GemmaInjector(BlockInjector):
         mask [B,S] bool is that of the tokens in the cache, False at padding. Keys, which a cache holds rotated, are
         turned back (clause STORED). Raises InputError for a cache that is not whole, with the reason.
         """
-        chosen = self._global(layers)
+        chosen = chosen_layers(self.spec, layers)
         self._check_in_one_piece("context_of: a context", chosen)
         return self._context(*from_cache(self.text, self.spec, cache, chosen, mask), None)
 
@@ -252,32 +254,6 @@ class GemmaInjector(BlockInjector):
         heads = tuple(range(self.spec.num_key_value_heads))
         layers = {layer: ContextLayer(heads, one.k, one.v) for layer, one in found.items()}
         return StaticContext(layers, mask, positions, self.fingerprint(layers), tokens)
-
-    def _global(self, layers: Iterable[int] | None) -> list[int]:
-        chosen = sorted(set(self.spec.global_layers if layers is None else layers))
-        wrong = [layer for layer in chosen if layer not in self.spec.global_layers]
-        if wrong:
-            raise InputError(
-                f"layers {wrong} are not global; the global layers are {list(self.spec.global_layers)} (clause SLIDING)"
-            )
-        return chosen
-
-    def _specs(
-        self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec
-    ) -> dict[int, AttentionSpec]:
-        wrong = sorted(set(splits) - set(self.spec.global_layers))
-        if wrong:
-            raise InputError(
-                f"attach: layers {wrong} are not global; the global layers are {list(self.spec.global_layers)}"
-            )
-        idle = sorted(layer for layer in static if layer not in splits or not splits[layer].lyra_q_heads)
-        if idle:
-            raise InputError(f"attach: layers {idle} have a context and no Lyra heads; give them a split")
-        return {
-            layer: self.spec.attention.replace(split=split, static=mode)
-            for layer, split in splits.items()
-            if split.lyra_q_heads
-        }
 
 
 def text_model(model: nn.Module) -> Gemma3TextModel:
