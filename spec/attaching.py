@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from .attention import AttentionSpec, StaticSpec
 from .context import StaticContext
@@ -61,9 +61,30 @@ def chosen_layers(spec: ModelSpec, layers: Iterable[int] | None) -> list[int]:
     return chosen
 
 
-def static_layers(context: StaticContext, splits: Mapping[int, HeadSplit]) -> dict[int, StaticLayer]:
+class StaticLayers(Mapping[int, StaticLayer]):
+    """What layers get of a context, by layer, each made when it is asked for: a context that is stored in fewer bits
+    is never in memory as float32 as a whole.
+    """
+
+    def __init__(self, context: StaticContext, kv_heads: Mapping[int, tuple[int, ...]]) -> None:
+        """The KV heads of every layer. Raises ContextError where the context lacks a layer or a head."""
+        for layer, heads in kv_heads.items():
+            context.check_holds(layer, heads)
+        self._context, self._kv_heads = context, kv_heads
+
+    def __getitem__(self, layer: int) -> StaticLayer:
+        return self._context.static_layer(layer, self._kv_heads[layer])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._kv_heads)
+
+    def __len__(self) -> int:
+        return len(self._kv_heads)
+
+
+def static_layers(context: StaticContext, splits: Mapping[int, HeadSplit]) -> StaticLayers:
     """What the layers with Lyra heads get of a context. Raises ContextError where it lacks a layer or a head."""
-    return {layer: context.static_layer(layer, one.lyra_kv_heads) for layer, one in splits.items() if one.lyra_q_heads}
+    return StaticLayers(context, {layer: one.lyra_kv_heads for layer, one in splits.items() if one.lyra_q_heads})
 
 
 def blocks_by_layer(
@@ -96,9 +117,9 @@ def blocks_by_layer(
     }
 
 
-def block_contexts(context: StaticContext, blocks: Mapping[int, SequentialSpec]) -> dict[int, StaticLayer]:
+def block_contexts(context: StaticContext, blocks: Mapping[int, SequentialSpec]) -> StaticLayers:
     """What each block gets of a context. Raises ContextError where it lacks a layer or a head."""
-    return {layer: context.static_layer(layer, block.attention.lyra_kv_heads) for layer, block in blocks.items()}
+    return StaticLayers(context, {layer: block.attention.lyra_kv_heads for layer, block in blocks.items()})
 
 
 def gates_by_layer(gate: Gate, layers: Iterable[int]) -> dict[int, float]:

@@ -13,14 +13,32 @@ from .attention import RopeSpec
 from .errors import ContextError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
+from .storage import (
+    BFLOAT16,
+    Int8,
+    Storage,
+    Values,
+    check_storage,
+    frozen,
+    infinite,
+    joined,
+    padded,
+    stacked,
+    storage_of,
+    stored,
+    widened,
+)
 
 
 class ContextLayer(NamedTuple):
-    """One layer's keys and values: k, v [Bc,G,S,D] float32, axis G being `kv_heads`, ascending."""
+    """One layer's keys and values: k, v [Bc,G,S,D], axis G being `kv_heads`, ascending.
+
+    float32, or what `StaticContext.astype` has made of it; `numpy.asarray(k, dtype=numpy.float32)` reads any.
+    """
 
     kv_heads: tuple[int, ...]
-    k: np.ndarray
-    v: np.ndarray
+    k: Values
+    v: Values
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +52,8 @@ class StaticContext:
     fingerprint  the model that it came from (clause FINGERPRINT)
 
     Bc is 1, or one row for each row of the batch it is attached for. Arrays are read-only. Raises ContextError for
-    shapes that contradict each other or the fingerprint, and for NaN or infinity in a visible slot.
+    shapes that contradict each other or the fingerprint, for NaN or infinity in a visible slot, and for layers that are
+    not all stored alike.
     """
 
     layers: Mapping[int, ContextLayer]
@@ -55,19 +74,23 @@ class StaticContext:
             "tokens": None if self.tokens is None else _indices("tokens", self.tokens, mask.shape),
         }
         for name, value in fields.items():
-            object.__setattr__(self, name, None if value is None else _frozen(value))
+            object.__setattr__(self, name, None if value is None else frozen(value))
         known = dict(self.fingerprint.layers)
         layers = {
             number: _checked_layer(number, layer, mask, self.fingerprint, known)
             for number, layer in sorted(self.layers.items())
         }
+        kinds = {storage_of(values) for layer in layers.values() for values in layer[1:]}
+        if len(kinds) > 1:
+            raise ContextError(f"keys and values are stored as {sorted(kinds)}; a context has one type, see astype()")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "fingerprint", self.fingerprint.restrict(layers))
 
     def __repr__(self) -> str:
         heads = {layer: item.kv_heads for layer, item in self.layers.items()}
         tokens = f"{self.num_tokens} tokens of {self.fingerprint.model!r}"
-        return f"StaticContext({tokens}, KV heads {heads}, batch {self.batch})"
+        kind = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"StaticContext({tokens}, KV heads {heads}, batch {self.batch}{kind})"
 
     def __add__(self, other: StaticContext) -> StaticContext:
         return self.compose(other)
@@ -84,8 +107,13 @@ class StaticContext:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that keys and values occupy."""
+        """Bytes that keys and values occupy, as they are stored."""
         return sum(layer.k.nbytes + layer.v.nbytes for layer in self.layers.values())
+
+    @property
+    def dtype(self) -> Storage:
+        """What keys and values are stored as: "float32", "bfloat16" or "int8"."""
+        return storage_of(next(iter(self.layers.values())).k)
 
     @property
     def kv_heads(self) -> dict[int, tuple[int, ...]]:
@@ -102,27 +130,50 @@ class StaticContext:
             "next_position": int(self._next_position().max(initial=0)),
             "layers": {str(number): list(layer.kv_heads) for number, layer in self.layers.items()},
             "head_dim": self.fingerprint.attention.head_dim,
+            "dtype": self.dtype,
             "bytes": self.nbytes,
             "spec_version": self.fingerprint.spec_version,
         }
 
     def static_layer(self, layer: int, kv_heads: Sequence[int]) -> StaticLayer:
-        """What a backend gets for one layer: the named KV heads, in ascending order (clause SPLIT-5).
+        """What a backend gets for one layer: the named KV heads, in ascending order (clause SPLIT-5), as float32.
 
-        Raises ContextError where the context lacks the layer or a head.
+        Heads that stand side by side in a float32 context are not copied. Raises ContextError where the context lacks
+        the layer or a head.
         """
-        held = self._layer(layer)
-        wanted = tuple(sorted(set(kv_heads)))
+        _, k, v = self._heads(layer, kv_heads)
+        return StaticLayer(widened(k), widened(v), self.mask, self.positions)
+
+    def astype(self, dtype: str) -> Self:
+        """The same context with keys and values stored as "float32", "bfloat16" or "int8" (clause STORED-4).
+
+        Rounded to the nearest, ties to even; int8 with one scale for each channel of the keys and one for each token of
+        the values. Masked slots become 0. To "float32" nothing is rounded. Raises ContextError for another type, and
+        for a visible value too large for bfloat16.
+        """
+        kind = check_storage(dtype)
+        layers = {
+            number: ContextLayer(
+                layer.kv_heads,
+                stored(layer.k, kind, self.mask, by_channel=True),
+                stored(layer.v, kind, self.mask, by_channel=False),
+            )
+            for number, layer in self.layers.items()
+        }
+        return replace(self, layers=layers)
+
+    def check_holds(self, layer: int, kv_heads: Iterable[int]) -> ContextLayer:
+        """The layer, which holds these KV heads. Raises ContextError where the context lacks it or a head."""
+        if layer not in self.layers:
+            raise ContextError(f"the context holds layers {list(self.layers)}, not {layer}; capture it again with it")
+        held, wanted = self.layers[layer], tuple(sorted(set(kv_heads)))
         missing = [head for head in wanted if head not in held.kv_heads]
         if missing:
             raise ContextError(
                 f"the context holds KV heads {held.kv_heads} of layer {layer}, not {missing}; capture it again with "
                 f"kv_heads={wanted}, or choose a split whose Lyra heads read {held.kv_heads}"
             )
-        if wanted == held.kv_heads:
-            return StaticLayer(held.k, held.v, self.mask, self.positions)
-        index = [held.kv_heads.index(head) for head in wanted]
-        return StaticLayer(held.k[:, index], held.v[:, index], self.mask, self.positions)
+        return held
 
     def take(self, kv_heads: Mapping[int, Iterable[int]] | Iterable[int]) -> Self:
         """The same context with only some KV heads: the same ones for all layers, or by layer (others are left out)."""
@@ -131,9 +182,7 @@ class StaticContext:
             kv_heads = dict.fromkeys(self.layers, wanted)
         layers = {}
         for number, heads in kv_heads.items():
-            names = tuple(sorted(set(heads)))
-            part = self.static_layer(number, names)
-            layers[number] = ContextLayer(names, part.k, part.v)
+            layers[number] = self._heads(number, heads)
         return replace(self, layers=layers)
 
     def moved(self, by: int) -> Self:
@@ -183,8 +232,8 @@ class StaticContext:
             first._check_alike(other)
         length = max(context.mask.shape[1] for context in contexts)
 
-        def joined(arrays: Iterable[np.ndarray], axis: int) -> np.ndarray:
-            return np.concatenate([_padded(array, axis, length) for array in arrays])
+        def rows(arrays: Iterable[np.ndarray]) -> np.ndarray:
+            return np.concatenate([padded(array, 1, length) for array in arrays])
 
         tokens = [context.tokens for context in contexts if context.tokens is not None]
         return replace(
@@ -192,14 +241,14 @@ class StaticContext:
             layers={
                 number: ContextLayer(
                     layer.kv_heads,
-                    joined((context.layers[number].k for context in contexts), 2),
-                    joined((context.layers[number].v for context in contexts), 2),
+                    stacked([context.layers[number].k for context in contexts], length),
+                    stacked([context.layers[number].v for context in contexts], length),
                 )
                 for number, layer in first.layers.items()
             },
-            mask=joined((context.mask for context in contexts), 1),
-            positions=joined((context.positions for context in contexts), 1),
-            tokens=joined(tokens, 1) if len(tokens) == len(contexts) else None,
+            mask=rows(context.mask for context in contexts),
+            positions=rows(context.positions for context in contexts),
+            tokens=rows(tokens) if len(tokens) == len(contexts) else None,
         )
 
     def rotation(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -220,10 +269,14 @@ class StaticContext:
 
         return read_context(path)
 
-    def _layer(self, number: int) -> ContextLayer:
-        if number not in self.layers:
-            raise ContextError(f"the context holds layers {list(self.layers)}, not {number}; capture it again with it")
-        return self.layers[number]
+    def _heads(self, layer: int, kv_heads: Iterable[int]) -> ContextLayer:
+        """Some KV heads of a layer, ascending, stored as they are. Raises ContextError where they are not there."""
+        held = self.check_holds(layer, kv_heads)
+        wanted = tuple(sorted(set(kv_heads)))
+        index = [held.kv_heads.index(head) for head in wanted]
+        side_by_side = bool(index) and index == list(range(index[0], index[-1] + 1))
+        chosen = slice(index[0], index[-1] + 1) if side_by_side else index
+        return ContextLayer(wanted, held.k[:, chosen], held.v[:, chosen])
 
     def _next_position(self) -> np.ndarray:
         """P of every row, int [Bc]: one more than its highest visible position, 0 if none is visible."""
@@ -234,6 +287,8 @@ class StaticContext:
         found = self.fingerprint.differences(other.fingerprint)
         if self.kv_heads != other.kv_heads:
             found.append(f"KV heads by layer {self.kv_heads} against {other.kv_heads}; use take() to make them equal")
+        if self.dtype != other.dtype:
+            found.append(f"stored as {self.dtype} against {other.dtype}; use astype() to make them equal")
         if found:
             raise ContextError(f"these contexts do not go together: {'; '.join(found)}")
 
@@ -262,8 +317,8 @@ def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:
         layers={
             number: ContextLayer(
                 layer.kv_heads,
-                np.concatenate([layer.k, second.layers[number].k[:, :, start:]], axis=2),
-                np.concatenate([layer.v, second.layers[number].v[:, :, start:]], axis=2),
+                joined([layer.k, second.layers[number].k[:, :, start:]]),
+                joined([layer.v, second.layers[number].v[:, :, start:]]),
             )
             for number, layer in first.layers.items()
         },
@@ -276,17 +331,6 @@ def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:
 def _starts_with_bos(context: StaticContext) -> bool:
     tokens, bos = context.tokens, context.fingerprint.bos
     return tokens is not None and bos is not None and tokens.size > 0 and int(tokens[0, 0]) == bos
-
-
-def _padded(array: np.ndarray, axis: int, length: int) -> np.ndarray:
-    widths = [(0, length - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
-    return np.pad(array, widths)
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 def _indices(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -302,7 +346,7 @@ def _checked_layer(
     number: int, layer: ContextLayer, mask: np.ndarray, fingerprint: Fingerprint, known: Mapping[int, str]
 ) -> ContextLayer:
     attention = fingerprint.attention
-    kv_heads, k, v = tuple(layer.kv_heads), np.asarray(layer.k), np.asarray(layer.v)
+    kv_heads = tuple(layer.kv_heads)
     if number not in known:
         raise ContextError(f"layer {number} is not in the fingerprint, which has layers {sorted(known)}")
     legal = range(attention.num_key_value_heads)
@@ -311,20 +355,32 @@ def _checked_layer(
             f"layer {number} has KV heads {kv_heads}; expected some of 0 to {legal[-1]}, each once and ascending"
         )
     shape = (mask.shape[0], len(kv_heads), mask.shape[1], attention.head_dim)
-    for name, values in (("k", k), ("v", v)):
-        if values.shape != shape or not np.issubdtype(values.dtype, np.floating):
-            raise ContextError(
-                f"layer {number} has {name} of shape {values.shape} and dtype {values.dtype}; "
-                f"expected float32 {shape}: [batch, kv_heads, tokens, head_dim]"
-            )
-        _check_finite(f"{name} of layer {number}", values, mask)
-    return ContextLayer(kv_heads, *(_frozen(values.astype(np.float32, copy=False)) for values in (k, v)))
+    k = _checked_values(f"layer {number} has k", layer.k, shape)
+    v = _checked_values(f"layer {number} has v", layer.v, shape)
+    _check_finite(f"k of layer {number}", k, mask)
+    _check_finite(f"v of layer {number}", v, mask)
+    return ContextLayer(kv_heads, k, v)
 
 
-def _check_finite(name: str, values: np.ndarray, mask: np.ndarray) -> None:
-    if np.isfinite(values).all():
+def _checked_values(what: str, values: Values, shape: tuple[int, ...]) -> Values:
+    """Read-only values of a shape, other floats than bfloat16 as float32. Raises ContextError, `what` in front."""
+    values = values if isinstance(values, Int8) else np.asarray(values)
+    known = isinstance(values, Int8) or values.dtype == BFLOAT16 or np.issubdtype(values.dtype, np.floating)
+    if values.shape != shape or not known:
+        kind = "int8" if isinstance(values, Int8) else values.dtype
+        raise ContextError(
+            f"{what} of shape {values.shape} and dtype {kind}; "
+            f"expected float32 {shape}: [batch, kv_heads, tokens, head_dim]"
+        )
+    if isinstance(values, Int8):
+        return values.frozen()
+    return frozen(values if values.dtype == BFLOAT16 else values.astype(np.float32, copy=False))
+
+
+def _check_finite(name: str, values: Values, mask: np.ndarray) -> None:
+    bad = infinite(values)
+    if not bad.any():
         return
-    bad = ~np.isfinite(values).all(axis=(1, 3))
     row, slot = np.argwhere(bad & mask if (bad & mask).any() else bad)[0]
     if mask[row, slot]:
         raise ContextError(

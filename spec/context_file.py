@@ -1,8 +1,9 @@
 """The context's file: one .safetensors with keys, values, positions, mask and the cosines and sines of the positions.
 
-Tensors: `layers.N.k`, `layers.N.v` [Bc,G,S,D] float32; `mask` [Bc,S] bool; `positions` and, if known, `tokens` [Bc,S]
-int64; `cos`, `sin` [Bc,S,D] float32 unless the model has no RoPE. Metadata: `format`, `version`, `fingerprint` (JSON)
-and `kv_heads` (JSON, layer -> heads).
+Tensors: `layers.N.k`, `layers.N.v` [Bc,G,S,D] float32, bfloat16 or int8, the last with `layers.N.k.scales` float32
+[Bc,G,blocks,D] or [Bc,G,blocks,1] and `layers.N.k.blocks` [Bc,S] int32, v likewise (clause STORED-4); `mask` [Bc,S]
+bool; `positions` and, if known, `tokens` [Bc,S] int64; `cos`, `sin` [Bc,S,D] float32 unless the model has no RoPE.
+Metadata: `format`, `version`, `fingerprint` (JSON) and `kv_heads` (JSON, layer -> heads).
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ import numpy as np
 from .context import ContextLayer, StaticContext
 from .errors import ContextError
 from .fingerprint import Fingerprint
+from .storage import BFLOAT16, Int8, Values
 
 FORMAT, VERSION = "lyra-context", "1"
-DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "BOOL": np.dtype("?")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "BF16": BFLOAT16,
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "BOOL": np.dtype("?"),
+}
 """The safetensors dtypes that a context file uses."""
+
+INT8_PARTS = ("scales", "blocks")
+"""What stands beside the codes of an Int8, under its name and a point."""
 
 TABLE_TOLERANCE = 1e-6
 """How far stored cosines and sines may be from those of the positions: other mathematics libraries round otherwise."""
@@ -41,7 +53,7 @@ def write_context(context: StaticContext, path: str | os.PathLike[str]) -> None:
     if tables is not None:
         arrays["cos"], arrays["sin"] = tables
     for number, layer in context.layers.items():
-        arrays[f"layers.{number}.k"], arrays[f"layers.{number}.v"] = layer.k, layer.v
+        arrays |= _arrays(f"layers.{number}.k", layer.k) | _arrays(f"layers.{number}.v", layer.v)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -80,13 +92,15 @@ def _read(path: Path) -> StaticContext:
     kv_heads = _kv_heads(metadata)
     fingerprint = Fingerprint.from_json(metadata.get("fingerprint", ""))
     tables = {"cos", "sin"} if fingerprint.attention.rope is not None else set()
-    needed = {"mask", "positions"} | tables | {f"layers.{number}.{part}" for number in kv_heads for part in "kv"}
+    held = {f"layers.{number}.{part}" for number in kv_heads for part in "kv"}
+    narrow = {f"{name}.{part}" for name in held & set(arrays) if arrays[name].dtype == np.int8 for part in INT8_PARTS}
+    needed = {"mask", "positions"} | tables | held | narrow
     missing, unknown = sorted(needed - set(arrays)), sorted(set(arrays) - needed - {"tokens"})
     if missing or unknown:
         raise ContextError(f"it lacks the tensors {missing} and has the unknown tensors {unknown}")
     context = StaticContext(
         layers={
-            number: ContextLayer(heads, arrays[f"layers.{number}.k"], arrays[f"layers.{number}.v"])
+            number: ContextLayer(heads, _values(arrays, f"layers.{number}.k"), _values(arrays, f"layers.{number}.v"))
             for number, heads in kv_heads.items()
         },
         mask=arrays["mask"],
@@ -122,6 +136,23 @@ def _view(data: np.ndarray, start: int, name: str, entry: Mapping[str, Any]) -> 
         raise ContextError(f"tensor {name!r} has dtype {entry['dtype']}; a context has {', '.join(DTYPES)}")
     begin, end = entry["data_offsets"]
     return data[start + begin : start + end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _arrays(name: str, values: Values) -> dict[str, np.ndarray]:
+    """The tensors of keys or values: one, or the codes with what stands beside them."""
+    if isinstance(values, Int8):
+        return {name: values.codes} | {f"{name}.{part}": getattr(values, part) for part in INT8_PARTS}
+    return {name: values}
+
+
+def _values(arrays: Mapping[str, np.ndarray], name: str) -> Values:
+    """Keys or values again. Raises ContextError for parts that contradict each other."""
+    if arrays[name].dtype != np.int8:
+        return arrays[name]
+    try:
+        return Int8(arrays[name], *(arrays[f"{name}.{part}"] for part in INT8_PARTS))
+    except ContextError as error:
+        raise ContextError(f"{name}: {error}") from None
 
 
 def _kv_heads(metadata: Mapping[str, str]) -> dict[int, tuple[int, ...]]:

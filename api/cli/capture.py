@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lyra.spec.storage import Storage
+
 from .inspect import context_tables
 from .options import BackendName, Dtype, JsonPath, ModelName, load_model, numbers, read_text
 from .output import show
@@ -21,6 +23,7 @@ def capture(
     kv_heads: Annotated[str | None, typer.Option(help="KV heads to keep, such as 4-7; else all.")] = None,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens in one step; any number gives the same.")] = 512,
     dtype: Dtype = "float32",
+    store: Annotated[Storage, typer.Option(help="What keys and values are stored as.")] = "float32",
     json_path: JsonPath = None,
 ) -> None:
     """Run a model over a text once and keep its keys and values as a context."""
@@ -36,5 +39,6 @@ def capture(
             chunk_size=chunk_size,
             on_progress=lambda done, total: move("tokens", done, total),
         )
+    context = context.astype(store)
     context.save(output)
     show({"path": str(output)} | context.describe(), json_path, *context_tables(str(output), context))

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from lyra.spec.context import StaticContext
+from lyra.spec.storage import Values, widened
 
 from .options import JsonPath
 from .output import fields_table, head_list, show, size
@@ -37,7 +38,7 @@ def context_tables(title: str, context: StaticContext) -> tuple[Table, Table]:
             "model": found["model"],
             "tokens": f"{found['tokens']:,}" + (f" in {found['batch']} rows" if found["batch"] > 1 else ""),
             "next position": f"{found['next_position']:,}",
-            "size": size(found["bytes"]),
+            "size": f"{size(found['bytes'])} in {found['dtype']}",
             "query / KV heads": f"{spec.num_attention_heads} / {spec.num_key_value_heads} of {spec.head_dim}",
             "spec version": found["spec_version"],
         },
@@ -53,8 +54,8 @@ def context_tables(title: str, context: StaticContext) -> tuple[Table, Table]:
 def norms(context: StaticContext) -> dict[str, tuple[float, float]]:
     """By layer the mean length of its visible keys and values; 0 where none is visible."""
 
-    def mean(values: np.ndarray) -> float:
-        lengths = np.linalg.norm(values, axis=-1).swapaxes(0, 1)[:, context.mask]
+    def mean(values: Values) -> float:
+        lengths = np.linalg.norm(widened(values), axis=-1).swapaxes(0, 1)[:, context.mask]
         return float(lengths.mean()) if lengths.size else 0.0
 
     return {str(number): (mean(layer.k), mean(layer.v)) for number, layer in context.layers.items()}

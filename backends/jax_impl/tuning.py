@@ -107,8 +107,10 @@ def mean_nll(structure: Structure, state: Any, ids: Array, mask: Array, context:
 def tuned_context(context: StaticContext, found: Context, splits: Mapping[int, HeadSplit]) -> StaticContext:
     """`context`, whose layers `found` were made of, with the keys and values that they have now.
 
-    It is no longer the context of a text, and holds no tokens. Raises ContextError for NaN and infinity.
+    It is no longer the context of a text, holds no tokens, and is stored as float32. Raises ContextError for NaN and
+    infinity.
     """
+    context = context.astype("float32")
     layers = {
         layer: _tuned(context.layers[layer], tuned, splits[layer].lyra_kv_heads) for layer, tuned in found.items()
     }
@@ -136,7 +138,7 @@ def _loss_and_gradient(
 
 def _tuned(held: ContextLayer, found: Tunable, kv_heads: tuple[int, ...]) -> ContextLayer:
     """A layer of a context with other keys and values for the heads that Lyra's read."""
-    heads, arrays = np.searchsorted(held.kv_heads, kv_heads), (held.k.copy(), held.v.copy())
+    heads, arrays = np.searchsorted(held.kv_heads, kv_heads), (np.array(held.k), np.array(held.v))
     for array, part in zip(arrays, found, strict=True):
         array[:, heads] = np.asarray(part)
     return ContextLayer(held.kv_heads, *arrays)

@@ -15,11 +15,14 @@ from .gemma3 import TUNED, LyraGemma3Attention
 def tuned_context(context: StaticContext, modules: Mapping[int, LyraGemma3Attention]) -> StaticContext:
     """`context`, which the modules of its layers attend to, with the keys and values that they have now.
 
-    Where any is trainable it is no longer the context of a text, and holds no tokens. Raises ContextError for NaN and
-    infinity.
+    Where any is trainable it is no longer the context of a text, holds no tokens, and is stored as float32. Raises
+    ContextError for NaN and infinity.
     """
     tuned = {layer: _tuned(context, layer, module) for layer, module in modules.items() if module.static_trainable}
-    return replace(context, layers={**context.layers, **tuned}, tokens=None) if tuned else context
+    if not tuned:
+        return context
+    context = context.astype("float32")
+    return replace(context, layers={**context.layers, **tuned}, tokens=None)
 
 
 def _tuned(context: StaticContext, layer: int, module: LyraGemma3Attention) -> ContextLayer:
@@ -29,7 +32,7 @@ def _tuned(context: StaticContext, layer: int, module: LyraGemma3Attention) -> C
     slots = every[context.mask[0]] if context.batch == 1 else every
     heads = np.searchsorted(held.kv_heads, module.spec.lyra_kv_heads)
     place = np.ix_(np.arange(context.batch), heads, slots)
-    arrays = held.k.copy(), held.v.copy()
+    arrays = np.array(held.k, dtype=np.float32), np.array(held.v, dtype=np.float32)
     for name, array in zip(TUNED, arrays, strict=True):
         array[place] = getattr(module, name).detach().float().cpu().numpy()
     return ContextLayer(held.kv_heads, *arrays)

@@ -1,4 +1,4 @@
-"""Clauses STORED, COMPOSE and FINGERPRINT: what a context holds, how it moves and joins, whose it is."""
+"""Clauses STORED, COMPOSE and FINGERPRINT: what a context holds, in what type, how it moves and joins, whose it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
@@ -20,6 +21,7 @@ from lyra.spec.attention import StaticSpec
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.errors import ContextError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
+from lyra.spec.inputs import StaticLayer
 from lyra.spec.split import HeadSplit
 
 LAYER = 0
@@ -81,6 +83,93 @@ def test_the_file_holds_its_rotation(case: Case, judge: Judge) -> None:
         subject.expect_close(
             problem, subject.run(at_rest).output, subject.run(problem).output, "keys that the backend turned itself"
         )
+
+    judge.each(case, check)
+
+
+def in_file(path: Path, part: str) -> np.ndarray:
+    """What the file of a context stands for, "k" or "v" [Bc,G,S,D] float32, read without Lyra (STORED-4)."""
+    tensors = load_file(path)
+    values = tensors[f"layers.{LAYER}.{part}"].float().numpy()
+    if f"layers.{LAYER}.{part}.scales" not in tensors:
+        return values
+    scales, blocks = (tensors[f"layers.{LAYER}.{part}.{name}"].numpy() for name in ("scales", "blocks"))
+    return values * np.stack([one[:, block] for one, block in zip(scales, blocks, strict=True)])
+
+
+def half_step(values: np.ndarray, mask: np.ndarray, storage: str, part: str) -> np.ndarray:
+    """How far a visible value may be from what it is stored as, with a little room for the scale's own rounding."""
+    size = np.abs(np.where(mask[:, None, :, None], values, 0.0).astype(np.float64))
+    if storage == "bfloat16":
+        return size * 2.0**-8
+    return size.max(axis=2 if part == "k" else 3, keepdims=True) / 127 * 0.50001
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@prop(
+    "STORED-4",
+    "STORED-5",
+    "STORED-2",
+    case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated),
+    needs=("static",),
+    weight=0.5,
+)
+def test_a_context_in_fewer_bits(case: Case, judge: Judge, storage: str) -> None:
+    """A context stored as bfloat16 or int8 is near the one it was made of, and is what its file says, bit for bit."""
+    problem = case.problem()
+    assert problem.static is not None
+    given = problem.static
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "context.safetensors"
+        context_of(problem).astype(storage).save(path)
+        again = StaticContext.load(path)
+        k, v = in_file(path, "k"), in_file(path, "v")
+        for part, got, was in (("k", k, given.k), ("v", v, given.v)):
+            off = np.where(given.mask[:, None, :, None], np.abs(got - was.astype(np.float64)), 0.0)
+            assert (off <= half_step(was, given.mask, storage, part)).all(), f"{part} is further off than {storage} is"
+        stands_for = problem.replace(static=given._replace(k=k, v=v))
+        moved = with_context(problem, again.moved(1000).moved(-1000))
+
+        def check(subject: Subject) -> None:
+            first = subject.run(stands_for)
+            subject.expect_equal(problem, subject.run(moved).output, first.output, "the values that the file holds")
+            subject.expect_oracle(stands_for, first)
+
+        judge.each(case, check)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@prop(
+    "STORED-5",
+    "COMPOSE-1",
+    case=cases(context=True, min_context=2, hidden=False, far=False).map(rotated),
+    needs=("static",),
+    weight=0.5,
+)
+def test_composition_rounds_nothing(case: Case, judge: Judge, storage: str) -> None:
+    """Two contexts, each stored in fewer bits, are composed without another rounding: the values follow each other."""
+    problem = case.problem()
+    whole = context_of(problem)
+    static = problem.static
+    assert static is not None
+    cut = 1 + case.seed % (static.mask.shape[1] - 1)
+
+    def part(slots: slice) -> StaticContext:
+        layer = ContextLayer(problem.spec.lyra_kv_heads, static.k[:, :, slots], static.v[:, :, slots])
+        made = StaticContext({LAYER: layer}, static.mask[:, slots], static.positions[:, slots], whole.fingerprint)
+        return made.astype(storage)
+
+    first, second = part(slice(cut)), part(slice(cut, None))
+    composed = with_context(problem, first + second)
+    assert composed.static is not None
+    layers = [one.static_layer(LAYER, problem.spec.lyra_kv_heads) for one in (first, second)]
+    k, v = (np.concatenate([layer[index] for layer in layers], axis=2) for index in (0, 1))
+    joined = problem.replace(static=StaticLayer(k, v, composed.static.mask, composed.static.positions))
+
+    def check(subject: Subject) -> None:
+        one, other = subject.run(composed), subject.run(joined)
+        subject.expect_equal(problem, one.output, other.output, "the values of both, one behind the other")
+        subject.expect_oracle(joined, other)
 
     judge.each(case, check)
 
