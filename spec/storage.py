@@ -163,7 +163,7 @@ def infinite(values: Values) -> np.ndarray:
     if isinstance(values, Int8):
         bad = ~np.isfinite(values.scales * np.float32(LEVELS)).all(axis=(1, 3))
         return np.take_along_axis(bad, values.blocks.astype(np.intp), axis=1)
-    finite: np.ndarray = np.isfinite(values).all(axis=(1, 3))
+    finite: np.ndarray = np.all(np.isfinite(values), axis=(1, 3))
     return ~finite
 
 
