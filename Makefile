@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 EXTRAS := torch,jax,conformance,gemma-270m,studies,training,dev
-PACKAGES := api spec backends conformance studies
+PACKAGES := api spec backends conformance studies bench/speed
 
 # The strict editable install links files one by one, so another set of files is another install.
 FILES := $(shell { cat pyproject.toml constraints.txt; find $(PACKAGES) -type f -not -name '*.pyc' | sort; } | cksum | cut -d' ' -f1)
@@ -23,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --
 TRANSFORMERS_TESTS := $(filter-out %_backend.py %_partial.py,$(wildcard tests/test_torch_*.py)) $(wildcard tests/test_oracle_hf*.py)
 TARGET := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 
-.PHONY: demo test test-suite test-harness test-models test-oldest test-newest lint format schema faults bench clean
+.PHONY: demo test test-suite test-harness test-models test-oldest test-newest lint format schema faults bench performance clean
 
 demo: $(INSTALLED)  ## the spec held by both backends, then one context in two frameworks
 	$(BIN)/lyra conform --profile smoke
@@ -83,6 +83,10 @@ calibration: $(INSTALLED)  ## how far correct code is from the oracle, in σ: do
 bench: $(INSTALLED)  ## what a context is worth on the real model, on both backends
 	$(BIN)/python bench/context_value.py --backend torch
 	$(BIN)/python bench/context_value.py --backend jax
+
+performance: $(INSTALLED)  ## every row of the benchmark, and docs/performance.md with what it gave; a quarter of an hour
+	mkdir -p build
+	$(BIN)/lyra bench --json build/bench.json --page docs/performance.md
 
 $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

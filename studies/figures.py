@@ -37,7 +37,7 @@ UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 def parameter_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Stacked bars of q, k and v for every number of KV heads, with what each saves above it."""
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     names = [f"{row['kind']}\n{row['kv_heads']} KV" for row in rows]
     bottom = [0.0] * len(rows)
     for part, hatch, shade in zip(("q", "k", "v"), HATCHES, ("#8fb7d6", "#f3d9a8", "#ffffff"), strict=True):
@@ -57,7 +57,7 @@ def parameter_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def cache_figure(title: str, lengths: Sequence[int], series: Mapping[str, Sequence[int]]) -> Figure:
     """Bytes over tokens, both axes logarithmic to base 2, a line for each of `series`."""
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     for (name, y), (style, marker, colour) in zip(series.items(), _strokes(len(series)), strict=True):
@@ -83,7 +83,7 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, file.getvalue())
 
 
-def _new_figure() -> tuple[Figure, Axes]:
+def new_figure() -> tuple[Figure, Axes]:
     """A figure with one set of axes. Raises ImportError with the command that installs matplotlib, where it is not."""
     figure = import_extra("matplotlib.figure", "studies").Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()

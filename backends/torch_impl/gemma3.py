@@ -179,14 +179,18 @@ class LyraGemma3Attention(Gemma3Attention):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
             offset = past_key_values.get_seq_length(self.layer_idx) - tokens
-        queries = q.unflatten(1, (k.shape[1], -1))
         seen = self._visible(attention_mask, tokens, k.shape[2], offset, k.device)
+        return self.o_proj(self.attend(q, k, v, seen)), None
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        """Every head over the live keys, Lyra heads over the context too: q [B,Hq,T,D], k and v [B,Hkv,L,D], all
+        rotated, to [B,T,Hq·D]. seen bool, broadcastable to [B,Hkv,R,T,L], or None where every live key is."""
+        queries = q.unflatten(1, (k.shape[1], -1))
         total = partial_attention(queries, k, v, seen, self.scaling, self.spec.softcap)
         static = self.static
         if static is not None:
             total = add_static(total, queries, static, self.lyra, self.scaling, self.spec.softcap)
-        heads = unfold(finish(total)).flatten(2).to(hidden_states.dtype)
-        return self.o_proj(heads), None
+        return unfold(finish(total)).flatten(2).to(q.dtype)
 
     def extra_repr(self) -> str:
         """The Lyra heads and the size of the context, for print(model)."""

@@ -1,0 +1,83 @@
+"""lyra bench: how fast everything is, side by side in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lyra.progress import steps
+from lyra.spec.errors import InputError
+from lyra.speed.measure import Result, as_data, from_data, probe, run
+from lyra.speed.rows import chosen_rows
+from lyra.speed.show import table
+from lyra.speed.workers import Workers
+
+from .options import JsonPath
+from .output import refuse_missing_folder, show
+
+NEEDED = {"torch": "torch", "transformers": "torch", "jax": "jax", "flax": "jax"}
+"""What the contestants import, and the extras that bring it."""
+
+
+def bench(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Rows whose names begin with this; may be given again.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few rows, five rounds each: the report of CI.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contestant; else one a core.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Only name the rows.")] = False,
+    json_path: JsonPath = None,
+    page: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the page, and its pictures.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--from", metavar="PATH", help="Results of an earlier --json, measured no more.")
+    ] = None,
+) -> None:
+    """Time Lyra beside Hugging Face and others, in turns, against what this machine can read and multiply.
+
+    Figures are ratios of paired rounds. A missed target is reported, and is no error.
+    """
+    rows = chosen_rows(only, quick)
+    if listed:
+        typer.echo("\n".join(f"{row.name}: {row.what}" for row in rows))
+        return
+    for path in (json_path, page):
+        refuse_missing_folder(path)
+    data = measure_rows(only, quick, threads or os.cpu_count() or 1) if measured is None else read(measured)
+    results = [from_data(one) for one in data["results"]]
+    if page is not None:
+        from lyra.speed.page import write_page
+
+        write_page(page, data["machine"], results)
+    show(data, json_path, table(results, data["machine"]))
+
+
+def measure_rows(only: list[str] | None, quick: bool, threads: int) -> dict[str, Any]:
+    """Every chosen row's results, as plain data, and the machine that they were measured on. Raises ImportError."""
+    for name, extra in NEEDED.items():
+        if find_spec(name) is None:
+            raise ImportError(f"the benchmark needs {name!r}, which is not installed: pip install 'lyra[{extra}]'")
+    rows, results = chosen_rows(only, quick), list[Result]()
+    with Workers(threads) as workers, steps("Measuring") as move:
+        machine = workers.ask("torch", "call", make="lyra.speed.machine:describe", options={})
+        rates = [probe(workers)]
+        for number, row in enumerate(rows):
+            move(row.name, number, len(rows))
+            results.append(run(row, workers, quick))
+            Console(stderr=True).print(f"{row.name}: done", style="dim")
+        rates.append(probe(workers))
+    machine |= {"threads": threads, "rates": {key: sum(one[key] for one in rates) / len(rates) for key in rates[0]}}
+    return {"machine": machine, "results": [as_data(one) for one in results]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results that an earlier run wrote. Raises InputError for a file that holds something else."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or {"machine", "results"} - set(data):
+        raise InputError(f"{path} holds no results; give a file that lyra bench --json wrote")
+    return data

@@ -1,0 +1,1 @@
+"""What is timed, one subject and framework a file: functions that take plain data and return a Work."""

@@ -1,0 +1,121 @@
+"""Rows of one global layer of Gemma-3 12B's shape: decode steps and prefills against a static context."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ..row import Contestant, Floor, Line, Race, Rival, Sweep
+
+MODULE = "lyra.speed.contestants.layer_torch"
+Q_HEADS, KV_HEADS, HEAD_DIM, LYRA_KV = 16, 8, 256, 4
+STATIC, LIVE = 8192, 256
+FLOAT32 = 4
+
+
+def lyra(name: str = "Lyra, PyTorch", **options: Any) -> Contestant:
+    """Lyra's layer; `options` are those of its contestant."""
+    return Contestant(name, "torch", f"{MODULE}:lyra", {"static": STATIC, "live": LIVE, **options})
+
+
+def hugging_face(name: str = "Hugging Face SDPA", **options: Any) -> Contestant:
+    """Hugging Face's layer."""
+    return Contestant(name, "torch", f"{MODULE}:hugging_face", {"static": STATIC, "live": LIVE, **options})
+
+
+def expanded(batch: int) -> Contestant:
+    """SDPA over the context expanded to the batch."""
+    options = {"static": STATIC, "live": LIVE, "batch": batch}
+    return Contestant("SDPA, context expanded to the batch", "torch", f"{MODULE}:expanded", options)
+
+
+def floor(
+    static: int = STATIC, live: int = LIVE, batch: int = 1, tokens: int = 1, *, at_most: float | None = None
+) -> Floor:
+    """What a call has to read and multiply: the context once for half of the heads, every row's live keys."""
+    keys = LYRA_KV * static + batch * KV_HEADS * live
+    seen = Q_HEADS * (live - (tokens - 1) / 2) + Q_HEADS * LYRA_KV / KV_HEADS * static
+    operations = batch * tokens * seen * HEAD_DIM * 4
+    return Floor(2 * keys * HEAD_DIM * FLOAT32, round(operations), at_most)
+
+
+DECODE = tuple(
+    Race(
+        f"decode-batch-{batch}",
+        f"decode step, 12B-shaped global layer, S = {STATIC:,}, {LIVE} live, batch {batch}",
+        lyra(batch=batch),
+        (
+            Rival(hugging_face(batch=batch), faster),
+            Rival(expanded(batch), expanding),
+            Rival(lyra("Lyra, a context in each row", batch=batch, contexts=batch)),
+        )
+        if batch > 1
+        else (Rival(hugging_face(), faster),),
+        floor(batch=batch, at_most=near),
+        quick=batch < 16,
+    )
+    for batch, faster, expanding, near in ((1, 3.5, None, 1.3), (8, 8.0, 14.0, 2.5), (16, 15.0, 25.0, 2.5))
+)
+
+LONG = Race(
+    "decode-long",
+    "the same, S = 32,768, batch 1; cost per static token against that at S = 8,192",
+    lyra("Lyra, PyTorch, S = 32,768", static=4 * STATIC),
+    (
+        Rival(hugging_face("Hugging Face SDPA, S = 32,768", static=4 * STATIC)),
+        Rival(lyra("Lyra, PyTorch, S = 8,192"), 1 / 1.15, per=STATIC, own_per=4 * STATIC),
+    ),
+    floor(4 * STATIC),
+)
+
+COLD = Race(
+    "decode-cold",
+    "decode step, batch 1, as in a whole model: 8 global layers in turn, more keys than caches hold",
+    lyra(layers=8),
+    (Rival(hugging_face(layers=8)),),
+    Floor(8 * floor().read),
+)
+
+PREFILL = tuple(
+    Race(
+        f"prefill-{tokens}",
+        f"prefill of {tokens:,} live tokens against S = {STATIC:,}, the same layer",
+        lyra(live=tokens, tokens=tokens),
+        (Rival(hugging_face(live=tokens, tokens=tokens), 1.4),),
+        floor(live=tokens, tokens=tokens),
+        quick=tokens < 1000,
+        rounds=9,
+    )
+    for tokens in (128, 1024)
+)
+
+COSTS = (
+    Sweep(
+        "cost-static",
+        "decode step, batch 1, over the context's length",
+        "static",
+        (512, 2048, 8192, 32768),
+        (Line(lyra()), Line(hugging_face())),
+        lambda static: floor(static),
+    ),
+    Sweep(
+        "cost-tokens",
+        "prefill against S = 8,192, over the live tokens of the call",
+        "tokens",
+        (1, 8, 64, 512),
+        (Line(lyra(live=512)), Line(hugging_face(live=512))),
+        lambda tokens: floor(live=512, tokens=tokens),
+        rounds=3,
+    ),
+    Sweep(
+        "cost-batch",
+        "decode step, S = 8,192, over the rows of the batch",
+        "batch",
+        (1, 2, 4, 8, 16),
+        (Line(lyra()), Line(hugging_face())),
+        partial(floor, STATIC, LIVE),
+        rounds=3,
+    ),
+)
+
+ROWS = (*DECODE, LONG, COLD, *PREFILL, *COSTS)

@@ -1,0 +1,69 @@
+"""How results look: a table for people in the terminal, and its cells for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from lyra.cli.output import size
+
+from .measure import Result
+from .row import Finding
+
+COLUMNS = ("row", "figure", "measured", "quartiles", "target", "")
+
+
+def table(results: Sequence[Result], machine: dict[str, Any]) -> Table:
+    """Every finding of the races and counts."""
+    made = Table(title=machine_line(machine), title_justify="left")
+    for name in COLUMNS:
+        made.add_column(name, justify="right" if name in {"measured", "quartiles", "target"} else "left")
+    for result in results:
+        for number, finding in enumerate(result.findings):
+            verdict = {True: "[green]met[/]", False: "[bold red]missed[/]", None: ""}[finding.met]
+            made.add_row(result.name if number == 0 else "", *cells(finding), verdict)
+        if result.findings:
+            made.add_section()
+    return made
+
+
+def cells(finding: Finding) -> tuple[str, str, str, str]:
+    """What it is, the value, its quartiles and its bound."""
+    between = "" if finding.low is None or finding.high is None else f"{finding.low:.2f} to {finding.high:.2f}"
+    return finding.what, amount(finding.value, finding.unit), between, bound(finding)
+
+
+def bound(finding: Finding) -> str:
+    """≥ 3.5, ≤ 1.3, or nothing."""
+    if finding.at_least is not None:
+        return f"≥ {amount(finding.at_least, finding.unit)}"
+    return "" if finding.at_most is None else f"≤ {amount(finding.at_most, finding.unit)}"
+
+
+def amount(value: float, unit: str) -> str:
+    """A value with its unit, for people."""
+    if unit == "bytes":
+        return size(round(value))
+    if unit == "s":
+        return duration(value)
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{text}{unit}" if unit == "×" else f"{text} {unit}".strip()
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """The machine and its rates in one line."""
+    rates = machine["rates"]
+    return (
+        f"{machine['processor']}, {machine['threads']} threads: reads {rates['bandwidth'] / 1e9:.1f} GB/s, multiplies "
+        f"{rates['float32'] / 1e9:.0f} GFLOP/s in float32, {rates['bfloat16'] / 1e9:,.0f} in bfloat16"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, three digits: 0.00254 as 2.54 ms."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds / 1e-6:.3g} µs"

@@ -1,0 +1,80 @@
+"""The worker processes as the frame sees them: one for each framework, of which one works at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from .row import Framework
+
+
+class WorkerError(RuntimeError):
+    """Something went wrong in a worker; the message is its traceback."""
+
+
+class Workers:
+    """Worker processes by framework, started when they are first needed and ended with the block."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._running: dict[Framework, subprocess.Popen[str]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._running.values():
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._running.values():
+            process.wait()
+        self._running.clear()
+
+    def ask(self, framework: Framework, do: str, **options: Any) -> Any:
+        """What a method of the framework's Worker returns. Raises WorkerError."""
+        process = self._process(framework)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps({"do": do, "with": options}) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            raise WorkerError(f"the {framework} worker ended with code {process.wait()} while it was asked to {do}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{framework} worker, {do}:\n{answer['error']}")
+        return answer["result"]
+
+    @property
+    def processes(self) -> list[int]:
+        """The ids of the running workers."""
+        return [process.pid for process in self._running.values()]
+
+    def drop(self) -> None:
+        """Let every running worker free its contestants."""
+        for framework in self._running:
+            self.ask(framework, "drop")
+
+    def _process(self, framework: Framework) -> subprocess.Popen[str]:
+        if framework not in self._running:
+            environment = {
+                **os.environ,
+                "OMP_NUM_THREADS": str(self.threads),
+                "HF_HUB_OFFLINE": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                "TRANSFORMERS_VERBOSITY": "error",
+            }
+            self._running[framework] = subprocess.Popen(
+                [sys.executable, "-P", "-m", "lyra.speed.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+        return self._running[framework]
