@@ -14,9 +14,6 @@ import torch
 SCORES_PER_BLOCK = 1 << 22
 """Queries are taken in blocks of about this many scores, so that long prefills need little memory."""
 
-FEW_QUERIES = 8
-"""With fewer queries per KV head the keys come first in the product: on the CPU up to five times faster in decoding."""
-
 
 class Partial(NamedTuple):
     """out [...,T,D] = sum of exp(score - max) · v; max, sum [...,T,1]. Without a visible key: 0, -inf and 0."""
@@ -96,7 +93,7 @@ def _block(
 ) -> Partial:
     group, tokens = q.shape[-3:-1]
     queries = (q.float() * scale).flatten(-3, -2)  # [N,H,R·T,D]: one product per KV head
-    scores = _scores(queries, k.float())
+    scores = torch.matmul(queries, k.float().transpose(-1, -2))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.unflatten(-2, (group, tokens))
@@ -107,13 +104,6 @@ def _block(
     weights = scores.sub_(top.clamp_min(torch.finfo(torch.float32).min)).exp_()
     out = torch.matmul(weights.flatten(-3, -2), v.float()).unflatten(-2, (group, tokens))
     return Partial(out, top, weights.sum(dim=-1, keepdim=True))
-
-
-def _scores(queries: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Queries [N,H,M,D] times keys [N,H,L,D], [N,H,M,L]."""
-    if queries.shape[-2] < FEW_QUERIES:
-        return torch.matmul(k, queries.transpose(-1, -2)).transpose(-1, -2).contiguous()
-    return torch.matmul(queries, k.transpose(-1, -2))
 
 
 def _rows(visible: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:

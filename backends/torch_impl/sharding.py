@@ -26,8 +26,8 @@ def shard(static: PreparedStatic, group: dist.ProcessGroup) -> PreparedStatic:
     own = slice(start, end) if start < end else slice(0, 1)
     visible = torch.ones(len(static.k), slots, dtype=torch.bool) if static.visible is None else static.visible
     visible = visible[:, own] & (start < end)
-    v = static.v[:, :, own].transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
-    k = static.k[:, :, own].clone(memory_format=torch.contiguous_format)
+    k = static.k[:, :, own].transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+    v = static.v[:, :, own].clone(memory_format=torch.contiguous_format)
     return PreparedStatic(k, v, None if visible.all() else visible, static.positions[:, own], group)
 
 

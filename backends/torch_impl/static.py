@@ -55,8 +55,8 @@ def place_static(spec: AttentionSpec, static: StaticLayer, k: torch.Tensor, v: t
     if spec.rope is not None:
         cos, sin = cos_sin(positions - torch.tensor(shift), inverse_frequencies(spec.rope, spec.head_dim))
         k = rotate(k, cos[:, None], sin[:, None])
-    # Stored [Bc,G,D,S], the layout in which a few weights times many values run at the speed of memory.
-    v = v.transpose(-1, -2).contiguous().transpose(-1, -2)
+    # Stored [Bc,G,D,S], the layout in which a few queries times many keys run at the speed of memory.
+    k = k.transpose(-1, -2).contiguous().transpose(-1, -2)
     return PreparedStatic(k, v, None if static.mask.all() else mask, torch.tensor(static.positions - shift))
 
 
