@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lyra.progress import steps
+from lyra.spec.base import write_atomically
 from lyra.spec.errors import InputError
-from lyra.speed.measure import Result, as_data, from_data, probe, run
+from lyra.speed.measure import as_data, from_data, probe, run
+from lyra.speed.row import Row
 from lyra.speed.rows import chosen_rows
 from lyra.speed.show import table
 from lyra.speed.workers import Workers
@@ -48,7 +49,8 @@ def bench(
         return
     for path in (json_path, page):
         refuse_missing_folder(path)
-    data = measure_rows(only, quick, threads or os.cpu_count() or 1) if measured is None else read(measured)
+    cores = threads or os.cpu_count() or 1
+    data = measure_rows(rows, quick, cores, json_path) if measured is None else read(measured)
     results = [from_data(one) for one in data["results"]]
     if page is not None:
         from lyra.speed.page import write_page
@@ -57,22 +59,23 @@ def bench(
     show(data, json_path, table(results, data["machine"]))
 
 
-def measure_rows(only: list[str] | None, quick: bool, threads: int) -> dict[str, Any]:
-    """Every chosen row's results, as plain data, and the machine that they were measured on. Raises ImportError."""
+def measure_rows(rows: list[Row], quick: bool, threads: int, json_path: Path | None) -> dict[str, Any]:
+    """The rows' results, as plain data, and the machine that they were measured on.
+
+    They are written to `json_path` after every row, so that an interrupt loses one. Raises ImportError.
+    """
     for name, extra in NEEDED.items():
         if find_spec(name) is None:
             raise ImportError(f"the benchmark needs {name!r}, which is not installed: pip install 'lyra[{extra}]'")
-    rows, results = chosen_rows(only, quick), list[Result]()
     with Workers(threads) as workers, steps("Measuring") as move:
         machine = workers.ask("torch", "call", make="lyra.speed.machine:describe", options={})
-        rates = [probe(workers)]
+        data: dict[str, Any] = {"machine": {**machine, "threads": threads, "rates": probe(workers)}, "results": []}
         for number, row in enumerate(rows):
             move(row.name, number, len(rows))
-            results.append(run(row, workers, quick))
-            Console(stderr=True).print(f"{row.name}: done", style="dim")
-        rates.append(probe(workers))
-    machine |= {"threads": threads, "rates": {key: sum(one[key] for one in rates) / len(rates) for key in rates[0]}}
-    return {"machine": machine, "results": [as_data(one) for one in results]}
+            data["results"].append(as_data(run(row, workers, quick)))
+            if json_path not in {None, Path("-")}:
+                write_atomically(json_path, json.dumps(data, indent=2).encode())
+    return data
 
 
 def read(path: Path) -> dict[str, Any]:

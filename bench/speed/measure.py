@@ -19,7 +19,7 @@ are more, since it wakes the threads."""
 LONGEST_TURN = 12
 """Runs in a turn, at most."""
 
-MOST = 25.0
+MOST = 10.0
 """Seconds that the rounds of one race may take; there are fewer rounds where it would be more, but at least three."""
 
 DISTURBED = 0.15
@@ -65,9 +65,9 @@ def alternate(contestants: Iterable[Contestant], rounds: int, workers: Workers) 
     Equal contestants are made once.
     """
     listed = list(contestants)
-    ask = _entered(listed, workers)
+    seconds, ask = _entered(listed, workers)
     others = Others(workers.processes)
-    counts = [max(1, min(LONGEST_TURN, math.ceil(TURN / max(ask(place, 1)[0], 1e-6)))) for place in range(len(listed))]
+    counts = [max(1, min(LONGEST_TURN, math.ceil(TURN / max(one, 1e-6)))) for one in seconds]
     found: list[list[float]] = []
     spent, disturbed = 0.0, 0
     while len(found) < rounds and not (len(found) >= 3 and spent * (len(found) + 1) / len(found) > MOST):
@@ -168,14 +168,18 @@ def _count(row: Count, workers: Workers) -> Result:
     return Result(row.name, row.what, "count", findings, table=given["table"], note=row.note)
 
 
-def _entered(contestants: list[Contestant], workers: Workers) -> Callable[[int, int], list[float]]:
-    """Make the contestants; what is returned times the one at a place so many times."""
+def _entered(contestants: list[Contestant], workers: Workers) -> tuple[list[float], Callable[[int, int], list[float]]]:
+    """Make the contestants: about how many seconds each takes, and what times the one at a place so many times."""
+    seconds: list[float] = []
     for number, one in enumerate(contestants):
-        if one not in contestants[:number]:
-            workers.ask(one.framework, "make", number=number, make=one.make, options=dict(one.options))
+        if one in contestants[:number]:
+            seconds.append(seconds[contestants.index(one)])
+        else:
+            options = dict(one.options)
+            seconds.append(workers.ask(one.framework, "make", number=number, make=one.make, options=options))
 
     def ask(place: int, count: int) -> list[float]:
         one = contestants[place]
         return workers.ask(one.framework, "time", number=contestants.index(one), count=count)
 
-    return ask
+    return seconds, ask
