@@ -60,10 +60,10 @@ def cache_figure(title: str, lengths: Sequence[int], series: Mapping[str, Sequen
     figure, axes = new_figure()
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for (name, y), (style, marker, colour) in zip(series.items(), _strokes(len(series)), strict=True):
+    for (name, y), (style, marker, colour) in zip(series.items(), strokes(len(series)), strict=True):
         axes.plot(lengths, y, linestyle=style, marker=marker, color=colour, markersize=5, linewidth=1.6, label=name)
     axes.set_xticks(lengths, [_short(length) for length in lengths])
-    axes.yaxis.set_major_formatter(lambda value, _: _size(value))
+    axes.yaxis.set_major_formatter(lambda value, _: size_label(value))
     axes.set(xlabel="tokens", ylabel="keys and values")
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.legend(frameon=False, handlelength=4)
@@ -85,16 +85,23 @@ def save(figure: Figure, path: Path) -> None:
 
 def new_figure() -> tuple[Figure, Axes]:
     """A figure with one set of axes. Raises ImportError with the command that installs matplotlib, where it is not."""
-    figure = import_extra("matplotlib.figure", "studies").Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(True, axis="y", color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
+    figure, (axes,) = panels(1)
     return figure, axes
 
 
-def _strokes(count: int) -> list[tuple[Any, str, str]]:
+def panels(count: int, width: float = 7.2, height: float = 4.4) -> tuple[Figure, list[Axes]]:
+    """The same with several sets of axes side by side, in a figure of so many inches."""
+    figure = import_extra("matplotlib.figure", "studies").Figure(figsize=(width, height), layout="constrained")
+    found = [figure.add_subplot(1, count, number + 1) for number in range(count)]
+    for axes in found:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.grid(True, axis="y", color=GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, found
+
+
+def strokes(count: int) -> list[tuple[Any, str, str]]:
     return [STROKES[index % len(STROKES)] for index in range(count)]
 
 
@@ -102,7 +109,7 @@ def _short(length: float) -> str:
     return f"{length / 1024:g}k" if length >= 1024 else f"{length:g}"
 
 
-def _size(value: float) -> str:
+def size_label(value: float) -> str:
     for unit, name in UNITS:
         if value >= unit:
             return f"{value / unit:g} {name}"

@@ -1,4 +1,4 @@
-"""lyra gqa: what sharing KV heads saves and what it costs."""
+"""lyra gqa params and lyra gqa cache: what is counted from the spec."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from lyra.studies.cache import LENGTHS, calculate_kv_cache_size, context_size, f
 from lyra.studies.figures import cache_figure, parameter_figure, save
 from lyra.studies.parameters import groupings, kind, projections, reduction
 
-from .options import JsonPath
-from .output import show, size
-from .split import read_spec
-
-gqa = typer.Typer(no_args_is_help=True, help="What sharing KV heads saves and what it costs: MHA, GQA, MQA.")
-
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="PATH", help="Draw it: a .png or .svg file.")]
+from ..options import JsonPath
+from ..output import show, size
+from ..split import read_spec
+from .group import Plot, gqa
 
 SHAPES = {"MHA-32": 32, "GQA-8": 8, "GQA-4": 4, "MQA": 1}
 """The groupings of LLaMA-7B's shape (32 layers, 32 query heads of 128) that the cache is counted for."""

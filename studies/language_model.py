@@ -1,0 +1,115 @@
+"""The language model of the studies: its sizes, the weights that both frameworks start from, and its checkpoints.
+
+A Llama: RMSNorm, gated MLP with SiLU, RoPE, no bias, embeddings tied to the output. Weights carry the names and layouts
+of Hugging Face's LlamaModel, which loads them as they are.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from lyra.spec.attention import AttentionSpec, RopeSpec, grouped
+from lyra.spec.base import SpecModel, write_atomically
+from lyra.spec.errors import InputError
+
+from .cache import calculate_kv_cache_size
+from .parameters import kind
+
+INITIAL_STD = 0.02
+
+
+class LMSpec(SpecModel):
+    """Sizes of the model. num_kv_heads = num_heads is MHA, 1 MQA; head_dim is hidden_size / num_heads."""
+
+    vocab_size: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    hidden_size: int = Field(default=128, gt=0)
+    intermediate_size: int = Field(default=384, gt=0)
+    num_layers: int = Field(default=4, gt=0)
+    num_heads: int = Field(default=8, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _ = self.attention  # raises SpecError for heads that do not divide
+        return self
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """One of the attention layers, all of which are the same."""
+        return grouped(self.hidden_size, self.num_heads, self.num_kv_heads, rope=RopeSpec(theta=self.rope_theta))
+
+    @property
+    def kind(self) -> str:
+        """MHA, GQA-n or MQA."""
+        return kind(self.num_heads, self.num_kv_heads)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight by its name in Hugging Face's LlamaModel."""
+        width, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab_size, width)}
+        for layer in range(self.num_layers):
+            at = f"layers.{layer}"
+            shapes[f"{at}.input_layernorm.weight"] = (width,)
+            shapes |= {f"{at}.self_attn.{name}": shape for name, shape in self.attention.weight_shapes().items()}
+            shapes[f"{at}.post_attention_layernorm.weight"] = (width,)
+            shapes[f"{at}.mlp.gate_proj.weight"] = shapes[f"{at}.mlp.up_proj.weight"] = (inner, width)
+            shapes[f"{at}.mlp.down_proj.weight"] = (width, inner)
+        return shapes | {"norm.weight": (width,)}
+
+    def parameters(self) -> int:
+        """How many numbers the model learns."""
+        return sum(int(np.prod(shape)) for shape in self.weight_shapes().values())
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values of one row of so many tokens, in float32."""
+        return calculate_kv_cache_size(
+            self.num_layers, self.num_kv_heads, tokens, self.attention.head_dim, dtype="float32"
+        )
+
+
+def initial_weights(spec: LMSpec, seed: int) -> dict[str, np.ndarray]:
+    """Weights to start from, float32: norms 1, the rest normal with standard deviation 0.02.
+
+    What is added to the residual stream (o_proj, down_proj) starts smaller by √(2 · layers), as in GPT-2. Every weight
+    is drawn by its own name, and the first KV heads of MHA are those of GQA and MQA, so that models of one seed differ
+    in nothing but the number of KV heads.
+    """
+    found = {}
+    for name, shape in spec.weight_shapes().items():
+        if len(shape) == 1:
+            found[name] = np.ones(shape, np.float32)
+            continue
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = INITIAL_STD / np.sqrt(2 * spec.num_layers) if residual else INITIAL_STD
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        # Rows are drawn in order, so that fewer rows are the first of more.
+        found[name] = (rng.standard_normal(shape) * std).astype(np.float32)
+    return found
+
+
+def write_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """A .safetensors file, written through a temporary name."""
+    from safetensors.numpy import save
+
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomically(path, save(whole, dict(metadata)))
+
+
+def read_weights(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and metadata of a .safetensors file. Raises InputError where it is none, FileNotFoundError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            opened: Any = file
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is no .safetensors file ({error})") from None

@@ -1,0 +1,139 @@
+"""What sharing KV heads costs in quality: the same model trained with each number of KV heads, over several seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from .corpus import Corpus
+from .language_model import LMSpec, initial_weights
+from .training import Curve, Recipe, Task, Trained, train
+
+EDGE = 10
+"""Steps at either end of a curve whose mean loss says whether it fell."""
+
+BOUND = 10.0
+"""A gradient's norm above this, ten times what it is clipped to by default, is a run that is not stable."""
+
+Moved = Callable[[str, int, int], None]
+"""Called with (what is being trained, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which models are trained: every backend with every number of KV heads and every seed."""
+
+    spec: LMSpec
+    recipe: Recipe
+    kv_heads: Sequence[int]
+    seeds: int
+    backends: Sequence[str]
+
+    def tasks(self) -> list[Task]:
+        """One task a model, seed by seed, so that an interrupted sweep has whole seeds."""
+        return [
+            Task(backend, self.spec.replace(num_kv_heads=heads), self.recipe, seed)
+            for backend, seed, heads in product(self.backends, range(self.seeds), self.kv_heads)
+        ]
+
+
+def sweep(plan: Sweep, corpus: Corpus, folder: Path, moved: Moved = lambda *_: None) -> Iterator[Trained]:
+    """Train every model of a plan, or read it where it is trained already."""
+    tasks, length = plan.tasks(), plan.recipe.steps
+    for number, task in enumerate(tasks):
+        what, before = f"{task.backend} {task.spec.kind}, seed {task.seed}", number * length
+
+        def move(done: int, what: str = what, before: int = before) -> None:
+            moved(what, before + done, len(tasks) * length)
+
+        yield train(task, corpus, initial_weights(task.spec, task.seed), folder, move)
+
+
+def stability(curve: Curve) -> dict[str, Any]:
+    """Whether a run was stable: every loss and norm finite, the loss fallen, no gradient's norm above BOUND."""
+    first, last = fmean(curve.loss[:EDGE]), fmean(curve.loss[-EDGE:])
+    finite = all(map(math.isfinite, [*curve.loss, *curve.gradient_norm]))
+    largest = max(curve.gradient_norm)
+    return {
+        "first_loss": first,
+        "last_loss": last,
+        "largest_gradient_norm": largest,
+        "stable": finite and last < first and largest <= BOUND,
+    }
+
+
+def summary(runs: Sequence[Trained], tokens: int) -> list[dict[str, Any]]:
+    """A row for each backend and number of KV heads, in the order of `runs`.
+
+    perplexity is the mean over the seeds and deviation their standard deviation; loss_change is how much more the
+    held-out cross-entropy is than that of the first number of KV heads at the same seed, in nats, a mean with its
+    standard error. cache_bytes counts one row of so many tokens in float32.
+    """
+    rows = []
+    for backend, heads in dict.fromkeys((run.task.backend, run.task.spec.num_kv_heads) for run in runs):
+        own = _of(runs, backend, heads)
+        base = _of(runs, backend, runs[0].task.spec.num_kv_heads)
+        found = [run.curve.perplexity for run in own]
+        changes = [one.curve.last - other.curve.last for one, other in zip(own, base, strict=True)]
+        spec, checks = own[0].task.spec, [stability(run.curve) for run in own]
+        rows.append(
+            {
+                "backend": backend,
+                "kind": spec.kind,
+                "kv_heads": heads,
+                "parameters": spec.parameters(),
+                "cache_bytes": spec.cache_bytes(tokens),
+                "seeds": len(own),
+                "perplexity": fmean(found),
+                "deviation": stdev(found) if len(found) > 1 else None,
+                "loss_change": fmean(changes),
+                "loss_change_error": stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None,
+                "first_loss": fmean(check["first_loss"] for check in checks),
+                "last_loss": fmean(check["last_loss"] for check in checks),
+                "largest_gradient_norm": max(check["largest_gradient_norm"] for check in checks),
+                "stable": all(check["stable"] for check in checks),
+            }
+        )
+    return rows
+
+
+def distance(runs: Sequence[Trained]) -> dict[str, float] | None:
+    """How far curves are from those of the first backend at most, at equal seed and KV heads, in nats; None for one.
+
+    loss is over every training step, held_out over every evaluation.
+    """
+    backends = list(dict.fromkeys(run.task.backend for run in runs))
+    if len(backends) < 2:
+        return None
+    apart = {"loss": 0.0, "held_out": 0.0}
+    found = {(run.task.backend, run.task.spec, run.task.seed): run.curve for run in runs}
+    for (_, spec, seed), curve in found.items():
+        first = found[backends[0], spec, seed]
+        held_out = [[loss for _, loss in one.held_out] for one in (curve, first)]
+        for key, (a, b) in {"loss": (curve.loss, first.loss), "held_out": held_out}.items():
+            apart[key] = max(apart[key], float(np.abs(np.subtract(a, b)).max()))
+    return apart
+
+
+def as_data(run: Trained) -> dict[str, Any]:
+    """A run as plain data: what was trained, its whole curve, and whether it was stable."""
+    task = run.task
+    return {
+        "backend": task.backend,
+        "kv_heads": task.spec.num_kv_heads,
+        "seed": task.seed,
+        "perplexity": run.curve.perplexity,
+        **stability(run.curve),
+        **asdict(run.curve),
+    }
+
+
+def _of(runs: Sequence[Trained], backend: str, kv_heads: int) -> list[Trained]:
+    return [run for run in runs if (run.task.backend, run.task.spec.num_kv_heads) == (backend, kv_heads)]

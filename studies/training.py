@@ -1,0 +1,184 @@
+"""Training a language model of the studies: recipe, schedule, curve, and checkpoints that an interrupt leaves usable.
+
+What happens in a framework is a Learner's: `torch_lm` and `jax_lm`. What must be the same in both is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from pydantic import Field
+
+from lyra.spec.base import SpecModel
+from lyra.spec.errors import InputError
+
+from .corpus import Corpus, batch, windows
+from .language_model import LMSpec, read_weights, write_weights
+
+LEARNERS = {"torch": "torch_lm", "jax": "jax_lm"}
+MOMENTS = ("adam.mean.", "adam.square.")
+"""Prefixes of AdamW's two moments, in a checkpoint of an unfinished run."""
+
+
+class Recipe(SpecModel):
+    """How a model is trained: AdamW on cross-entropy, gradients clipped to a norm, warm-up and a cosine to a tenth."""
+
+    steps: int = Field(gt=0)
+    rows: int = Field(default=16, gt=0)
+    window: int = Field(default=128, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    warmup: int = Field(default=20, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    evaluations: int = Field(default=4, gt=0)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rising = min(1.0, (step + 1) / (self.warmup + 1))
+        falling = 0.1 + 0.45 * (1 + math.cos(math.pi * step / self.steps))
+        return self.learning_rate * rising * falling
+
+    def evaluated(self, done: int) -> bool:
+        """Whether the held-out text is read after so many steps: `evaluations` times, the last time at the end."""
+        return done * self.evaluations // self.steps != (done - 1) * self.evaluations // self.steps
+
+
+@dataclass
+class Curve:
+    """What was seen, one entry a step: mean cross-entropy in nats a token, norm of the gradient before it was clipped.
+
+    held_out holds (steps done, mean cross-entropy of the held-out text).
+    """
+
+    loss: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def last(self) -> float:
+        """The last held-out cross-entropy, in nats a token."""
+        return self.held_out[-1][1]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the last held-out cross-entropy."""
+        return math.exp(self.last)
+
+
+class Learner(Protocol):
+    """A model and its optimizer in one framework; NumPy at the boundary, all float32."""
+
+    def step(self, tokens: np.ndarray, learning_rate: float) -> tuple[float, float]:
+        """One step of AdamW on windows [rows, window + 1]: the loss before it, and the gradient's norm."""
+
+    def loss(self, tokens: np.ndarray) -> float:
+        """Mean cross-entropy of windows [N, window + 1]."""
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights, by name."""
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """AdamW's moments, by name behind one of MOMENTS."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model to train: everything that its curve depends on. `start` gives other weights than `initial_weights`."""
+
+    backend: str
+    spec: LMSpec
+    recipe: Recipe
+    seed: int
+    start: str = ""
+
+    def file(self, folder: Path, corpus: Corpus) -> Path:
+        """Its checkpoint, whose name changes with whatever changes the curve."""
+        told = (self.spec.to_json(), self.recipe.to_json(), corpus.digest, self.start)
+        key = hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+        start = f"-{self.start}" if self.start else ""
+        return folder / f"{self.backend}-{self.spec.kind.lower()}{start}-seed{self.seed}-{key}.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after its training."""
+
+    task: Task
+    weights: dict[str, np.ndarray]
+    curve: Curve
+
+
+def new_learner(
+    task: Task, weights: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray] | None = None, done: int = 0
+) -> Learner:
+    """The model in its framework, with these weights and, after `done` steps, AdamW's moments.
+
+    Raises InputError for a backend that no model is written for, ImportError where its framework is missing.
+    """
+    if task.backend not in LEARNERS:
+        raise InputError(f"no model is trained on {task.backend!r}; expected {' or '.join(LEARNERS)}")
+    made: Learner = import_module(f".{LEARNERS[task.backend]}", __package__).TrainedModel(
+        task.spec, task.recipe, weights, moments, done
+    )
+    return made
+
+
+def train(
+    task: Task,
+    corpus: Corpus,
+    weights: Mapping[str, np.ndarray],
+    folder: Path,
+    moved: Callable[[int], None] = lambda _: None,
+    every: int = 25,
+) -> Trained:
+    """Train from `weights`, or from where an interrupted run of the same task stopped; a finished one is only read.
+
+    The checkpoint is written each `every` steps and at the end, through a temporary name. `moved` is called with the
+    steps done. Raises InputError.
+    """
+    path = task.file(folder, corpus)
+    curve, moments = Curve(), None
+    if path.exists():
+        weights, moments, curve = _resumed(path)
+    done, recipe = len(curve.loss), task.recipe
+    moved(done)
+    if done == recipe.steps:
+        return Trained(task, dict(weights), curve)
+    folder.mkdir(parents=True, exist_ok=True)
+    learner = new_learner(task, weights, moments, done)
+    held_out = windows(corpus.held_out, recipe.window)
+    while done < recipe.steps:
+        tokens = batch(corpus.train, task.seed, done, recipe.rows, recipe.window)
+        loss, norm = learner.step(tokens, recipe.rate(done))
+        curve.loss.append(loss)
+        curve.gradient_norm.append(norm)
+        done += 1
+        if recipe.evaluated(done):
+            curve.held_out.append((done, learner.loss(held_out)))
+        if done % every == 0 or done == recipe.steps:
+            state = learner.weights() | (learner.moments() if done < recipe.steps else {})
+            write_weights(path, state, {"curve": json.dumps(asdict(curve)), "spec": task.spec.to_json()})
+        moved(done)
+    return Trained(task, learner.weights(), curve)
+
+
+def _resumed(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Curve]:
+    """Weights, moments and curve of a checkpoint. Raises InputError."""
+    arrays, metadata = read_weights(path)
+    if "curve" not in metadata:
+        raise InputError(f"{path} is no checkpoint of a study; remove it, or name another folder")
+    told = json.loads(metadata["curve"])
+    curve = Curve(told["loss"], told["gradient_norm"], [(step, loss) for step, loss in told["held_out"]])
+    moments = {name: array for name, array in arrays.items() if name.startswith(MOMENTS)}
+    return {name: array for name, array in arrays.items() if name not in moments}, moments, curve
