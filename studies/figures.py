@@ -66,7 +66,10 @@ def cache_figure(title: str, lengths: Sequence[int], series: Mapping[str, Sequen
     axes.yaxis.set_major_formatter(lambda value, _: size_label(value))
     axes.set(xlabel="tokens", ylabel="keys and values")
     axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.legend(frameon=False, handlelength=4)
+    if len(series) <= len(STROKES):
+        axes.legend(frameon=False, handlelength=4)
+    else:
+        figure.legend(frameon=False, handlelength=4, fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -102,7 +105,10 @@ def panels(count: int, width: float = 7.2, height: float = 4.4) -> tuple[Figure,
 
 
 def strokes(count: int) -> list[tuple[Any, str, str]]:
-    return [STROKES[index % len(STROKES)] for index in range(count)]
+    """Line style, marker and colour of so many lines; no two of 36 are alike."""
+    kinds = len(STROKES)
+    places = [(index % kinds, (index + index // kinds) % kinds) for index in range(count)]
+    return [(STROKES[line][0], STROKES[marker][1], STROKES[line][2]) for line, marker in places]
 
 
 def _short(length: float) -> str:
@@ -110,6 +116,7 @@ def _short(length: float) -> str:
 
 
 def size_label(value: float) -> str:
+    """Bytes on an axis."""
     for unit, name in UNITS:
         if value >= unit:
             return f"{value / unit:g} {name}"

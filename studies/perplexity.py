@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from .corpus import Corpus
-from .language_model import LMSpec, initial_weights
-from .training import Curve, Recipe, Task, Trained, train
+from .language_model import LMSpec
+from .training import Curve, Recipe, Task, Trained
 
 EDGE = 10
 """Steps at either end of a curve whose mean loss says whether it fell."""
 
 BOUND = 10.0
 """A gradient's norm above this, ten times what it is clipped to by default, is a run that is not stable."""
-
-Moved = Callable[[str, int, int], None]
-"""Called with (what is being trained, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +37,6 @@ class Sweep:
             Task(backend, self.spec.replace(num_kv_heads=heads), self.recipe, seed)
             for backend, seed, heads in product(self.backends, range(self.seeds), self.kv_heads)
         ]
-
-
-def sweep(plan: Sweep, corpus: Corpus, folder: Path, moved: Moved = lambda *_: None) -> Iterator[Trained]:
-    """Train every model of a plan, or read it where it is trained already."""
-    tasks, length = plan.tasks(), plan.recipe.steps
-    for number, task in enumerate(tasks):
-        what, before = f"{task.backend} {task.spec.kind}, seed {task.seed}", number * length
-
-        def move(done: int, what: str = what, before: int = before) -> None:
-            moved(what, before + done, len(tasks) * length)
-
-        yield train(task, corpus, initial_weights(task.spec, task.seed), folder, move)
 
 
 def stability(curve: Curve) -> dict[str, Any]:

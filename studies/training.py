@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import Field
@@ -20,12 +20,17 @@ from pydantic import Field
 from lyra.spec.base import SpecModel
 from lyra.spec.errors import InputError
 
+from .conversion import METHODS, Method, share_kv_heads
 from .corpus import Corpus, batch, windows
-from .language_model import LMSpec, read_weights, write_weights
+from .language_model import LMSpec, initial_weights, read_weights, write_weights
 
 LEARNERS = {"torch": "torch_lm", "jax": "jax_lm"}
 MOMENTS = ("adam.mean.", "adam.square.")
 """Prefixes of AdamW's two moments, in a checkpoint of an unfinished run."""
+
+
+Start = Literal["initial", "whole"] | Method
+"""Where a model's weights come from."""
 
 
 class Recipe(SpecModel):
@@ -34,7 +39,7 @@ class Recipe(SpecModel):
     steps: int = Field(gt=0)
     rows: int = Field(default=16, gt=0)
     window: int = Field(default=128, gt=0)
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float = Field(default=4e-3, gt=0)
     warmup: int = Field(default=20, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -42,6 +47,8 @@ class Recipe(SpecModel):
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0)
     evaluations: int = Field(default=4, gt=0)
+    first: int = Field(default=0, ge=0)
+    """Number of the first batch: that of the steps already done, where a run goes on from another."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -58,7 +65,7 @@ class Recipe(SpecModel):
 class Curve:
     """What was seen, one entry a step: mean cross-entropy in nats a token, norm of the gradient before it was clipped.
 
-    held_out holds (steps done, mean cross-entropy of the held-out text).
+    held_out holds (steps done, mean cross-entropy of the held-out text), the first with none done.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -94,20 +101,35 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """One model to train: everything that its curve depends on. `start` gives other weights than `initial_weights`."""
+    """One model to train: everything that its curve depends on, but for the text.
+
+    It starts from `initial_weights`, or from the model of another task, `origin`, with its KV heads made fewer as
+    `start` says; "whole" leaves them as they are.
+    """
 
     backend: str
     spec: LMSpec
     recipe: Recipe
     seed: int
-    start: str = ""
+    start: Start = "initial"
+    origin: Task | None = None
 
     def file(self, folder: Path, corpus: Corpus) -> Path:
         """Its checkpoint, whose name changes with whatever changes the curve."""
-        told = (self.spec.to_json(), self.recipe.to_json(), corpus.digest, self.start)
+        origin = "" if self.origin is None else self.origin.file(folder, corpus).name
+        told = (self.spec.to_json(), self.recipe.to_json(), corpus.digest, self.start, origin)
         key = hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
-        start = f"-{self.start}" if self.start else ""
+        start = "" if self.start == "initial" else f"-{self.start}"
         return folder / f"{self.backend}-{self.spec.kind.lower()}{start}-seed{self.seed}-{key}.safetensors"
+
+    def weights(self, folder: Path, corpus: Corpus) -> dict[str, np.ndarray]:
+        """What it starts from. Raises FileNotFoundError where the model of `origin` is not trained yet."""
+        if self.origin is None:
+            return initial_weights(self.spec, self.seed)
+        whole, _, _ = _resumed(self.origin.file(folder, corpus))
+        if self.start not in METHODS:
+            return whole
+        return share_kv_heads(whole, self.spec.attention.head_dim, self.spec.num_kv_heads, self.start, self.seed)
 
 
 @dataclass(frozen=True)
@@ -135,31 +157,29 @@ def new_learner(
 
 
 def train(
-    task: Task,
-    corpus: Corpus,
-    weights: Mapping[str, np.ndarray],
-    folder: Path,
-    moved: Callable[[int], None] = lambda _: None,
-    every: int = 25,
+    task: Task, corpus: Corpus, folder: Path, moved: Callable[[int], None] = lambda _: None, every: int = 25
 ) -> Trained:
-    """Train from `weights`, or from where an interrupted run of the same task stopped; a finished one is only read.
+    """Train a model, from where an interrupted run of the same task stopped if there is one; a finished one is read.
 
     The checkpoint is written each `every` steps and at the end, through a temporary name. `moved` is called with the
-    steps done. Raises InputError.
+    steps done. Raises InputError, FileNotFoundError.
     """
     path = task.file(folder, corpus)
-    curve, moments = Curve(), None
     if path.exists():
         weights, moments, curve = _resumed(path)
+    else:
+        weights, moments, curve = task.weights(folder, corpus), {}, Curve()
     done, recipe = len(curve.loss), task.recipe
     moved(done)
     if done == recipe.steps:
-        return Trained(task, dict(weights), curve)
+        return Trained(task, weights, curve)
     folder.mkdir(parents=True, exist_ok=True)
     learner = new_learner(task, weights, moments, done)
     held_out = windows(corpus.held_out, recipe.window)
+    if done == 0:
+        curve.held_out.append((0, learner.loss(held_out)))
     while done < recipe.steps:
-        tokens = batch(corpus.train, task.seed, done, recipe.rows, recipe.window)
+        tokens = batch(corpus.train, task.seed, recipe.first + done, recipe.rows, recipe.window)
         loss, norm = learner.step(tokens, recipe.rate(done))
         curve.loss.append(loss)
         curve.gradient_norm.append(norm)

@@ -19,12 +19,15 @@ AVERAGED = 10
 
 
 def perplexity_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Held-out perplexity, with the standard deviation over the seeds, against KV heads and against bytes cached."""
-    figure, axes = panels(2, width=9.6)
+    """Held-out perplexity, with the standard deviation over the seeds, against KV heads, bytes cached and,
+    where it was timed, a decode step.
+    """
+    columns = ("kv_heads", "cache_bytes", "decode_seconds")[: 3 if "decode_seconds" in rows[0] else 2]
+    figure, axes = panels(len(columns), width=4.2 * len(columns))
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     for backend, (style, marker, colour) in zip(backends, strokes(len(backends)), strict=True):
         own = [row for row in rows if row["backend"] == backend]
-        for one, key in zip(axes, ("kv_heads", "cache_bytes"), strict=True):
+        for one, key in zip(axes, columns, strict=True):
             one.errorbar(
                 [row[key] for row in own],
                 [row["perplexity"] for row in own],
@@ -35,8 +38,11 @@ def perplexity_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     _powers(axes[1], rows, "cache_bytes", lambda row: size_label(row["cache_bytes"]))
     axes[0].set(xlabel="KV heads", ylabel="perplexity per token")
     axes[1].set(xlabel="keys and values of one row")
+    if len(columns) > 2:
+        axes[2].set(xlabel="decode step, ms")
+        axes[2].xaxis.set_major_formatter(lambda value, _: f"{1000 * value:g}")
     if len(backends) > 1:
-        axes[1].legend(frameon=False, handlelength=4)
+        axes[0].legend(frameon=False, handlelength=4)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
 
@@ -60,6 +66,27 @@ def curve_figure(title: str, curves: Sequence[tuple[str, Curve]]) -> Figure:
     axes[0].set(xlabel="steps", ylabel="training loss, nats per token")
     axes[1].set(xlabel="steps", ylabel="norm of the gradient before clipping", yscale="log")
     axes[0].legend(frameon=False, handlelength=4)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return figure
+
+
+def uptraining_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Held-out loss over the steps of uptraining, a panel for each number of KV heads, a stroke for each start."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["start"] != "whole"))
+    figure, axes = panels(len(kinds), width=3.4 * len(kinds), height=3.8)
+    whole = [row for row in rows if row["start"] == "whole"]
+    for one, kind in zip(axes, kinds, strict=True):
+        lines = [row for row in rows if row["kind"] == kind] + whole
+        for row, (style, marker, colour) in zip(lines, strokes(len(lines)), strict=True):
+            name = f"{row['kind']}, not converted" if row["start"] == "whole" else row["start"]
+            x, y = zip(*row["held_out"], strict=True)
+            one.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=5, linewidth=1.6, label=name)
+        one.set(xlabel="steps after the conversion")
+        one.set_title(kind, loc="left", fontsize=10, color=INK)
+    for one in axes[1:]:
+        one.sharey(axes[0])
+    axes[0].set(ylabel="held-out loss, nats per token")
+    axes[-1].legend(frameon=False, handlelength=4, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
 

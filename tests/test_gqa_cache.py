@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from lyra.cli import application
 from lyra.spec.errors import InputError
-from lyra.spec.model import ModelSpec
+from lyra.spec.model import ModelSpec, presets
 from lyra.spec.split import HeadSplit
 from lyra.studies.cache import LENGTHS, calculate_kv_cache_size, context_size, full_cache_size, live_cache_size
+from lyra.studies.figures import strokes
 
 MIB = 1 << 20
 
@@ -78,6 +79,30 @@ def test_the_command_prints_and_draws(tmp_path: Path) -> None:
     assert whole == 2 * 2048 * MIB
     assert whole == 4 * half
     assert drawn.read_text().startswith("<?xml")
+
+
+def test_every_preset_has_a_row_and_a_line(tmp_path: Path) -> None:
+    drawn = tmp_path / "c.svg"
+    done = CliRunner().invoke(application(), ["gqa", "cache", "--presets", "--json", "-", "--plot", str(drawn)])
+    found = json.loads(done.stdout)["bytes"]
+    assert list(found) == list(presets())
+    assert found["mistral-7b"][2] == live_cache_size(ModelSpec.preset("mistral-7b"), 2048)
+    assert drawn.read_text().count("<!-- gemma-3-") >= 5
+    strokes_seen = {(str(style), marker) for style, marker, _ in strokes(len(found))}
+    assert len(strokes_seen) == len(found)
+
+    done = CliRunner().invoke(application(), ["gqa", "presets", "--json", "-"])
+    rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
+    assert list(rows) == list(presets())
+    big = rows["llama-2-70b"]
+    assert (big["heads"], big["kv_heads"], big["cache_as_mha"]) == (64, 8, 8 * big["cache"])
+    assert big["reduction"] == pytest.approx(7 / 8 * 2 / 3)
+    assert rows["llama-7b"]["cache"] == 1024 * MIB
+    assert (rows["gemma-3-12b"]["window"], rows["gemma-3-12b"]["global_layers"]) == (1024, 8)
+
+    done = CliRunner().invoke(application(), ["gqa", "cache", "gpt2", "--presets"])
+    assert done.exit_code == 2
+    assert "name no model" in " ".join(done.output.split())
 
 
 def test_the_four_groupings_are_the_default() -> None:

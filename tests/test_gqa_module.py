@@ -14,6 +14,7 @@ from lyra.conformance.session import Profile, Session
 from lyra.spec.attention import AttentionSpec, RopeSpec, grouped
 from lyra.spec.errors import SpecError
 from lyra.spec.inputs import check_call
+from lyra.spec.reference import reference
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -98,6 +99,12 @@ def tokens(batch: int, count: int, width: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((batch, count, width)).astype(np.float32)
 
 
+def oracle(spec: AttentionSpec, weights: Numbers, x: np.ndarray) -> np.ndarray:
+    """The oracle's output for tokens at 0, 1, …"""
+    positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    return reference(spec, weights, x, positions=positions)["output"].value
+
+
 class ModuleBackend:
     """A backend for the suite whose layers are the module: those without a context."""
 
@@ -142,8 +149,17 @@ def test_the_module_conforms(framework: str, only: str, properties: int) -> None
 
 
 @pytest.mark.parametrize("kv_heads", [None, 4, 2, 1])
-def test_forward_and_different_lengths(build: Build, kv_heads: int | None) -> None:
-    """MHA by default, GQA and MQA; a sequence of any length, at once or token by token."""
+def test_forward(build: Build, kv_heads: int | None) -> None:
+    """The output is the oracle's, in MHA (the default), GQA and MQA."""
+    spec = grouped(32, 4, kv_heads, rope=RopeSpec(theta=10_000.0))
+    x = tokens(2, 6, 32)
+    expected = oracle(spec, weights_of(spec), x)
+    np.testing.assert_allclose(build(32, 4, kv_heads)(x)[0], expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2, 1])
+def test_different_lengths(build: Build, kv_heads: int | None) -> None:
+    """A sequence of any length, at once or token by token."""
     call = build(32, 4, kv_heads)
     for length in (1, 6):
         x = tokens(2, length, 32)
@@ -170,6 +186,16 @@ def test_gqa_with_equal_kv_heads_is_mha(build: Build) -> None:
     np.testing.assert_array_equal(build(32, 4, 4)(x)[0], build(32, 4)(x)[0])
 
 
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_rope(build: Build, kv_heads: int | None) -> None:
+    """RoPE is relative: moving every position by as much changes nothing, another distance does."""
+    call, x = build(32, 4, kv_heads), tokens(1, 6, 32)
+    positions = np.arange(6, dtype=np.int32)[None]
+    here, moved, apart = (call(x, positions=one)[0] for one in (positions, positions + 100, 2 * positions))
+    np.testing.assert_allclose(moved, here, atol=2e-5)
+    assert np.abs(apart - here).max() > 1e-3
+
+
 def test_rope_with_gqa(build: Build) -> None:
     """With RoPE the order of the earlier tokens counts, without it the last token sees a set."""
     x = tokens(1, 6, 32)
@@ -178,6 +204,15 @@ def test_rope_with_gqa(build: Build) -> None:
         call = build(32, 4, 2, rope=rope)
         distance = np.abs(call(x)[0][:, -1] - call(swapped)[0][:, -1]).max()
         assert (distance < 1e-6) == same
+
+
+def test_mqa(build: Build) -> None:
+    """One KV head serves all query heads: the same as MHA in which every head has its keys and values."""
+    x, spec = tokens(2, 5, 32), grouped(32, 4, 1, rope=RopeSpec(theta=10_000.0))
+    weights = weights_of(spec)
+    tied = {name: np.tile(value, (4, 1)) if name[0] in "kv" else value for name, value in weights.items()}
+    many = grouped(32, 4, rope=RopeSpec(theta=10_000.0))
+    np.testing.assert_allclose(build(32, 4, 1)(x)[0], oracle(many, tied, x), atol=3e-6)
 
 
 def test_backward() -> None:

@@ -45,7 +45,7 @@ def test_invalid_grouping() -> None:
 @pytest.mark.parametrize(
     ("hidden_size", "heads", "kv_heads"), [(128, 0, None), (0, 8, None), (128, 8, 0), (128, 8, -1)]
 )
-def test_invalid_head_counts(hidden_size: int, heads: int, kv_heads: int | None) -> None:
+def test_invalid_kv_head_count(hidden_size: int, heads: int, kv_heads: int | None) -> None:
     with pytest.raises(SpecError):
         grouped(hidden_size, heads, kv_heads)
 

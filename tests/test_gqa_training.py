@@ -15,6 +15,7 @@ from lyra.cli import application
 from lyra.spec.errors import InputError, SpecError
 from lyra.studies.corpus import Corpus, batch, byte_pairs, default_text, once, read_corpus, windows
 from lyra.studies.language_model import LMSpec, initial_weights, read_weights
+from lyra.studies.parallel import train_all
 from lyra.studies.perplexity import distance, stability, summary
 from lyra.studies.training import MOMENTS, Curve, Recipe, Task, Trained, train
 
@@ -41,7 +42,7 @@ def corpus(text_file: Path) -> Corpus:
 def trained(backend: str, corpus: Corpus, folder: Path, kv_heads: int = 2, seed: int = 0) -> Trained:
     """A model after the short recipe."""
     task = Task(backend, SPEC.replace(num_kv_heads=kv_heads), RECIPE, seed)
-    return train(task, corpus, initial_weights(task.spec, seed), folder)
+    return train(task, corpus, folder)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_training_stability(models: dict[str, Trained], backend: str) -> None:
     assert np.isfinite(curve.loss).all()
     assert found["last_loss"] < found["first_loss"] - 0.3
     assert 0 < found["largest_gradient_norm"] < 10
-    assert [step for step, _ in curve.held_out] == [8, 16, 24]
+    assert [step for step, _ in curve.held_out] == [0, 8, 16, 24]
     assert curve.held_out[-1][1] < curve.held_out[0][1]
 
 
@@ -92,22 +93,41 @@ def test_interrupted_and_resumed_is_uninterrupted(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(whole.task, corpus, initial_weights(SPEC, 0), tmp_path, interrupt, every=5)
+        train(whole.task, corpus, tmp_path, interrupt, every=5)
     (path,) = tmp_path.iterdir()
     kept, metadata = read_weights(path)
     assert len(json.loads(metadata["curve"])["loss"]) == 10
     assert sum(name.startswith(MOMENTS) for name in kept) == 2 * len(SPEC.weight_shapes())
 
     seen: list[int] = []
-    resumed = train(whole.task, corpus, initial_weights(SPEC, 0), tmp_path, seen.append)
+    resumed = train(whole.task, corpus, tmp_path, seen.append)
     assert seen == list(range(10, 25))
     assert resumed.curve == whole.curve
     for name, value in whole.weights.items():
         np.testing.assert_array_equal(resumed.weights[name], value)
 
-    again = train(whole.task, corpus, initial_weights(SPEC, 0), tmp_path, seen.append)
+    again = train(whole.task, corpus, tmp_path, seen.append)
     assert (seen[15:], again.curve) == ([24], whole.curve)  # finished: only read
     assert set(read_weights(path)[0]) == set(SPEC.weight_shapes())
+
+
+def test_processes_train_what_one_does_and_stop_when_interrupted(
+    models: dict[str, Trained], corpus: Corpus, tmp_path: Path
+) -> None:
+    """Two processes of one thread each; whenever the one that waits for them is interrupted, they stop too."""
+    tasks = [replace(models["torch"].task, seed=seed) for seed in (0, 1)]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_all(tasks, corpus, tmp_path, 2, interrupt)
+    told: list[int] = []
+    first, second = train_all(tasks, corpus, tmp_path, 2, lambda what, done, total: told.append(done))
+    assert told[-1] == 2 * RECIPE.steps
+    assert first.curve == models["torch"].curve
+    assert second.curve != first.curve
+    np.testing.assert_array_equal(first.weights["norm.weight"], models["torch"].weights["norm.weight"])
 
 
 def test_a_checkpoint_belongs_to_what_it_was_trained_with(corpus: Corpus, tmp_path: Path) -> None:
@@ -117,13 +137,15 @@ def test_a_checkpoint_belongs_to_what_it_was_trained_with(corpus: Corpus, tmp_pa
         replace(task, spec=SPEC.replace(num_kv_heads=1)),
         replace(task, recipe=RECIPE.replace(learning_rate=1e-3)),
         replace(task, seed=1),
-        replace(task, start="mean"),
+        replace(task, start="whole", origin=task),
+        replace(task, start="mean", origin=task),
+        replace(task, start="mean", origin=replace(task, seed=1)),
     ]
     files = {one.file(tmp_path, corpus) for one in [task, *others]}
     assert len(files | {task.file(tmp_path, replace(corpus, digest="other"))}) == len(others) + 2
     task.file(tmp_path, corpus).write_bytes(b"something else")
     with pytest.raises(InputError, match=r"is no \.safetensors file"):
-        train(task, corpus, initial_weights(SPEC, 0), tmp_path)
+        train(task, corpus, tmp_path)
 
 
 def test_the_model_is_hugging_faces_llama() -> None:
@@ -224,7 +246,8 @@ def test_the_mean_and_its_error_are_over_the_seeds() -> None:
 def test_the_command_trains_and_draws(text_file: Path, tmp_path: Path) -> None:
     options = ["--steps", "12", "--rows", "2", "--window", "16", "--width", "16", "--layers", "1", "--heads", "2"]
     paths = {name: tmp_path / name for name in ("p.json", "p.png", "c.png", "models")}
-    asked = ["--vocabulary", "256", "--seeds", "2", "--checkpoints", str(paths["models"])]
+    asked = ["--vocabulary", "256", "--seeds", "2", "--processes", "1", "--no-speed"]
+    asked += ["--checkpoints", str(paths["models"])]
     asked += ["--json", str(paths["p.json"]), "--plot", str(paths["p.png"]), "--curves", str(paths["c.png"])]
     done = CliRunner().invoke(application(), ["gqa", "perplexity", str(text_file), *options, *asked])
     assert done.exit_code == 0, done.output

@@ -1,6 +1,6 @@
 """lyra gqa: what sharing KV heads saves and what it costs."""
 
-from . import counts, perplexity
+from . import counts, perplexity, speed, uptrain
 from .group import gqa
 
-__all__ = ["counts", "gqa", "perplexity"]
+__all__ = ["counts", "gqa", "perplexity", "speed", "uptrain"]

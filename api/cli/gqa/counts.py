@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lyra.spec.attention import AttentionSpec, grouped
 from lyra.spec.errors import SpecError
-from lyra.spec.model import ModelSpec
+from lyra.spec.model import ModelSpec, presets
 from lyra.spec.split import HeadSplit
 from lyra.studies.cache import LENGTHS, calculate_kv_cache_size, context_size, full_cache_size, live_cache_size
 from lyra.studies.figures import cache_figure, parameter_figure, save
@@ -25,6 +25,7 @@ SHAPES = {"MHA-32": 32, "GQA-8": 8, "GQA-4": 4, "MQA": 1}
 """The groupings of LLaMA-7B's shape (32 layers, 32 query heads of 128) that the cache is counted for."""
 
 LAYERS, HEAD_DIM = 32, 128
+LLAMA = "LLaMA-7B's layers and heads"
 
 
 @gqa.command()
@@ -61,23 +62,69 @@ def cache(
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8.")] = "float16",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     context: Annotated[bool, typer.Option("--context", help="Count a static context against the live cache.")] = False,
+    every: Annotated[bool, typer.Option("--presets", help="Count the live cache of every preset.")] = False,
     json_path: JsonPath = None,
     plot: Plot = None,
 ) -> None:
     """Bytes of keys and values over 512 to 131,072 tokens, of the named models or of one shape in four groupings."""
-    series = cache_series([_model(one) for one in model or []], dtype, batch, context)
+    if every and (model or context):
+        raise SpecError("--presets counts the live cache of every preset; name no model, and leave out --context")
+    if every:
+        series = {one: [live_cache_size(_model(one), at, batch, dtype) for at in LENGTHS] for one in presets()}
+    else:
+        series = cache_series([_model(one) for one in model or []], dtype, batch, context)
     rows = f", {batch} rows" if batch > 1 else ""
-    counted = ", ".join(Path(one).stem for one in model) if model else "LLaMA-7B's layers and heads"
-    title = f"{counted}: keys and values in {dtype}{rows}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("tokens", justify="right", style="bold")
-    for name in series:
-        table.add_column(name, justify="right")
-    for index, length in enumerate(LENGTHS):
-        table.add_row(f"{length:,}", *(size(values[index]) for values in series.values()))
+    named = ", ".join(Path(one).stem for one in model or ())
+    title = f"{named or ('presets' if every else LLAMA)}: keys and values in {dtype}{rows}"
+    table = _by_model(title, series) if every else _by_length(title, series)
     if plot is not None:
         save(cache_figure(title, LENGTHS, series), plot)
     show({"dtype": dtype, "batch": batch, "tokens": LENGTHS, "bytes": series}, json_path, table)
+
+
+@gqa.command("presets")
+def preset_table(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that the cache is counted for.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8.")] = "float16",
+    json_path: JsonPath = None,
+) -> None:
+    """Heads, savings and cache of every preset, one row each."""
+    rows = [preset_row(ModelSpec.preset(name), tokens, dtype) for name in presets()]
+    table = Table(title=f"Presets: keys and values of {tokens:,} tokens in {dtype}", title_justify="left")
+    table.add_column("", style="bold", overflow="fold")
+    for column in ("Q / KV", "head_dim", "layers *", "less", "cache", "as MHA"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        layers = f"{row['layers']}" if row["window"] is None else f"{row['layers']} ({row['global_layers']})"
+        table.add_row(
+            row["name"],
+            f"{row['heads']} / {row['kv_heads']}",
+            str(row["head_dim"]),
+            layers,
+            f"{row['reduction']:.0%}",
+            size(row["cache"]),
+            size(row["cache_as_mha"]),
+        )
+    table.caption = "* (of them global); less: of the parameters of q+k+v than MHA would have"
+    table.caption_justify = "left"
+    show({"tokens": tokens, "dtype": dtype, "rows": rows}, json_path, table)
+
+
+def preset_row(spec: ModelSpec, tokens: int, dtype: str) -> dict[str, Any]:
+    """What sharing KV heads saves one model: parameters of q+k+v, bytes of the live cache."""
+    cached = live_cache_size(spec, tokens, dtype=dtype)
+    return {
+        "name": spec.name,
+        "heads": spec.num_attention_heads,
+        "kv_heads": spec.num_key_value_heads,
+        "head_dim": spec.attention.head_dim,
+        "layers": spec.num_hidden_layers,
+        "global_layers": len(spec.global_layers),
+        "window": spec.sliding.sliding_window if spec.sliding else None,
+        "reduction": reduction(spec.attention),
+        "cache": cached,
+        "cache_as_mha": cached * spec.num_attention_heads // spec.num_key_value_heads,
+    }
 
 
 def parameter_rows(spec: AttentionSpec) -> list[dict[str, Any]]:
@@ -132,6 +179,28 @@ def _chosen_layer(
     if heads is None or width is None:
         raise SpecError("name a model, or give --heads and --width")
     return f"{heads} query heads", grouped(width, heads, head_dim=head_dim)
+
+
+def _by_length(title: str, series: dict[str, list[int]]) -> Table:
+    """A row for each length."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("tokens", justify="right", style="bold")
+    for name in series:
+        table.add_column(name, justify="right")
+    for index, length in enumerate(LENGTHS):
+        table.add_row(f"{length:,}", *(size(values[index]) for values in series.values()))
+    return table
+
+
+def _by_model(title: str, series: dict[str, list[int]]) -> Table:
+    """A row for each of many models, and every other length."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("tokens", style="bold", overflow="fold")
+    for length in LENGTHS[::2]:
+        table.add_column(f"{length:,}", justify="right")
+    for name, values in series.items():
+        table.add_row(name, *map(size, values[::2]))
+    return table
 
 
 def _model(source: str) -> ModelSpec:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lyra.checkpoint import cache_folder
+from lyra.spec.errors import InputError
 from lyra.studies.corpus import Corpus, read_corpus
 from lyra.studies.language_model import LMSpec
-from lyra.studies.training import Recipe
+from lyra.studies.training import LEARNERS, Recipe
 
 gqa = typer.Typer(no_args_is_help=True, help="What sharing KV heads saves and what it costs: MHA, GQA, MQA.")
 
@@ -31,6 +33,18 @@ Checkpoints = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where models are kept, else the user's cache folder."),
 ]
+
+
+def chosen_backends(names: list[str]) -> tuple[str, ...]:
+    """The named backends, each once. Raises InputError for one that the studies have no code for."""
+    for name in names:
+        if name not in LEARNERS:
+            raise InputError(f"the studies know no backend {name!r}; expected {' or '.join(LEARNERS)}")
+    return tuple(dict.fromkeys(names))
+
+
+Processes = Annotated[int, typer.Option(min=1, help="Models that are trained at the same time, each on one core.")]
+CORES = os.cpu_count() or 1
 
 
 def checkpoint_folder(chosen: Path | None) -> Path:

@@ -10,20 +10,25 @@ from rich.table import Table
 
 from lyra.progress import steps as progress_bar
 from lyra.spec.errors import SpecError
+from lyra.speed.workers import Workers
 from lyra.studies.figures import save
+from lyra.studies.parallel import train_all
 from lyra.studies.parameters import groupings
-from lyra.studies.perplexity import EDGE, Sweep, as_data, distance, summary, sweep
+from lyra.studies.perplexity import EDGE, Sweep, as_data, distance, summary
+from lyra.studies.speed import Load, model_steps
 from lyra.studies.training import Recipe
 from lyra.studies.training_figures import curve_figure, perplexity_figure
 
 from ..options import JsonPath, numbers
 from ..output import refuse_missing_folder, show, size
 from .group import (
+    CORES,
     Backends,
     Checkpoints,
     Heads,
     Layers,
     Plot,
+    Processes,
     Rows,
     Seeds,
     Steps,
@@ -32,13 +37,17 @@ from .group import (
     Width,
     Window,
     checkpoint_folder,
+    chosen_backends,
     corpus_line,
     gqa,
     study,
 )
 
-CACHED = 2048
-"""Tokens that the bytes of keys and values are given for."""
+STEPS = 300
+"""Of training, by default."""
+
+CACHED = Load(batch=8, tokens=2048)
+"""What a decode step of a trained model is timed with, and the bytes of keys and values are given for."""
 
 
 @gqa.command()
@@ -47,7 +56,7 @@ def perplexity(
     backend: Backends = ["torch"],  # noqa: B006 (typer copies it)
     kv_heads: Annotated[str | None, typer.Option(help="KV heads to compare, such as 8,4,1; else all legal.")] = None,
     seeds: Seeds = 3,
-    steps: Steps = 300,
+    steps: Steps = STEPS,
     rows: Rows = 8,
     window: Window = 128,
     width: Width = 128,
@@ -55,6 +64,8 @@ def perplexity(
     heads: Heads = 8,
     vocabulary: Vocabulary = 1024,
     checkpoints: Checkpoints = None,
+    processes: Processes = CORES,
+    timed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time a decode step of every kind.")] = True,
     json_path: JsonPath = None,
     plot: Plot = None,
     curves: Annotated[Path | None, typer.Option(metavar="PATH", help="Draw losses and gradient norms.")] = None,
@@ -71,17 +82,23 @@ def perplexity(
     chosen = groupings(heads) if kv_heads is None else numbers(kv_heads)
     if not chosen:
         raise SpecError("no KV heads are named; write a list such as 8,4,1")
-    plan = Sweep(spec, recipe, chosen, seeds, tuple(dict.fromkeys(backend)))
+    plan = Sweep(spec, recipe, chosen, seeds, chosen_backends(backend))
     with progress_bar("Training") as move:
-        runs = list(sweep(plan, corpus, checkpoint_folder(checkpoints), move))
-    found, apart = summary(runs, CACHED), distance(runs)
+        runs = train_all(plan.tasks(), corpus, checkpoint_folder(checkpoints), processes, move)
+    found, apart = summary(runs, CACHED.tokens), distance(runs)
+    if timed:
+        with Workers(CORES) as workers, progress_bar("Timing") as move:
+            for number, name in enumerate(plan.backends):
+                move(name, number, len(plan.backends))
+                _add_times(found, name, model_steps(spec, chosen, CACHED, name, workers))
     data = {
         "text": corpus.name,
         "held_out_tokens": len(corpus.held_out),
         "bytes_per_token": corpus.bytes_per_token,
         "model": spec.model_dump(),
         "recipe": recipe.model_dump(),
-        "cached_tokens": CACHED,
+        "cached_tokens": CACHED.tokens,
+        "decoded_rows": CACHED.batch,
         "rows": found,
         "distance": apart,
         "runs": [as_data(run) for run in runs],
@@ -95,10 +112,17 @@ def perplexity(
     show(data, json_path, table, _stability_table(found), *notes)
 
 
+def _add_times(rows: list[dict[str, Any]], backend: str, times: list[dict[str, float]]) -> None:
+    """Give the rows of a backend what a decode step of each takes."""
+    for row, one in zip((row for row in rows if row["backend"] == backend), times, strict=True):
+        row["decode_seconds"], row["decode_faster"] = one["seconds"], one["faster"]
+
+
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("", style="bold")
-    for column in ("parameters", "perplexity", "nats more", "K and V *"):
+    timed = "decode_faster" in rows[0]
+    for column in ("parameters", "perplexity", "nats more", "K and V", *(["decode"] if timed else [])):
         table.add_column(column, justify="right")
     for name, row in _named(rows):
         spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
@@ -109,8 +133,10 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['perplexity']:.2f}{spread}",
             f"{row['loss_change']:+.3f}{error}" if row["loss_change"] else "",
             size(row["cache_bytes"]),
+            *([f"{row['decode_faster']:.2f}×"] if timed else []),
         )
-    table.caption, table.caption_justify = f"* of {CACHED:,} tokens in float32", "left"
+    step = f"; decode: how much faster, {CACHED.batch} rows" if timed else ""
+    table.caption, table.caption_justify = f"K and V: of {CACHED.tokens:,} tokens in float32{step}", "left"
     return table
 
 

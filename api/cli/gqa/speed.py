@@ -1,0 +1,109 @@
+"""lyra gqa speed: prefill and decode of MHA, GQA and MQA, side by side in one run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lyra.progress import steps as progress_bar
+from lyra.spec.attention import RopeSpec, grouped
+from lyra.speed.show import duration
+from lyra.speed.workers import Workers
+from lyra.studies.figures import save
+from lyra.studies.parameters import groupings
+from lyra.studies.speed import Load, Phase, measure
+from lyra.studies.speed_figures import speed_figure
+
+from ..options import JsonPath, numbers
+from ..output import refuse_missing_folder, show, size
+from .group import CORES, Backends, Heads, Plot, chosen_backends, gqa
+
+
+@gqa.command()
+def speed(
+    backend: Backends = ["torch", "jax"],  # noqa: B006 (typer copies it)
+    kv_heads: Annotated[str | None, typer.Option(help="KV heads to compare, such as 8,4,1; else all legal.")] = None,
+    heads: Heads = 8,
+    width: Annotated[int, typer.Option(min=1, help="hidden_size.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a decode step.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of every row, with the one that is decoded.")] = 2048,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prefill, of one row.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every contestant.")] = 15,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contestant; else one a core.")] = None,
+    json_path: JsonPath = None,
+    plot: Plot = None,
+) -> None:
+    """Time one attention layer's prefill and decode step for each number of KV heads, in turns, against the floor.
+
+    The floor is the time in which this machine can read the weights, keys and values and multiply what must be
+    multiplied, both as measured in the same run.
+    """
+    for path in (json_path, plot):
+        refuse_missing_folder(path)
+    chosen = groupings(heads) if kv_heads is None else numbers(kv_heads)
+    spec = grouped(width, heads, rope=RopeSpec(theta=10_000.0))
+    for number in chosen:
+        spec.replace(num_key_value_heads=number)  # refused before anything is measured
+    backends = chosen_backends(backend)
+    if find_spec("torch") is None:
+        raise ImportError("the floor is measured with 'torch', which is not installed: pip install 'lyra[torch]'")
+    loads: dict[Phase, Load] = {"decode": Load(batch, tokens), "prefill": Load(1, prompt)}
+    with Workers(threads or CORES) as workers, progress_bar("Measuring") as move:
+        rows = measure(spec, chosen, loads, backends, workers, rounds, move)
+    data = {
+        "hidden_size": width,
+        "heads": heads,
+        "head_dim": spec.head_dim,
+        "batch": batch,
+        "tokens": tokens,
+        "prompt": prompt,
+        "rows": rows,
+    }
+    if plot is not None:
+        save(speed_figure(f"one layer of {heads} heads, width {width}: speed against MHA", rows), plot)
+    layer = f"one layer, width {width:,}, {heads} query heads of {spec.head_dim}, float32"
+    titles = {"decode": f"{batch} rows of {tokens:,} tokens", "prefill": f"one row of {prompt:,} tokens"}
+    tables = [
+        _table(f"{phase.capitalize()}: {titles[phase]}; {layer}", [row for row in rows if row["phase"] == phase])
+        for phase in loads
+    ]
+    show(data, json_path, *tables, _work_table([row for row in rows if row["backend"] == backends[0]]))
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("", style="bold")
+    for column in ("time", "faster", "quartiles", "floor", "time / floor", "floor alone"):
+        table.add_column(column, justify="right")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(
+            f"{row['backend']}, {row['kind']}",
+            duration(row["seconds"]),
+            f"{row['faster']:.2f}×",
+            f"{row['low']:.2f}–{row['high']:.2f}",
+            duration(row["floor"]),
+            f"{row['seconds'] / row['floor']:.1f}",
+            f"{row['floor_faster']:.2f}×",
+            end_section=following is None or following["backend"] != row["backend"],
+        )
+    return table
+
+
+def _work_table(rows: list[dict[str, Any]]) -> Table:
+    """What the floor is made of, the same for every backend."""
+    table = Table(title="What must be read and multiplied", title_justify="left")
+    table.add_column("", style="bold")
+    for column in ("read", "million operations", "of them attention"):
+        table.add_column(column, justify="right")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(
+            f"{row['phase']}, {row['kind']}",
+            size(row["read"]),
+            f"{row['operations'] / 1e6:,.0f}",
+            f"{row['attention_operations'] / 1e6:,.0f}",
+            end_section=following is None or following["phase"] != row["phase"],
+        )
+    return table
