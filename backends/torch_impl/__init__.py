@@ -5,14 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .backend import TorchAttention, TorchBackend
+from .backend import CudaBackend, TorchAttention, TorchBackend
 
 if TYPE_CHECKING:
     from .gemma3 import LyraGemma3Attention
     from .injector import GemmaInjector
     from .lyra_model import LyraForCausalLM
 
-__all__ = ["GemmaInjector", "LyraForCausalLM", "LyraGemma3Attention", "TorchAttention", "TorchBackend"]
+__all__ = [
+    "CudaBackend",
+    "GemmaInjector",
+    "LyraForCausalLM",
+    "LyraGemma3Attention",
+    "TorchAttention",
+    "TorchBackend",
+]
 
 _MODEL_LEVEL = {"GemmaInjector": "injector", "LyraForCausalLM": "lyra_model", "LyraGemma3Attention": "gemma3"}
 

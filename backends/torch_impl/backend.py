@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,15 +35,25 @@ if TYPE_CHECKING:
     from .sequential import TorchSequential
 
 
-class TorchAttention:
-    """One attention layer in PyTorch, on the CPU. Implements `lyra.backends.protocol.Attention`."""
+def on(device: str) -> AbstractContextManager[object]:
+    """Tensors that are made within it are made on `device`. The CPU needs no such mode, which costs time at every call."""
+    return nullcontext() if device == "cpu" else torch.device(device)
 
-    def __init__(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
+
+class TorchAttention:
+    """One attention layer in PyTorch, on `device`. Implements `lyra.backends.protocol.Attention`."""
+
+    def __init__(
+        self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], dtype: str = "float32", device: str = "cpu"
+    ) -> None:
         self.spec = spec
         self.dtype = check_dtype(dtype)
+        self.device = device
         self.stored = DTYPES[self.dtype]
-        self.weights = {name: enter(value, self.stored) for name, value in check_weights(spec, weights).items()}
-        self.lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads)
+        checked = check_weights(spec, weights)
+        with on(device):
+            self.weights = {name: enter(value, self.stored) for name, value in checked.items()}
+            self.lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads)
 
     def __call__(
         self,
@@ -56,7 +67,7 @@ class TorchAttention:
     ) -> Result:
         """Run the layer. Shapes as in the protocol; raises InputError for inputs that contradict the spec."""
         inputs = check_call(self.spec, x, positions, mask, static)
-        with torch.inference_mode():
+        with on(self.device), torch.inference_mode():
             output, live, stages = run(self.spec, self.weights, self.lyra, self.prepare(inputs, cache))
             traced = {name: leave(value) for name, value in stages.items()} if trace else {}
             return Result(leave(output), live, traced)
@@ -91,12 +102,14 @@ class TorchAttention:
         """Gradients of sum(cotangent * output); cotangent [B,T,E], the rest as in a call. Raises InputError."""
         check_differentiable(self.dtype)
         inputs = check_call(self.spec, x, positions, mask, static)
-        found = layer_gradients(self.spec, self.weights, self.lyra, inputs, check_cotangent(cotangent, inputs))
+        with on(self.device):
+            found = layer_gradients(self.spec, self.weights, self.lyra, inputs, check_cotangent(cotangent, inputs))
         return complete(found, static)
 
     def reorder(self, cache: object, rows: Sequence[int]) -> LiveCache:
         """A new cache whose row i is row rows[i] of `cache` (beam search). Raises InputError for a foreign cache."""
-        return self._own(cache).reorder([int(row) for row in rows])
+        with on(self.device):
+            return self._own(cache).reorder([int(row) for row in rows])
 
     def crop(self, cache: object, length: int) -> LiveCache:
         """A new cache with the first `length` tokens of `cache`, padding included. Raises InputError."""
@@ -118,6 +131,7 @@ class TorchBackend:
     """PyTorch. Implements `lyra.backends.protocol.ModelBackend` and `SequentialBackend`."""
 
     name = "torch"
+    device = "cpu"
     capabilities = frozenset(
         {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "inject"}
     )
@@ -126,18 +140,18 @@ class TorchBackend:
         self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
     ) -> TorchAttention:
         """One attention layer with its weights (Hugging Face names and layouts). Clause DTYPE. Raises InputError."""
-        return TorchAttention(spec, weights, dtype)
+        return TorchAttention(spec, weights, dtype, self.device)
 
     def sequential(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> TorchSequential:
         """One injected block with its weights (names as in `spec.weight_shapes()`). Raises InputError."""
         from .sequential import TorchSequential  # here, because it is made of a TorchAttention
 
-        return TorchSequential(spec, weights)
+        return TorchSequential(spec, weights, self.device)
 
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
         """A whole Gemma-3 from a folder with config.json and *.safetensors. Needs transformers.
 
-        `device` is the CPU if None. Raises ImportError for a transformers that does not fit, and what
+        `device` is the backend's own if None, which is the CPU unless it says otherwise. Raises ImportError for a transformers that does not fit, and what
         `TorchEngine.load` raises.
         """
         from .versions import check_transformers
@@ -145,4 +159,16 @@ class TorchBackend:
         check_transformers()
         from .model import TorchEngine
 
-        return TorchEngine.load(folder, dtype=dtype, device=device)
+        return TorchEngine.load(folder, dtype=dtype, device=device or self.device)
+
+
+class CudaBackend(TorchBackend):
+    """The same on a CUDA device: `lyra conform --backend lyra.backends.torch_impl:CudaBackend`."""
+
+    name = "torch-cuda"
+    device = "cuda"
+
+    def __init__(self) -> None:
+        """Raises ImportError where torch sees no such device."""
+        if not torch.cuda.is_available():
+            raise ImportError("backend 'torch-cuda': this torch sees no CUDA device; take the backend 'torch'")

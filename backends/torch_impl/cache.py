@@ -39,7 +39,7 @@ class LiveCache(NamedTuple):
 
     def contents(self) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
         """KV heads and head_dim, mask and positions: what `check_own_cache` asks for."""
-        return (self.k.shape[1], self.k.shape[3]), self.mask.numpy(), self.positions.numpy()
+        return (self.k.shape[1], self.k.shape[3]), self.mask.cpu().numpy(), self.positions.cpu().numpy()
 
 
 def live_tokens(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> LiveCache:

@@ -11,6 +11,7 @@ from lyra.backends.protocol import Gradients
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import CallInputs, StaticLayer
 
+from .dtype import leave
 from .heads import LyraHeads
 from .layer import Call, run
 from .static import place_static
@@ -41,7 +42,7 @@ def layer_gradients(
     output, _, _ = run(spec, learnt, lyra, Call(real, torch.tensor(inputs.positions), mask, prepared, None))
     leaves = [x, *learnt.values(), *kv]
     found = torch.autograd.grad(output, leaves, torch.tensor(cotangent), materialize_grads=True)
-    of_x, *rest = (gradient.numpy() for gradient in found)
+    of_x, *rest = (leave(gradient) for gradient in found)
     of_k, of_v = rest[len(learnt) :] or (None, None)
     return Gradients(of_x, dict(zip(learnt, rest, strict=False)), of_k, of_v)
 

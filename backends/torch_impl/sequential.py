@@ -12,8 +12,9 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer, check_block_call, check_own_cache, check_weights
 from lyra.spec.sequential import SequentialSpec
 
-from .backend import TorchAttention
+from .backend import TorchAttention, on
 from .cache import LiveCache
+from .dtype import leave
 from .heads import LyraHeads
 from .layer import Call, Weights, attend, output, projection, run
 from .norm import rms_norm
@@ -21,14 +22,15 @@ from .rope import cos_sin, inverse_frequencies, rotate
 
 
 class TorchSequential:
-    """One injected block in PyTorch, float32 on the CPU: an `Attention` whose x is h. Clause SEQUENTIAL."""
+    """One injected block in PyTorch, float32: an `Attention` whose x is h. Clause SEQUENTIAL."""
 
-    def __init__(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, spec: SequentialSpec, weights: Mapping[str, np.ndarray], device: str = "cpu") -> None:
         self.spec = spec
+        self.device = device
         checked = check_weights(spec, weights)
-        self.weights = {name: torch.tensor(value) for name, value in checked.items()}
+        self.weights = {name: torch.tensor(value, device=device) for name, value in checked.items()}
         self.attention = TorchAttention(
-            spec.attention, {name: checked[name] for name in spec.attention.weight_shapes()}
+            spec.attention, {name: checked[name] for name in spec.attention.weight_shapes()}, device=device
         )
         self.reorder = self.attention.reorder
         self.crop = self.attention.crop
@@ -48,13 +50,13 @@ class TorchSequential:
         Shapes as in the protocol; raises InputError for inputs that contradict the spec.
         """
         inputs = check_block_call(self.spec, x, positions, mask, static, cache)
-        with torch.inference_mode():
+        with on(self.device), torch.inference_mode():
             call = self.attention.prepare(inputs, cache)
             if self.spec.source == "own" and call.cache is not None:
                 check_own_cache(self.spec.attention, inputs, *call.cache.contents())
             output, live, stages = run_block(self.spec, self.weights, self.attention.lyra, call)
-            traced = {name: stages[name].numpy() for name in self.spec.trace_names()} if trace else {}
-            return Result(output.numpy(), live, traced)
+            traced = {name: leave(stages[name]) for name in self.spec.trace_names()} if trace else {}
+            return Result(leave(output), live, traced)
 
 
 def run_block(
