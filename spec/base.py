@@ -6,6 +6,8 @@ import json
 import os
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,14 +98,29 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name in the same folder and rename, so that no reader ever sees half a file."""
+@contextmanager
+def renamed_into(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, renamed to it in the end, so that no reader ever sees half a file.
+
+    A device, a pipe or a folder is never replaced. Raises OSError.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is there and is no file; give another name")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        yield Path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary name and rename. What is no file, such as /dev/stdout, is written to. Raises OSError."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    with renamed_into(path) as temporary:
+        temporary.write_bytes(data)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .base import renamed_into
 from .context import ContextLayer, StaticContext
 from .errors import ContextError
 from .fingerprint import Fingerprint
@@ -60,15 +60,8 @@ def write_context(context: StaticContext, path: str | os.PathLike[str]) -> None:
         "fingerprint": context.fingerprint.to_json(),
         "kv_heads": json.dumps(context.kv_heads),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with renamed_into(path) as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read_context(path: str | os.PathLike[str]) -> StaticContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from lyra.spec import (
     load_spec,
 )
 from lyra.spec.attention import STAGES, TRACES
+from lyra.spec.base import renamed_into, write_atomically
 from lyra.spec.clauses import clauses, parse, statements
 
 QUICK = settings(max_examples=150, deadline=None, database=None)
@@ -238,3 +240,28 @@ def test_the_spec_and_the_oracle_need_numpy_and_pydantic_only(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{len(statements())} (4, 5, 6, 7)\n"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "spec.json"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    with pytest.raises(TypeError):
+        write_atomically(path, "no bytes")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, b"through")
+    assert os.read(reader, 99) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
+    with pytest.raises(FileExistsError, match="is no file; give another name"), renamed_into(pipe):
+        pass
+    assert list(tmp_path.iterdir()) == [pipe]
