@@ -1,4 +1,4 @@
-"""PyTorch on a CUDA device: the suite's backend for it, and whole models. What needs the device is skipped without it."""
+"""PyTorch on a CUDA device: the suite's backend for it, and whole models. Skipped where there is none."""
 
 from __future__ import annotations
 

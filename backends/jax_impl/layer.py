@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from lyra.spec.attention import TRACES, AttentionSpec
 
@@ -120,8 +120,12 @@ def project(flow: Flow, layer: Layer, call: Call) -> Flow:
 
 
 def projection(x: Array, layer: Layer, name: str, heads: int) -> Array:
-    """x [B,T,E] through one projection and into heads [B,T,heads,D]. Clause ORDER-1."""
-    return _heads(_linear(x, layer.weights, name), heads)
+    """x [B,T,E] through one projection and into heads [B,T,heads,D]. Clause ORDER-1.
+
+    Every reader gets the same values: without the barrier XLA makes a reduction of a single token's product on a GPU,
+    and sums it again, in another order, wherever it is read (TOLERANCE-2).
+    """
+    return _heads(lax.optimization_barrier(_linear(x, layer.weights, name)), heads)
 
 
 def norm(flow: Flow, layer: Layer, call: Call) -> Flow:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def on(device: str) -> AbstractContextManager[object]:
-    """Tensors that are made within it are made on `device`. The CPU needs no such mode, which costs time at every call."""
+    """Within it tensors are made on `device`. The CPU needs no such mode, which costs time at every call."""
     return nullcontext() if device == "cpu" else torch.device(device)
 
 
@@ -151,7 +151,7 @@ class TorchBackend:
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
         """A whole Gemma-3 from a folder with config.json and *.safetensors. Needs transformers.
 
-        `device` is the backend's own if None, which is the CPU unless it says otherwise. Raises ImportError for a transformers that does not fit, and what
+        `device` is the backend's own if None. Raises ImportError for a transformers that does not fit, and what
         `TorchEngine.load` raises.
         """
         from .versions import check_transformers
