@@ -142,8 +142,9 @@ def _race(row: Race, workers: Workers, quick: bool) -> Result:
         what = f"{row.subject.name} / floor"
         findings.append(Finding(what, medians[row.subject.name] / seconds, "×", at_most=row.floor.at_most))
     result = Result(row.name, row.what, "race", findings, medians, len(found), floor, note=row.note)
-    if not result.met and row.subject.framework == "torch":
-        result = replace(result, profile=workers.ask("torch", "profile", number=0))
+    if not result.met:
+        framework = row.subject.framework
+        result = replace(result, profile=workers.ask(framework, "profile", number=0, framework=framework))
     return result
 
 

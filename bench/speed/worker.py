@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
-from .row import Counted, Work
+from .profiles import Shares, shares
+from .row import Counted, Framework, Work
 
 LONG = 2.0
 """Seconds of a run that is warmed up by one."""
@@ -51,18 +52,12 @@ class Worker:
             taken.append(time.perf_counter() - started)
         return taken
 
-    def profile(self, number: int) -> list[tuple[str, float]]:
-        """What share of a run's own time each PyTorch operation takes, the largest first."""
-        from torch.profiler import ProfilerActivity, profile
-
+    def profile(self, number: int, framework: Framework) -> Shares:
+        """What share of a run's own time each of the framework's operations takes, the largest first."""
         work = self.works[number]
         if work.before is not None:
             work.before()
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            work.run()
-        events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
-        total = sum(event.self_cpu_time_total for event in events)
-        return [(event.key, event.self_cpu_time_total / total) for event in events[:6]]
+        return shares(framework, work.run)
 
     def drop(self) -> None:
         """Forget all contestants and free their memory."""

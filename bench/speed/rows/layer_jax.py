@@ -1,0 +1,100 @@
+"""Rows of the same layer in JAX: against Hugging Face in PyTorch, against the PyTorch backend, and over what grows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ..row import Contestant, Line, Race, Rival, Sweep
+from .layer import LIVE, STATIC, floor, hugging_face
+from .layer import lyra as in_torch
+
+MODULE = "lyra.speed.contestants.layer_jax"
+
+
+def lyra(name: str = "Lyra, JAX", **options: Any) -> Contestant:
+    """Lyra's layer; `options` are those of its contestant."""
+    return Contestant(name, "jax", f"{MODULE}:lyra", {"static": STATIC, "live": LIVE, **options})
+
+
+DECODE = (
+    Race(
+        "jax-decode-batch-1",
+        f"decode step, 12B-shaped global layer, S = {STATIC:,}, {LIVE} live, batch 1, in JAX",
+        lyra(),
+        (Rival(hugging_face(), 2.2), Rival(in_torch())),
+        floor(at_most=1.7),
+        quick=True,
+    ),
+    *(
+        Race(
+            f"jax-decode-batch-{batch}",
+            f"the same, batch {batch}",
+            lyra(batch=batch),
+            (
+                Rival(hugging_face(batch=batch)),
+                Rival(in_torch(batch=batch), 1 / 1.5),
+                Rival(lyra("Lyra, JAX, a context in each row", batch=batch, contexts=batch)),
+            ),
+            floor(batch=batch),
+        )
+        for batch in (8, 16)
+    ),
+)
+
+LONG = Race(
+    "jax-decode-long",
+    "the same, S = 32,768, batch 1; cost per static token against that at S = 8,192",
+    lyra("Lyra, JAX, S = 32,768", static=4 * STATIC),
+    (
+        Rival(hugging_face("Hugging Face SDPA, S = 32,768", static=4 * STATIC)),
+        Rival(lyra("Lyra, JAX, S = 8,192"), 1 / 1.15, per=STATIC, own_per=4 * STATIC),
+    ),
+    floor(4 * STATIC),
+)
+
+PREFILL = tuple(
+    Race(
+        f"jax-prefill-{tokens}",
+        f"prefill of {tokens:,} live tokens against S = {STATIC:,}, the same layer in JAX",
+        lyra(live=tokens, tokens=tokens),
+        (
+            Rival(hugging_face(live=tokens, tokens=tokens), 1.4),
+            Rival(in_torch(live=tokens, tokens=tokens)),
+        ),
+        floor(live=tokens, tokens=tokens),
+        rounds=9,
+    )
+    for tokens in (128, 1024)
+)
+
+COSTS = (
+    Sweep(
+        "jax-cost-static",
+        "decode step in JAX, batch 1, over the context's length",
+        "static",
+        (512, 2048, 8192, 32768),
+        (Line(lyra()), Line(in_torch())),
+        lambda static: floor(static),
+    ),
+    Sweep(
+        "jax-cost-tokens",
+        "prefill in JAX against S = 8,192, over the live tokens of the call",
+        "tokens",
+        (1, 8, 64, 512),
+        (Line(lyra(live=512)), Line(in_torch(live=512))),
+        lambda tokens: floor(live=512, tokens=tokens),
+        rounds=3,
+    ),
+    Sweep(
+        "jax-cost-batch",
+        "decode step in JAX, S = 8,192, over the rows of the batch",
+        "batch",
+        (1, 2, 4, 8, 16),
+        (Line(lyra()), Line(in_torch())),
+        partial(floor, STATIC, LIVE),
+        rounds=3,
+    ),
+)
+
+ROWS = (*DECODE, LONG, *PREFILL, *COSTS)
