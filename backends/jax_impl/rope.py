@@ -28,10 +28,10 @@ def cos_sin(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
+def rotate(x: Array, cos: Array, sin: Array, axis: int = -1) -> Array:
     """Turn element i together with element i + D/2: x [..., D], cos and sin broadcast to [..., D/2]. Clause ROPE-1.
 
-    Computed in float32, rounded to x's type once.
+    `axis` is where D stands in all of them. Computed in float32, rounded to x's type once.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return store(jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1), x.dtype)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=axis)
+    return store(jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis), x.dtype)

@@ -71,8 +71,8 @@ def pad_context(static: PlacedStatic, parts: int = 1) -> PlacedStatic:
 
 
 def context_slots(slots: int) -> int:
-    """The slots that a context of a model is padded to: a multiple of 64, at most a quarter more beyond 256."""
-    step = max(SMALLEST_CONTEXT, 1 << max((slots - 1).bit_length() - 3, 0))
+    """The slots that a context of a model is padded to: a multiple of 64, at most a sixteenth more beyond 1,024."""
+    step = max(SMALLEST_CONTEXT, 1 << max((slots - 1).bit_length() - 5, 0))
     return max(1, -(-slots // step)) * step
 
 

@@ -81,10 +81,12 @@ class ShardingConfig:
         return jax.tree.map(place, cache)
 
     def place_slots(self, static: Slots) -> Slots:
-        """Static k and v [Bc,G,S,D], positions and mask [Bc,S] on their devices, each with some of the slots."""
+        """Static k and v [Bc,G,S,D], positions and mask [Bc,S], copied to their devices, some slots on each."""
         specs = (P(None, HEADS, CONTEXT), P(None, HEADS, CONTEXT), P(None, CONTEXT), P(None, CONTEXT))
         parts = zip(static, specs, strict=True)
-        return type(static)(*(jax.device_put(part, self._named(spec, part.shape)) for part, spec in parts))
+        return type(static)(
+            *(jax.device_put(part, self._named(spec, part.shape), may_alias=False) for part, spec in parts)
+        )
 
     def attend_slots(self, attend: Attend) -> Attend:
         """`partial_attention` of static slots where they lie, merged over the devices; itself without such an axis."""

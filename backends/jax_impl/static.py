@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,18 +59,34 @@ def place_static(
     return PlacedStatic(enter(static.k, dtype), enter(static.v, dtype), positions.astype(np.int32), mask)
 
 
-def rotate_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
-    """Rotate static keys from their stored values. Clause STORED-2."""
-    k = jnp.asarray(placed.k)
+def rotate_keys(k: Array, positions: Array, frequencies: Array | None) -> Array:
+    """Stored keys [Bc,G,S,D], turned to positions [Bc,S], as [Bc,G,D,S].
+
+    The axes are exchanged first: compiled, keys are then turned on their way to the new layout, without a copy between.
+    """
+    k = k.swapaxes(2, 3)
     if frequencies is not None:
-        cos, sin = cos_sin(jnp.asarray(placed.positions), frequencies)
-        k = rotate(k, cos[:, None], sin[:, None])
-    mask = None if placed.mask is None else jnp.asarray(placed.mask)
-    return StaticKV(k.swapaxes(2, 3), jnp.asarray(placed.v), mask)
+        cos, sin = (table.swapaxes(1, 2)[:, None] for table in cos_sin(positions, frequencies))
+        k = rotate(k, cos, sin, axis=2)
+    return k
 
 
-prepare_static = jax.jit(rotate_static)
-"""The same, compiled: what a whole model calls, once for a context."""
+_rotate_keys = jax.jit(rotate_keys)
+
+
+def rotate_static(
+    placed: PlacedStatic, frequencies: Array | None, turn: Callable[..., Array] = rotate_keys
+) -> StaticKV:
+    """Rotate static keys from their stored values. Clause STORED-2."""
+    k = turn(jnp.asarray(placed.k), jnp.asarray(placed.positions), frequencies)
+    return StaticKV(k, jnp.asarray(placed.v), None if placed.mask is None else jnp.asarray(placed.mask))
+
+
+def prepare_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
+    """The same for a whole model, once for a context: keys compiled, and values as they lie on their devices, since a
+    compiled function would copy them.
+    """
+    return rotate_static(placed, frequencies, _rotate_keys)
 
 
 def static_attention(
