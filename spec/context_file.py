@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .base import renamed_into
-from .context import ContextLayer, StaticContext
+from .context import ContextLayer, StaticContext, rotation_tables
 from .errors import ContextError
 from .fingerprint import Fingerprint
 from .storage import BFLOAT16, Int8, Values
@@ -36,6 +36,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 INT8_PARTS = ("scales", "blocks")
 """What stands beside the codes of an Int8, under its name and a point."""
+
+TOKENS_AT_ONCE = 1 << 10
+"""Tables are checked in pieces of so many tokens: a file is mapped, and its tables are not to be in memory twice."""
 
 TABLE_TOLERANCE = 1e-6
 """How far stored cosines and sines may be from those of the positions: other mathematics libraries round otherwise."""
@@ -156,12 +159,16 @@ def _kv_heads(metadata: Mapping[str, str]) -> dict[int, tuple[int, ...]]:
 
 
 def _check_tables(context: StaticContext, arrays: Mapping[str, np.ndarray]) -> None:
-    tables = context.rotation()
-    if tables is None:
+    attention = context.fingerprint.attention
+    if attention.rope is None:
         return
-    for name, expected in zip(("cos", "sin"), tables, strict=True):
-        found = arrays[name]
-        if found.shape != expected.shape:
-            raise ContextError(f"{name} has shape {found.shape}; expected {expected.shape}")
-        if not (np.abs(found - expected) <= TABLE_TOLERANCE).all():
-            raise ContextError(f"{name} is not that of the positions; the file is damaged")
+    shape = (*context.positions.shape, attention.head_dim)
+    for name in ("cos", "sin"):
+        if arrays[name].shape != shape:
+            raise ContextError(f"{name} has shape {arrays[name].shape}; expected {shape}")
+    for start in range(0, context.positions.shape[1], TOKENS_AT_ONCE):
+        some = slice(start, start + TOKENS_AT_ONCE)
+        tables = rotation_tables(context.positions[:, some], attention.rope, attention.head_dim)
+        for name, expected in zip(("cos", "sin"), tables, strict=True):
+            if not (np.abs(arrays[name][:, some] - expected) <= TABLE_TOLERANCE).all():
+                raise ContextError(f"{name} is not that of the positions; the file is damaged")

@@ -270,3 +270,28 @@ def test_heads_side_by_side_are_not_copied() -> None:
     assert not np.shares_memory(context.static_layer(1, (0, 3)).k, context.layers[1].k)
     assert isinstance(context.astype("int8").layers[1].k, Int8)
     assert isinstance(context.layers[1], ContextLayer)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_context_taken_in_by_blocks_is_the_same(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from lyra.backends.torch_impl import static
+    from lyra.spec.split import HeadSplit
+
+    context = make_context(40, batch=batch, kv_heads=(1, 3)).moved(5)
+    mask = context.mask.copy()
+    mask[0, [0, 3, 7, 39]] = False
+    layer = replace(context, mask=mask).static_layer(1, (1, 3))
+    spec = context.fingerprint.attention
+    spec = spec.replace(split=HeadSplit.from_kv_heads(spec, (1, 3)))
+    whole = static.prepare_static(spec, layer)
+    monkeypatch.setattr(static, "BLOCK", batch * 2 * DIM * 7)
+    found = static.prepare_static(spec, layer)
+    assert whole is not None
+    assert found is not None
+    assert found.k.stride() == whole.k.stride()
+    for one, other in zip(found[:4], whole[:4], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_array_equal(one.numpy(), other.numpy())
+    assert static.prepare_static(spec, layer._replace(mask=np.zeros_like(layer.mask))) is None
