@@ -69,3 +69,17 @@ def context_size(spec: ModelSpec, tokens: int, dtype: str = "float16") -> int:
     """
     heads = sum(len(spec.layer(layer).lyra_kv_heads) for layer in spec.global_layers)
     return calculate_kv_cache_size(1, heads, tokens, spec.attention.head_dim, 1, dtype)
+
+
+def stored_size(spec: ModelSpec, tokens: int, dtype: str = "float32") -> int:
+    """Bytes that the keys and values of such a context occupy as it is stored, `StaticContext.nbytes`.
+
+    Of int8 these are one byte each, four for the scale of each channel of the keys, once, and of each token of the
+    values, and four a token and layer for the blocks of keys and of values (clause STORED-4).
+    """
+    codes = context_size(spec, tokens, dtype)
+    if dtype != "int8":
+        return codes
+    heads = [len(spec.layer(layer).lyra_kv_heads) for layer in spec.global_layers]
+    scales = sum(heads) * (spec.attention.head_dim + tokens)
+    return codes + 4 * scales + 4 * 2 * tokens * sum(count > 0 for count in heads)

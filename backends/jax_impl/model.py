@@ -196,7 +196,7 @@ class JaxEngine:
         kv: StaticKV = prepare_static(
             sharding.place_slots(pad_context(placed, sharding.size(CONTEXT))), inverse_frequencies(spec)
         )
-        return kv
+        return jax.block_until_ready(kv)  # before the next layer: what is on its way is in memory twice
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         tokens = check_tokens(ids, mask, self.spec.vocab_size)

@@ -1,0 +1,47 @@
+"""Rows of what contexts cost: bytes by preset, nats in fewer bits, memory while attached."""
+
+from __future__ import annotations
+
+from ..row import Count, Framework
+
+BYTES = "lyra.speed.contestants.context_bytes"
+MEMORY = "lyra.speed.contestants.context_memory"
+BACKENDS: dict[Framework, str] = {"torch": "PyTorch", "jax": "JAX"}
+
+ROWS = (
+    Count(
+        "context-bytes",
+        "bytes of a context of S tokens that half of the heads of every global layer read, beside those of the same "
+        "tokens in an ordinary cache",
+        "torch",
+        f"{BYTES}:preset_bytes",
+        {"dtype": "bfloat16"},
+        note="Hugging Face's cache keeps W − 1 tokens in layers with a window W; a full cache keeps all tokens in all "
+        "layers. Where a model has one KV head (270M, 1B), half of its query heads read all of it. The 12B has a "
+        "global layer in every six, so half of the KV heads make 1/12; 34 and 62 layers (4B, 27B) hold 5 and 10.",
+    ),
+    Count(
+        "context-loss",
+        "what a context of 512 tokens loses in fewer bits: mean NLL per token of six documents on the real 270M, the "
+        "loss against float32 and the mean size of a token's change, in nats",
+        "torch",
+        f"{BYTES}:storage_loss",
+        {"model": "gemma-3-270m"},
+        note="int8 has one scale for each channel of the keys and one for each token of the values. The last kind has "
+        "one for each token of the keys too, which their outlier channels then decide. Both backends read one file.",
+    ),
+    *(
+        Count(
+            f"context-memory-{backend}",
+            "what a context of 8,192 tokens adds to a process's memory: 8 global layers of the 12B's shape, 4 KV heads "
+            f"held, {name}",
+            backend,
+            f"{MEMORY}:attached",
+            {"backend": backend, "slots": 8192, "cases": [("float32", 1), ("float32", 8), ("int8", 1)]},
+            note="In shares of the bytes attended over, the float32 keys and values. The file is mapped: its pages are "
+            "the system's and do not count. A context in fewer bits is widened layer by layer, so that one of eight "
+            "layers comes to the peak of attaching.",
+        )
+        for backend, name in BACKENDS.items()
+    ),
+)
