@@ -24,9 +24,10 @@ def hugging_face(tokens: int, chunk: int | None = None) -> Work:
     import torch
     from transformers import DynamicCache
 
-    model = lyra.load("gemma-3-270m")
-    decoder = model.module.model
-    ids = torch.from_numpy(text_ids(model, tokens))[None]
+    from .model_torch import weights
+
+    decoder = weights().model
+    ids = torch.from_numpy(text_ids(lyra.load("gemma-3-270m"), tokens))[None]
 
     @torch.inference_mode()
     def run() -> None:

@@ -85,7 +85,7 @@ def measure(backend: str, folder: str, path: str, batch: int) -> dict[str, float
     loaded = _held()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     attach()
-    peak = _status()["VmHWM"]
+    peak = status()["VmHWM"]
     after = _held()
     model.engine.generate(ids, max_new_tokens=2)
     read = _held()["RssAnon"]
@@ -97,16 +97,16 @@ def measure(backend: str, folder: str, path: str, batch: int) -> dict[str, float
     }
 
 
-def _held() -> dict[str, int]:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return _status()
-
-
-def _status() -> dict[str, int]:
+def status() -> dict[str, int]:
     """This process's memory in bytes: VmRSS, its part that is no mapped file, RssAnon, and the largest VmRSS, VmHWM."""
     lines = (line.partition(":") for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     return {name: int(value.split()[0]) * 1024 for name, _, value in lines if value.endswith(" kB")}
+
+
+def _held() -> dict[str, int]:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return status()
 
 
 def _child(backend: str, path: Path, batch: int) -> dict[str, float]:

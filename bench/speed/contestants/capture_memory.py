@@ -1,0 +1,53 @@
+"""What capturing adds to a process's memory at its peak, by the length of the text, in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lyra
+
+from ..row import Counted, Finding
+from .capture import text_ids
+from .context_memory import status
+
+MOST = 4.0
+
+
+def peaks(backend: str, chunk: int, lengths: list[int]) -> Counted:
+    """The peak of capturing texts of these lengths from the 270M, and what a further token adds to it."""
+    words = [sys.executable, "-P", "-m", __name__, backend, str(chunk), *map(str, lengths)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    growth = (found["peaks"][-1] - found["peaks"][0]) / (lengths[-1] - lengths[0])
+    named = [
+        Finding(f"S = {one:,}: added at the peak", peak, "bytes")
+        for one, peak in zip(lengths, found["peaks"], strict=True)
+    ]
+    what = "what a further token adds / its keys and values in the context"
+    return Counted([*named, Finding(what, growth / found["token"], "×", at_most=MOST)])
+
+
+def measure(backend: str, chunk: int, lengths: list[int]) -> dict[str, object]:
+    """The peaks in bytes beyond what was there before, and the bytes of a token's keys and values in the context.
+
+    Every length has been captured once before, so that nothing is compiled meanwhile.
+    """
+    model = lyra.load("gemma-3-270m", backend=backend)
+    ids = text_ids(model, max(lengths))
+    added, token = [], 0
+    for length in lengths:
+        token = model.capture(ids[:length], chunk_size=chunk).nbytes // length
+        gc.collect()
+        before = status()["VmRSS"]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        model.capture(ids[:length], chunk_size=chunk)
+        added.append(status()["VmHWM"] - before)
+    return {"peaks": added, "token": token}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), [int(one) for one in sys.argv[3:]])))
