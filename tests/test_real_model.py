@@ -106,3 +106,15 @@ def check_close_call(model: lyra.Model, ids: list[int]) -> None:
     """The two most likely tokens after ids are within the tolerance of each other."""
     last = np.sort(model.logits(ids)[-1])
     assert last[-1] - last[-2] < 2 * TOLERANCE * np.abs(last).max()
+
+
+def test_a_context_in_fewer_bits_loses_next_to_nothing(model: lyra.Model, ids: np.ndarray) -> None:
+    """The text again and the next tokens: float32's likelihood within a few hundredths of a nat a token."""
+    context = model.capture(ids[:CONTEXT])
+    live = ids[[0, *range(CONTEXT // 2, CONTEXT + 100)]]
+    model.attach(context)
+    exact = model.score(live).nll
+    for dtype, most in (("bfloat16", 0.01), ("int8", 0.02)):
+        model.attach(context.astype(dtype))
+        changed = np.abs(model.score(live).nll - exact).mean()
+        assert 0 < changed < most, dtype

@@ -295,3 +295,15 @@ def test_a_context_taken_in_by_blocks_is_the_same(batch: int, monkeypatch: pytes
         if one is not None:
             np.testing.assert_array_equal(one.numpy(), other.numpy())
     assert static.prepare_static(spec, layer._replace(mask=np.zeros_like(layer.mask))) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", *NARROW])
+def test_the_size_of_a_context_is_known_before_there_is_one(dtype: str) -> None:
+    from lyra.spec import HeadSplit, ModelSpec
+    from lyra.studies.cache import stored_size
+
+    context = make_context(40, kv_heads=(2, 3)).astype(dtype)
+    attention = context.fingerprint.attention
+    attention = attention.replace(split=HeadSplit.last_kv(attention, 2))
+    small = ModelSpec("small", vocab_size=9, intermediate_size=8, pattern=("global", "global"), attention=attention)
+    assert stored_size(small, 40, dtype) == context.nbytes
