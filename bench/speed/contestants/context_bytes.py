@@ -24,7 +24,9 @@ LENGTHS = (512, 2048, 8192, 32768, 131072)
 DOCUMENTS = ("types", "formatstrings", "string-methods", "typesseq", "debugger", "attribute-access")
 CONTEXT, NEXT, AGAIN = 512, 256, 255
 BACKENDS = ("torch", "jax")
-COLUMNS = ("the next 256 tokens", "the same text again")
+COLUMNS = ("next 256 tokens", "same text again")
+Scores = dict[tuple[str, str, int], list[np.ndarray]]
+"""Negative log-likelihoods of every document's tokens, by what is stored, backend and column."""
 
 
 def preset_bytes(dtype: str) -> Counted:
@@ -55,12 +57,12 @@ def preset_bytes(dtype: str) -> Counted:
 
 def storage_loss(model: str) -> Counted:
     """Mean NLL of six documents under contexts of their first 512 tokens, by what these are stored as, on both
-    backends, which read the same files; half of the query heads of every global layer read them, then all.
+    backends, which read the same files. The last half of the query heads of every global layer reads them.
     """
     loaded = {backend: lyra.load(model, backend=backend) for backend in BACKENDS}
     texts = loaded["torch"].text
     assert texts is not None
-    nll: dict[tuple[str, str, int, int], list[np.ndarray]] = {}
+    nll: Scores = {}
     nbytes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in DOCUMENTS:
@@ -73,11 +75,10 @@ def storage_loss(model: str) -> Counted:
                 nbytes[kind] = narrow.nbytes
                 narrow.save(path)
                 for backend, one in loaded.items():
-                    for heads in (one.spec.num_attention_heads // 2, one.spec.num_attention_heads):
-                        one.attach(path, HeadSplit.last_q(one.spec, heads))
-                        for column, scored in enumerate(live):
-                            found = one.score([ids[0], *scored]).nll[-len(scored) :]
-                            nll.setdefault((kind, backend, heads, column), []).append(found)
+                    one.attach(path, HeadSplit.half(one.spec))
+                    for column, scored in enumerate(live):
+                        found = one.score([ids[0], *scored]).nll[-len(scored) :]
+                        nll.setdefault((kind, backend, column), []).append(found)
                     one.detach()
     return _losses(nll, nbytes)
 
@@ -104,25 +105,26 @@ BOUNDED = {"bfloat16", "int8"}
 MOST_NATS = 0.01
 
 
-def _losses(nll: dict[tuple[str, str, int, int], list[np.ndarray]], nbytes: dict[str, int]) -> Counted:
+def _losses(nll: Scores, nbytes: dict[str, int]) -> Counted:
     """What each way of storing loses against float32, on the mean and by token, and the table of all."""
     findings = []
-    rows = [
-        ["stored as", "bytes", "backend", "heads", *(f"{one}: NLL, loss, mean size of a change" for one in COLUMNS)]
-    ]
-    for kind in nbytes:
-        worst = 0.0
-        for backend, heads in sorted({(key[1], key[2]) for key in nll if key[0] == kind}, reverse=True):
+    parts = ("NLL", "loss", "a token's change")
+    rows = [["stored as", "bytes", "backend", *(f"{column}: {part}" for column in COLUMNS for part in parts)]]
+    for kind, size_of in nbytes.items():
+        losses = []
+        for backend in BACKENDS:
             cells = []
             for column in range(len(COLUMNS)):
-                found, exact = (nll[one, backend, heads, column] for one in (kind, "float32"))
-                loss = float(np.mean([a.mean() - b.mean() for a, b in zip(found, exact, strict=True)]))
-                change = float(np.mean([np.abs(a - b).mean() for a, b in zip(found, exact, strict=True)]))
-                worst = max(worst, abs(loss))
-                cells.append(f"{np.mean([one.mean() for one in found]):.4f}, {loss:+.4f}, {change:.4f}")
-            rows.append([kind, f"{nbytes[kind] / nbytes['float32']:.1%}", backend, str(heads), *cells])
+                pairs = list(zip(*(nll[one, backend, column] for one in (kind, "float32")), strict=True))
+                value = np.mean([found.mean() for found, _ in pairs])
+                losses.append(float(np.mean([found.mean() - exact.mean() for found, exact in pairs])))
+                change = np.mean([np.abs(found - exact).mean() for found, exact in pairs])
+                cells += [f"{value:.4f}", f"{losses[-1]:+.4f}", f"{change:.4f}"]
+            rows.append([kind, f"{size_of / nbytes['float32']:.1%}", backend, *cells])
         if kind != "float32":
             bound = MOST_NATS if kind in BOUNDED else None
-            findings.append(Finding(f"{kind}: largest change of a mean NLL", worst, "nats", at_most=bound))
-            findings.append(Finding(f"{kind}: bytes / those of float32", nbytes[kind] / nbytes["float32"], "×"))
+            findings.append(
+                Finding(f"{kind}: largest change of a mean NLL", max(map(abs, losses)), "nats", at_most=bound)
+            )
+            findings.append(Finding(f"{kind}: bytes / those of float32", size_of / nbytes["float32"], "×"))
     return Counted(findings, rows)

@@ -37,7 +37,7 @@ MEMORY = tuple(
         f"what capturing from the 270M in chunks of {CHUNK} adds to a process's memory at its peak, {name}",
         backend,
         "lyra.speed.contestants.capture_memory:peaks",
-        {"backend": backend, "chunk": CHUNK, "lengths": [2048, 6144]},
+        {"backend": backend, "chunk": CHUNK, "lengths": [1024, 4096]},
         note="Activations are those of one chunk. What grows with the text are its keys and values: in the cache that "
         "the chunks share, in the pieces that are kept, and in the context that these are joined to; and a mask.",
     )
