@@ -144,7 +144,7 @@ def _race(row: Race, workers: Workers, quick: bool) -> Result:
     result = Result(row.name, row.what, "race", findings, medians, len(found), floor, note=row.note)
     if not result.met:
         framework = row.subject.framework
-        result = replace(result, profile=workers.ask(framework, "profile", number=0, framework=framework))
+        result = replace(result, profile=workers.ask(framework, "profile", number=0, profiled=framework))
     return result
 
 

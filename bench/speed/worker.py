@@ -52,12 +52,12 @@ class Worker:
             taken.append(time.perf_counter() - started)
         return taken
 
-    def profile(self, number: int, framework: Framework) -> Shares:
+    def profile(self, number: int, profiled: Framework) -> Shares:
         """What share of a run's own time each of the framework's operations takes, the largest first."""
         work = self.works[number]
         if work.before is not None:
             work.before()
-        return shares(framework, work.run)
+        return shares(profiled, work.run)
 
     def drop(self) -> None:
         """Forget all contestants and free their memory."""
