@@ -13,13 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lyra.backends.jax_impl.cache import LiveCache, bucket
+from lyra.backends.jax_impl.cache import LiveCache, bucket, live_keys
 from lyra.backends.jax_impl.grouped import GroupedQueryAttention
+from lyra.backends.jax_impl.layer import (
+    Call,
+    Flow,
+    Layer,
+    attend_to,
+    constants_of,
+    output,
+    project,
+    rope,
+    shape_of,
+)
 from lyra.spec.attention import AttentionSpec
 from lyra.speed.row import Work
 
 from .jax_lm import LanguageModel
 from .language_model import LMSpec
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def prefill(spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
@@ -37,6 +50,28 @@ def decode(spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
     x = _random(batch, 1, layer.spec.hidden_size)
     cache = full_cache(layer.spec, batch, tokens)
     return Work(_steps(layer, x, cache, lambda layer, x, cache: layer(x, cache=cache), tokens))
+
+
+def repeated_decode(spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
+    """The step of `decode` with the keys and values of the cache repeated for every query head, as repeat_kv does."""
+    layer = GroupedQueryAttention.from_spec(AttentionSpec.from_dict(spec), rngs=nnx.Rngs(0))
+    own = layer.spec
+    wide = shape_of(own.replace(num_key_value_heads=own.num_attention_heads))
+    times = own.num_attention_heads // own.num_key_value_heads
+    positions, mask = jnp.full((batch, 1), tokens - 1, jnp.int32), jnp.ones((batch, 1), bool)
+
+    def step(module: GroupedQueryAttention, x: jax.Array, cache: LiveCache) -> tuple[jax.Array, LiveCache]:
+        weights = {f"{name}.weight": getattr(module, name).weight[...] for name in PROJECTIONS}
+        narrow, call = Layer(weights, constants_of(own), shape_of(own)), Call(positions, mask, None, cache)
+        flow = rope(project(Flow(cache, {"x": x}), narrow, call), narrow, call)
+        live, grown = cache.append(live_keys(flow.values["k"], flow.values["v"], mask, positions))
+        keys, values = (jnp.repeat(part, times, axis=1) for part in (live.keys, live.values))
+        many = narrow._replace(shape=wide)
+        flow = attend_to(live._replace(keys=keys, values=values), flow, many, call)
+        return output(flow, many, call).values["output"], grown
+
+    x = _random(batch, 1, own.hidden_size)
+    return Work(_steps(layer, x, full_cache(own, batch, tokens), step, tokens))
 
 
 def model_decode(spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
@@ -59,7 +94,7 @@ def full_cache(spec: AttentionSpec, batch: int, tokens: int) -> LiveCache:
     )
 
 
-def _steps(module: Any, x: Any, caches: Any, call: Callable[..., Any], tokens: int) -> Callable[[], None]:
+def _steps(module: Any, x: Any, caches: Any, call: Callable[..., Any], tokens: int) -> Callable[[], jax.Array]:
     """A function that runs one compiled step on the caches, which are then as long as before."""
     graph, weights = nnx.split(module)
     held = [caches]
@@ -73,9 +108,10 @@ def _steps(module: Any, x: Any, caches: Any, call: Callable[..., Any], tokens: i
 
     compiled = jax.jit(step, donate_argnums=2)
 
-    def run() -> None:
+    def run() -> jax.Array:
         output, held[0] = compiled(weights, x, held[0])
-        jax.block_until_ready(output)
+        ready: jax.Array = jax.block_until_ready(output)
+        return ready
 
     return run
 

@@ -15,7 +15,6 @@ from lyra.speed.workers import Workers
 from .cache import calculate_kv_cache_size
 from .language_model import LMSpec
 from .parameters import kind, projections
-from .training import LEARNERS
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -92,6 +91,33 @@ def measure(
     return rows
 
 
+def repeating(
+    spec: AttentionSpec,
+    kv_heads: Sequence[int],
+    load: Load,
+    backends: Sequence[str],
+    workers: Workers,
+    rounds: int = 9,
+) -> list[dict[str, Any]]:
+    """What a decode step costs more, where keys and values are first repeated for every query head: a row for each
+    backend and number of KV heads but MHA's. slower is the median of the ratios of rounds, with quartiles.
+    """
+    rows = []
+    for backend in backends:
+        for heads in (one for one in kv_heads if one < spec.num_attention_heads):
+            one = spec.replace(num_key_value_heads=heads)
+            listed = [_contestant(backend, what, one.to_dict(), load) for what in ("repeated_decode", "decode")]
+            found = alternate(listed, rounds, workers)
+            workers.drop()
+            repeated, own = (list(column) for column in zip(*found, strict=True))
+            middle, low, high = ratio(own, repeated)
+            name = kind(spec.num_attention_heads, heads)
+            rows.append(
+                {"backend": backend, "kind": name, "kv_heads": heads, "slower": middle, "low": low, "high": high}
+            )
+    return rows
+
+
 def model_steps(
     spec: LMSpec, kv_heads: Sequence[int], load: Load, backend: str, workers: Workers, rounds: int = 9
 ) -> list[dict[str, float]]:
@@ -104,10 +130,7 @@ def in_turns(
     backend: str, what: str, specs: Sequence[dict[str, Any]], load: Load, workers: Workers, rounds: int
 ) -> list[dict[str, float]]:
     """Time one function of the backend's module for every spec, in turns."""
-    make = f"lyra.studies.{LEARNERS[backend].removesuffix('_lm')}_speed:{what}"
-    options = {"batch": load.batch, "tokens": load.tokens}
-    framework: Any = backend
-    contestants = [Contestant(str(n), framework, make, {**options, "spec": one}) for n, one in enumerate(specs)]
+    contestants = [_contestant(backend, what, one, load) for one in specs]
     times = [list(column) for column in zip(*alternate(contestants, rounds, workers), strict=True)]
     workers.drop()
     found = []
@@ -115,3 +138,10 @@ def in_turns(
         middle, low, high = ratio(own, times[0])
         found.append({"seconds": median(own), "faster": middle, "low": low, "high": high})
     return found
+
+
+def _contestant(backend: str, what: str, spec: Mapping[str, Any], load: Load) -> Contestant:
+    """One function of the backend's module, as a contestant."""
+    framework: Any = backend
+    make = f"lyra.studies.{backend}_speed:{what}"
+    return Contestant(what, framework, make, {"batch": load.batch, "tokens": load.tokens, "spec": spec})

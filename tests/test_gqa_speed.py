@@ -62,7 +62,7 @@ def test_every_kind_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 < rows[1]["floor_faster"] < rows[2]["floor_faster"]
 
 
-@pytest.mark.parametrize("what", ["prefill", "decode", "model_decode"])
+@pytest.mark.parametrize("what", ["prefill", "decode", "repeated_decode", "model_decode"])
 def test_both_backends_do_the_work(backend: str, what: str) -> None:
     """Each function of both modules runs, more than once, on a cache that is as long afterwards."""
     sizes = LMSpec(vocab_size=16, num_kv_heads=1, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2)
@@ -71,6 +71,15 @@ def test_both_backends_do_the_work(backend: str, what: str) -> None:
     work: Work = getattr(module, what)(spec, batch=2, tokens=16)
     for _ in range(3):
         work.run()
+
+
+def test_repeating_changes_the_time_and_nothing_else(backend: str) -> None:
+    module = importlib.import_module(f"lyra.studies.{backend}_speed")
+    own, repeated = (
+        np.asarray(make(SPEC.to_dict(), batch=2, tokens=16).run()) for make in (module.decode, module.repeated_decode)
+    )
+    np.testing.assert_allclose(repeated, own, atol=1e-6)
+    assert own.std() > 0.05
 
 
 def test_a_decode_step_sees_the_whole_cache(backend: str) -> None:
@@ -88,11 +97,14 @@ def test_the_command_measures_and_draws(tmp_path: Path) -> None:
     asked = ["gqa", "speed", "--backend", "torch", "--threads", "1", *sizes, *paths]
     done = CliRunner().invoke(application(), asked)
     assert done.exit_code == 0, done.output
-    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    data = json.loads((tmp_path / "s.json").read_text())
+    rows = data["rows"]
     assert [(row["phase"], row["kind"]) for row in rows] == [
         ("decode", "MHA"), ("decode", "MQA"), ("prefill", "MHA"), ("prefill", "MQA"),
     ]  # fmt: skip
     assert all(row["seconds"] > row["floor"] > 0 for row in rows)
+    assert [row["kind"] for row in data["repeated"]] == ["MQA"]
+    assert data["repeated"][0]["slower"] > 0
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,7 +14,7 @@ from lyra.speed.show import duration
 from lyra.speed.workers import Workers
 from lyra.studies.figures import save
 from lyra.studies.parameters import groupings
-from lyra.studies.speed import Load, Phase, measure
+from lyra.studies.speed import Load, Phase, measure, repeating
 from lyra.studies.speed_figures import speed_figure
 
 from ..options import JsonPath, numbers
@@ -53,6 +53,7 @@ def speed(
     loads: dict[Phase, Load] = {"decode": Load(batch, tokens), "prefill": Load(1, prompt)}
     with Workers(threads or CORES) as workers, progress_bar("Measuring") as move:
         rows = measure(spec, chosen, loads, backends, workers, rounds, move)
+        repeated = repeating(spec, chosen, loads["decode"], backends, workers, rounds)
     data = {
         "hidden_size": width,
         "heads": heads,
@@ -61,23 +62,26 @@ def speed(
         "tokens": tokens,
         "prompt": prompt,
         "rows": rows,
+        "repeated": repeated,
     }
     if plot is not None:
         save(speed_figure(f"one layer of {heads} heads, width {width}: speed against MHA", rows), plot)
     layer = f"one layer, width {width:,}, {heads} query heads of {spec.head_dim}, float32"
     titles = {"decode": f"{batch} rows of {tokens:,} tokens", "prefill": f"one row of {prompt:,} tokens"}
     tables = [
-        _table(f"{phase.capitalize()}: {titles[phase]}; {layer}", [row for row in rows if row["phase"] == phase])
+        _table(f"{phase.capitalize()}: {titles[phase]}\n{layer}", [row for row in rows if row["phase"] == phase])
         for phase in loads
     ]
+    tables.append(_repeated_table(repeated))
     show(data, json_path, *tables, _work_table([row for row in rows if row["backend"] == backends[0]]))
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("", style="bold")
-    for column in ("time", "faster", "quartiles", "floor", "time / floor", "floor alone"):
-        table.add_column(column, justify="right")
+    table.add_column("", style="bold", no_wrap=True)
+    for column in ("time", "faster", "quartiles", "floor", "floors", "alone"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.caption, table.caption_justify = "floors: the time in floors; alone: how much faster the floor is", "left"
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(
             f"{row['backend']}, {row['kind']}",
@@ -89,6 +93,17 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['floor_faster']:.2f}×",
             end_section=following is None or following["backend"] != row["backend"],
         )
+    return table
+
+
+def _repeated_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Decode with repeated keys and values", title_justify="left")
+    table.add_column("", style="bold")
+    for column in ("slower", "quartiles"):
+        table.add_column(column, justify="right", min_width=12)
+    for row in rows:
+        spread = f"{row['low']:.2f}–{row['high']:.2f}"
+        table.add_row(f"{row['backend']}, {row['kind']}", f"{row['slower']:.2f}×", spread)
     return table
 
 
