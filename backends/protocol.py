@@ -31,6 +31,8 @@ __all__ = [
     "CapturedLayer",
     "DifferentiableAttention",
     "Engine",
+    "GatedEngine",
+    "GatedText",
     "Gradients",
     "MeshBackend",
     "ModelBackend",
@@ -58,6 +60,7 @@ CAPABILITIES = {
     "sequential": "SequentialBackend.sequential: an injected attention block after self-attention",
     "mesh": "MeshBackend.load spreads a whole model over the devices of a mesh",
     "inject": "its engines are SequentialEngines: whole models with injected blocks",
+    "gates": "its engines are GatedEngines: a text behind a context, scored under gates of heads",
 }
 
 
@@ -275,6 +278,34 @@ class SequentialEngine(Engine, Protocol):
 
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Change the gates of injected blocks, by layer; raises InputError for a layer without one."""
+        ...
+
+
+class GatedText(Protocol):
+    """A text behind a context, of whose L layers every query head has a gate.
+
+    A gate g blends what the head gives with the context and without it, g·with + (1 − g)·without: 1 is a Lyra head of
+    the default modes (live "causal", positions "continue"), 0 a vanilla head. Layers are in ascending order.
+    """
+
+    def nll(self, gates: np.ndarray) -> np.ndarray:
+        """Mean NLL in nats of the scored tokens, float64 [C], for each of C candidates, gates [C,L,Hq]."""
+        ...
+
+    def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
+        """The mean NLL under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq]."""
+        ...
+
+
+@runtime_checkable
+class GatedEngine(Engine, Protocol):
+    """What an engine is whose backend has the capability "gates"."""
+
+    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> GatedText:
+        """Ids [1,T], of which the last `scored` are scored, behind a context that holds all KV heads of its layers.
+
+        Raises InputError while a context is attached, and for what does not fit.
+        """
         ...
 
 

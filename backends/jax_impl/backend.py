@@ -152,7 +152,7 @@ class JaxBackend:
 
     name = "jax"
     capabilities = frozenset(
-        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "mesh", "inject"}
+        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "mesh", "inject", "gates"}
     )
 
     def attention(

@@ -36,11 +36,15 @@ LEAST_ROOM = 512
 
 
 class Attached(NamedTuple):
-    """What a context changes in one layer; every field may be None (no context, every head causal, no Lyra heads)."""
+    """What a context changes in one layer; every field may be None (no context, every head causal, no Lyra heads).
+
+    gates float32 [B,Hq] say how far Lyra heads are such; None means entirely.
+    """
 
     static: StaticKV | None
     rule: LiveRule | None
     split: SplitArrays | None
+    gates: Array | None = None
 
 
 class ModelCache(NamedTuple):
@@ -119,7 +123,7 @@ class Attention(nnx.Module):
         constants = constants_of(self.spec)
         if attached is not None:
             constants = constants._replace(rule=attached.rule, split=attached.split)
-            call = call._replace(static=attached.static)
+            call = call._replace(static=attached.static, gates=attached.gates)
         output, cache, trace = run_layer(x, Layer(self.weights(), constants, self.shape), call)
         return output, cache, Captured(trace.get("k_norm", trace["k_proj"]), trace["v_proj"])
 

@@ -75,3 +75,10 @@ def spread_readers(partial: Partial, split: SplitArrays, tokens: int) -> Partial
     lyra = jnp.repeat(split.lyra, tokens).reshape(1, kv_heads, -1, 1)
     out, maximum, total = (jnp.take(part, split.slots, axis=1, mode="clip") for part in partial)
     return Partial(jnp.where(lyra, out, 0.0), jnp.where(lyra, maximum, -jnp.inf), jnp.where(lyra, total, 0.0))
+
+
+def blend(without: Array, with_context: Array, gates: Array) -> Array:
+    """Folded heads [B,Hkv,R·T,D] without and with a context, by gates [B,Hq] from 0 to 1, both ends exactly."""
+    batch, kv_heads, queries, _ = without.shape
+    share = jnp.repeat(gates, queries * kv_heads // gates.shape[1], axis=1).reshape(batch, kv_heads, queries, 1)
+    return share * with_context + (1 - share) * without

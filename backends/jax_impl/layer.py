@@ -20,7 +20,7 @@ from lyra.spec.attention import TRACES, AttentionSpec
 
 from .cache import LiveCache, LiveKeys, live_keys
 from .dtype import constant, store
-from .heads import SplitArrays, fold, fold_visible, split_arrays, unfold
+from .heads import SplitArrays, blend, fold, fold_visible, split_arrays, unfold
 from .norm import rms_norm
 from .partial import HIGHEST, finish, merge, partial_attention
 from .rolling import RollingCache
@@ -60,7 +60,7 @@ class Call(NamedTuple):
     """What one call brings: positions [B,T] int32, mask [B,T] bool, static keys or None, a cache with room for T.
 
     A RollingCache serves sliding-window layers only. `first` says that the cache is known to be empty, so that the
-    tokens of the call need to look at each other only.
+    tokens of the call need to look at each other only. `gates` float32 [B,Hq] blend heads with and without static keys.
     """
 
     positions: Array
@@ -68,6 +68,7 @@ class Call(NamedTuple):
     static: StaticKV | None
     cache: Cache
     first: bool = False
+    gates: Array | None = None
 
 
 class Flow(NamedTuple):
@@ -161,13 +162,17 @@ def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
     visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
     query = fold(flow.values["q"], shape.kv_heads)
     partial = partial_attention(query, live.keys, live.values, visible, constants.scale, constants.softcap)
+    without = partial
     if call.static is not None and constants.split is not None:
         tokens = call.mask.shape[1]
         static = static_attention(
             query, call.static, constants.split, tokens, constants.scale, constants.softcap, shape.sharding
         )
         partial = merge(partial, static)
-    heads = store(finish(partial), flow.values["q"].dtype)
+    heads = finish(partial)
+    if call.gates is not None:
+        heads = blend(finish(without), heads, call.gates)
+    heads = store(heads, flow.values["q"].dtype)
     return flow.add(heads=unfold(heads, shape.query_heads))
 
 

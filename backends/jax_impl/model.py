@@ -22,6 +22,7 @@ from . import forward
 from .capture import capture
 from .dtype import DTYPES
 from .forward import Graph, split_module
+from .gates import GatedText
 from .gemma3 import Attached, Gemma3
 from .generate import generate
 from .heads import split_arrays
@@ -171,6 +172,12 @@ class JaxEngine:
     def detach(self) -> None:
         """Back to the unmodified model, bit for bit."""
         self._attached = {}
+
+    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> GatedText:
+        """Ids [1,T], whose last `scored` are scored, behind a context, under gates of heads. Raises InputError."""
+        if self._attached:
+            raise InputError("gated: a context is attached; gates take the plain model, so detach first")
+        return GatedText(split_module(self.module), self._tokens(ids, None), scored, static)
 
     def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
         """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""

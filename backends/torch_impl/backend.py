@@ -133,7 +133,7 @@ class TorchBackend:
     name = "torch"
     device = "cpu"
     capabilities = frozenset(
-        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "inject"}
+        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "inject", "gates"}
     )
 
     def attention(

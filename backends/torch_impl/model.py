@@ -20,6 +20,7 @@ from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from .capture import capture
+from .gates import GatedText
 from .generate import generate
 from .injector import GemmaInjector
 from .loading import load_module
@@ -141,6 +142,12 @@ class TorchEngine:
         """Put Hugging Face's own modules back: bit for bit the model that was loaded."""
         self.injector.detach()
         self.injector.disable()
+
+    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> GatedText:
+        """Ids [1,T], whose last `scored` are scored, behind a context, under gates of heads. Raises InputError."""
+        if self.injector.enabled or self.injector.attached:
+            raise InputError("gated: a context is attached; gates take the plain model, so detach first")
+        return GatedText(self.module, self.spec, self._tokens(ids, None).ids, scored, static)
 
     def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
         """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""

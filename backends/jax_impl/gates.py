@@ -1,0 +1,175 @@
+"""One text behind one context, scored under gates of heads: many head splits in one pass, and gradients to the gates.
+
+A gate g blends a head's output with the context and its output without it, g·with + (1 − g)·without, as in DuoAttention
+(Xiao et al. 2024): 1 is a Lyra head, 0 a vanilla one, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lyra.spec.errors import InputError
+from lyra.spec.gates import check_gates, share_rows
+from lyra.spec.inputs import StaticLayer, check_static
+from lyra.spec.split import HeadSplit
+
+from . import forward
+from .cache import bucket
+from .forward import Graph, Structure
+from .gemma3 import Attached, Gemma3, empty_model_cache
+from .heads import SplitArrays, split_arrays
+from .layer import Call
+from .rope import inverse_frequencies
+from .static import StaticKV, place_static, prepare_static
+from .tokens import Tokens, pack_left
+
+LOGITS_AT_ONCE = 1 << 25
+"""Log-probabilities are taken in pieces of about this many logits (128 MB in float32)."""
+
+
+class Gated(NamedTuple):
+    """One layer under gates: its context, its heads, all of which read it, and gates float32 [N,Hq]."""
+
+    static: StaticKV
+    split: SplitArrays
+    gates: Array
+
+
+class GatedText:
+    """Ids [1,T] behind a context, all heads of whose layers have gates. Implements the protocol's `GatedText`.
+
+    What comes before the first of these layers is computed once, here.
+    """
+
+    def __init__(self, graph: Graph, tokens: Tokens, scored: int, static: Mapping[int, StaticLayer]) -> None:
+        """The last `scored` tokens are scored. Raises InputError for ids, a number or a context that do not fit."""
+        if len(tokens.ids) != 1 or not 0 < scored < tokens.ids.shape[1]:
+            raise InputError(f"gated: ids have shape {tokens.ids.shape} and {scored} are scored; expected one row")
+        self._graph, self._targets = graph, tokens.ids[0, -scored:]
+        self._layers = tuple(sorted(static))
+        self._shape = (len(self._layers), graph.spec.num_attention_heads)
+        every = graph.spec.attention.replace(split=HeadSplit.all(graph.spec))
+        placed = {layer: place_static(every, check_static(every, static[layer], 1), graph.dtype) for layer in static}
+        empty = [layer for layer, one in placed.items() if one is None]
+        if empty:
+            raise InputError(f"gated: the context has no slots in layers {empty}; there is nothing to choose heads for")
+        self._static = {
+            layer: prepare_static(one, inverse_frequencies(every)) for layer, one in placed.items() if one is not None
+        }
+        self._split = split_arrays(every)
+        packed = pack_left(tokens, bucket(tokens.ids.shape[1]))
+        self._mask = packed.mask
+        self._start = _start(graph.structure, graph.state, packed.ids, packed.mask, stop=self._layers[0])
+
+    def nll(self, gates: np.ndarray) -> np.ndarray:
+        """Mean NLL in nats of the scored tokens, float64 [C], under gates [C,L,Hq]. Raises InputError."""
+        rows = share_rows(check_gates(gates, self._shape))
+        hidden, structure, state = self._start, self._graph.structure, self._graph.state
+        stops = [*self._layers[1:], self._graph.spec.num_hidden_layers]
+        for layer, stop, row in zip(self._layers, stops, rows.layers, strict=True):
+            parents, own = _filled(row.parents.astype(np.int32)), _filled(row.gates)
+            gated = {layer: self._gated(layer, own)}
+            hidden = _segment(structure, state, hidden, self._mask, parents, gated, start=layer, stop=stop)
+        last = np.asarray(hidden[:, -1 - len(self._targets) : -1])
+        return np.array([self._nll(one) for one in last[: rows.ends.max() + 1]])[rows.ends]
+
+    def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
+        """The same under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq]. Raises InputError."""
+        wanted = check_gates(gates, self._shape).astype(np.float32)
+        gated = {layer: self._gated(layer, row[None]) for layer, row in zip(self._layers, wanted, strict=True)}
+        made = _loss_and_gradient(
+            self._graph.structure, self._graph.state, self._start, self._mask, self._targets, gated
+        )
+        nll, found = made
+        return float(nll), np.stack([np.asarray(found[layer][0], np.float64) for layer in self._layers])
+
+    def _gated(self, layer: int, gates: np.ndarray) -> Gated:
+        assert self._split is not None
+        return Gated(self._static[layer], self._split, jnp.asarray(gates))
+
+    def _nll(self, hidden: np.ndarray) -> float:
+        """Mean NLL of the targets after hidden [scored,E]."""
+        step = max(1, LOGITS_AT_ONCE // self._graph.spec.vocab_size)
+        total = 0.0
+        for start in range(0, len(self._targets), step):
+            targets = self._targets[start : start + step]
+            found = forward.log_probs(self._graph, _filled(hidden[start : start + step]), _filled(targets))
+            total -= float(np.asarray(found)[: len(targets)].sum(dtype=np.float64))
+        return total / len(self._targets)
+
+
+def run_layers(module: Gemma3, x: Array, mask: Array, gated: Mapping[int, Gated], start: int, stop: int) -> Array:
+    """x [N,T,E] through the layers from `start` to before `stop`, mask [1,T]; all tokens at once, without a cache."""
+    batch, width = x.shape[:2]
+    rows = jnp.broadcast_to(mask, (batch, width))
+    positions = jnp.maximum(jnp.cumsum(rows, axis=1, dtype=jnp.int32) - 1, 0)
+    room = empty_model_cache(module.spec, batch, width, module.norm.weight[...].dtype)
+    for index in range(start, stop):
+        one = gated.get(index)
+        attached = None if one is None else Attached(one.static, None, one.split, one.gates)
+        x = module.layers[index](x, Call(positions, rows, None, room.layers[index], True), attached, None)[0]
+    return module.norm(x) if stop == len(module.layers) else x
+
+
+@partial(jax.jit, static_argnames=("structure", "stop"))
+def _start(structure: Structure, state: Any, ids: Array, mask: Array, *, stop: int) -> Array:
+    module = structure.merge(state)
+    return run_layers(module, module.embed_tokens(ids), mask, {}, 0, stop)
+
+
+@partial(jax.jit, static_argnames=("structure", "start", "stop"))
+def _segment(
+    structure: Structure,
+    state: Any,
+    x: Array,
+    mask: Array,
+    parents: Array,
+    gated: Mapping[int, Gated],
+    *,
+    start: int,
+    stop: int,
+) -> Array:
+    """The layers from a gated one to before the next; row n comes from row parents[n] of what x [N,T,E] holds."""
+    return run_layers(structure.merge(state), jnp.take(x, parents, axis=0, mode="clip"), mask, gated, start, stop)
+
+
+@partial(jax.jit, static_argnames="structure")
+def _loss_and_gradient(
+    structure: Structure, state: Any, x: Array, mask: Array, targets: Array, gated: dict[int, Gated]
+) -> tuple[Array, dict[int, Array]]:
+    module = structure.merge(state)
+
+    def loss(gates: dict[int, Array]) -> Array:
+        under = {layer: one._replace(gates=gates[layer]) for layer, one in gated.items()}
+        hidden = run_layers(module, x, mask, under, min(gated), len(module.layers))[0]
+        return _mean_nll(module, hidden[-1 - len(targets) : -1], targets)
+
+    made: tuple[Array, dict[int, Array]] = jax.value_and_grad(loss)({layer: one.gates for layer, one in gated.items()})
+    return made
+
+
+def _mean_nll(module: Gemma3, hidden: Array, targets: Array) -> Array:
+    """Mean NLL of targets [n] after hidden [n,E]; in pieces, whose logits are computed again for the gradient."""
+    step = max(1, LOGITS_AT_ONCE // module.spec.vocab_size)
+
+    @jax.checkpoint
+    def sum_nll(hidden: Array, targets: Array) -> Array:
+        scores = module.logits(hidden)
+        chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1, mode="clip")[:, 0]
+        return (jax.nn.logsumexp(scores, axis=-1) - chosen).sum()
+
+    pieces = range(0, len(targets), step)
+    return sum(sum_nll(hidden[at : at + step], targets[at : at + step]) for at in pieces) / len(targets)
+
+
+def _filled(rows: np.ndarray) -> np.ndarray:
+    """Rows, filled up with zeros to the next power of two: few shapes, few compiled functions."""
+    missing = (1 << (len(rows) - 1).bit_length()) - len(rows)
+    return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])

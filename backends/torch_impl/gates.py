@@ -1,0 +1,183 @@
+"""One text behind one context, scored under gates of heads: many head splits in one pass, and gradients to the gates.
+
+A gate g blends a head's output with the context and its output without it, g·with + (1 − g)·without, as in DuoAttention
+(Xiao et al. 2024): 1 is a Lyra head, 0 a vanilla one, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Gemma3ForCausalLM, Gemma3TextModel
+
+from lyra.spec.attention import AttentionSpec
+from lyra.spec.errors import InputError
+from lyra.spec.gates import SharedRows, check_gates, share_rows
+from lyra.spec.inputs import StaticLayer, check_static
+from lyra.spec.model import ModelSpec
+from lyra.spec.split import HeadSplit
+
+from .gemma3 import LyraGemma3Attention
+from .layer import add_static
+from .partial import finish, partial_attention
+from .static import prepare_static
+
+LOGITS_AT_ONCE = 1 << 25
+"""Log-probabilities are taken in pieces of about this many logits (128 MB in float32)."""
+
+
+class GatedText:
+    """Ids [1,T] behind a context, all heads of whose layers have gates. Implements the protocol's `GatedText`.
+
+    What comes before the first of these layers is computed once, here; the model is left as it was after every call.
+    """
+
+    def __init__(
+        self,
+        model: Gemma3ForCausalLM,
+        spec: ModelSpec,
+        ids: torch.Tensor,
+        scored: int,
+        static: Mapping[int, StaticLayer],
+    ) -> None:
+        """The last `scored` tokens are scored. Raises InputError for ids, a number or a context that do not fit."""
+        if len(ids) != 1 or not 0 < scored < ids.shape[1]:
+            raise InputError(f"gated: ids have shape {tuple(ids.shape)} and {scored} are scored; expected one row")
+        self._model, self._targets = model, ids[0, -scored:]
+        self._layers = sorted(static)
+        self._softcap = spec.final_softcap
+        self._shape = (len(self._layers), spec.num_attention_heads)
+        every = spec.attention.replace(split=HeadSplit.all(spec))
+        text: Gemma3TextModel = model.model
+        self._gated = {layer: _gated(text.layers[layer].self_attn, every, static[layer]) for layer in self._layers}
+        with torch.inference_mode(), _in_place(text, {self._layers[0]: (stop := _Stop())}, after=self._layers[0]):
+            text(input_ids=ids, use_cache=False)
+        assert stop.seen is not None
+        self._start = stop.seen
+
+    def nll(self, gates: np.ndarray) -> np.ndarray:
+        """Mean NLL in nats of the scored tokens, float64 [C], under gates [C,L,Hq]. Raises InputError."""
+        rows = share_rows(check_gates(gates, self._shape))
+        with torch.inference_mode():
+            hidden = self._hidden(rows, [torch.from_numpy(layer.gates) for layer in rows.layers])
+            found = [self._nll(row, grad=False) for row in hidden]
+        return np.array([float(one) for one in found])[rows.ends]
+
+    def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
+        """The same under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq]. Raises InputError."""
+        rows = share_rows(check_gates(gates, self._shape)[None])
+        leaves = [torch.from_numpy(layer.gates).requires_grad_() for layer in rows.layers]
+        with torch.enable_grad():
+            nll = self._nll(self._hidden(rows, leaves)[0], grad=True)
+        found = torch.autograd.grad(nll, leaves)
+        return float(nll.detach()), torch.cat(found).double().numpy()
+
+    def _hidden(self, rows: SharedRows, gates: list[torch.Tensor]) -> torch.Tensor:
+        """What the model's head reads at the places before the scored tokens, [N,scored,E]."""
+        text: Gemma3TextModel = self._model.model
+        branches: dict[int, nn.Module] = {}
+        for layer, row, gate in zip(self._layers, rows.layers, gates, strict=True):
+            attention = self._gated[layer]
+            attention.gates = gate.to(self._start.device).unflatten(1, attention.lyra_queries.shape)
+            branches[layer] = _Branch(text.layers[layer], attention, torch.from_numpy(row.parents))
+        with _in_place(text, branches, before=self._layers[0]):
+            hidden = text(inputs_embeds=self._start.clone(), use_cache=False).last_hidden_state
+        return hidden[:, -1 - len(self._targets) : -1]
+
+    def _nll(self, hidden: torch.Tensor, grad: bool) -> torch.Tensor:
+        """Mean NLL of the targets after hidden [scored,E], float32; in pieces, whose logits are never kept."""
+        step = max(1, LOGITS_AT_ONCE // self._model.config.vocab_size)
+        pieces = zip(hidden.split(step), self._targets.split(step), strict=True)
+        if grad:
+            sums = [checkpoint(self._sum_nll, *piece, use_reentrant=False) for piece in pieces]
+        else:
+            sums = [self._sum_nll(*piece) for piece in pieces]
+        return torch.stack(sums).sum() / len(self._targets)
+
+    def _sum_nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self._model.lm_head(hidden).float()
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+class _GatedAttention(LyraGemma3Attention):
+    """LyraGemma3Attention, all of whose heads are Lyra heads as far as `gates` [B,Hkv,R] say."""
+
+    gates: torch.Tensor
+
+    def attend(
+        self, queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The heads with the context and without it, blended."""
+        static = self.static
+        assert static is not None
+        live = partial_attention(queries, k, v, visible, self.scaling, self.spec.softcap)
+        both = add_static(live, queries, static, self.lyra, self.scaling, self.spec.softcap)
+        return torch.lerp(finish(live), finish(both), self.gates[..., None, None])
+
+
+class _Branch(nn.Module):
+    """A decoder layer with gated attention, whose rows come from those of the layer before."""
+
+    def __init__(self, layer: nn.Module, attention: nn.Module, parents: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.attention, self.parents = layer, attention, parents
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        """hidden_states [N,T,E] of the layer before -> those of this one's rows."""
+        rows = hidden_states.index_select(0, self.parents.to(hidden_states.device))
+        original, self.layer.self_attn = self.layer.self_attn, self.attention
+        try:
+            return self.layer(rows, **kwargs)
+        finally:
+            self.layer.self_attn = original
+
+
+class _Pass(nn.Module):
+    """Stands where a layer is left out."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        """hidden_states as they come."""
+        return hidden_states
+
+
+class _Stop(_Pass):
+    """Keeps what reaches it."""
+
+    seen: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        """hidden_states as they come, and kept."""
+        self.seen = hidden_states
+        return hidden_states
+
+
+def _gated(original: nn.Module, every: AttentionSpec, static: StaticLayer) -> _GatedAttention:
+    made = _GatedAttention.around(original, every)
+    made.attend_to(prepare_static(every, check_static(every, static, 1)), every.static)
+    return made
+
+
+@contextmanager
+def _in_place(
+    text: Gemma3TextModel, modules: Mapping[int, nn.Module], before: int = 0, after: int | None = None
+) -> Iterator[None]:
+    """The model with other modules in the place of some layers, and none before or after two of them."""
+    kept = list(text.layers)
+    last = len(kept) if after is None else after
+    try:
+        for index in range(len(kept)):
+            if index in modules:
+                text.layers[index] = modules[index]
+            elif index < before or index > last:
+                text.layers[index] = _Pass()
+        yield
+    finally:
+        for index, layer in enumerate(kept):
+            text.layers[index] = layer
