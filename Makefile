@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 EXTRAS := torch,jax,conformance,gemma-270m,studies,training,dev
-PACKAGES := api spec backends conformance studies bench/speed
+PACKAGES := api spec backends conformance studies bench/speed choosing
 
 # The strict editable install links files one by one, so another set of files is another install.
 FILES := $(shell { cat pyproject.toml constraints.txt; find $(PACKAGES) -type f -not -name '*.pyc' | sort; } | cksum | cut -d' ' -f1)

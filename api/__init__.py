@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lyra.backends.protocol import BackendNotFound
+    from lyra.choosing import choose_split
     from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
     from lyra.spec.context import StaticContext
     from lyra.spec.errors import ContextError, InputError, SpecError
@@ -47,11 +48,13 @@ __all__ = [
     "StaticContext",
     "StaticSpec",
     "__version__",
+    "choose_split",
     "load",
 ]
 
 _HOMES = {
     "lyra.backends.protocol": ("BackendNotFound",),
+    "lyra.choosing": ("choose_split",),
     "lyra.drop_in": ("Lyra",),
     "lyra.errors": ("CheckpointError", "ModelError"),
     "lyra.loading": ("load",),

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from lyra.backends.protocol import Backend, BackendNotFound, ModelBackend, check_backend, get_backend
-from lyra.spec.attaching import Split
+from lyra.spec.attaching import SplitSource
 from lyra.spec.context import StaticContext
 
 from .checkpoint import resolve
@@ -19,7 +19,7 @@ def load(
     model: str | os.PathLike[str] | None = None,
     *,
     backend: str | Backend = "torch",
-    split: Split | None = None,
+    split: SplitSource | None = None,
     context: StaticContext | str | os.PathLike[str] | None = None,
     mode: Mode = "parallel",
     dtype: str = "float32",
@@ -31,7 +31,8 @@ def load(
     model    a local folder in Hugging Face's layout, a .gguf file, "gemma-3-270m" (the extra gemma-270m), a hub id;
              None means the environment variable LYRA_MODEL, else the extra
     backend  "torch", "jax", the name of another installed backend, "package.module:Class", or a backend itself
-    split    the head split, one for all layers or one by layer, that contexts are attached with
+    split    the head split, one for all layers or one by layer, that contexts are attached with; or the TOML file or
+             preset of a model that has one
     context  a StaticContext, or its file, to attach at once
     mode     "parallel": heads of the model's own attention read a context; "sequential": attention blocks behind it do
     dtype    "float32", or another one that the backend computes in, such as "bfloat16"

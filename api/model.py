@@ -14,12 +14,14 @@ from tokenizers import Tokenizer
 from lyra.backends.protocol import Engine, Sampling, SequentialEngine
 from lyra.spec.attaching import (
     Gate,
-    Split,
+    SplitSource,
     block_contexts,
     blocks_by_layer,
     check_origin,
     chosen_layers,
     gates_by_layer,
+    heads_read,
+    read_split,
     splits_by_layer,
     static_layers,
 )
@@ -82,7 +84,7 @@ class Model:
     """
 
     def __init__(
-        self, engine: Engine, text: Text | None = None, *, split: Split | None = None, mode: Mode = "parallel"
+        self, engine: Engine, text: Text | None = None, *, split: SplitSource | None = None, mode: Mode = "parallel"
     ) -> None:
         if mode == "sequential" and not isinstance(engine, SequentialEngine):
             raise ModelError(f"a {type(engine).__name__} holds no injected blocks; take mode='parallel'")
@@ -93,9 +95,9 @@ class Model:
         self.blocks: dict[int, SequentialSpec] = {}
         self._splits: dict[int, HeadSplit] = {}
         self._static = StaticSpec()
-        self._split = split
-        if split is not None:
-            engine.spec.with_split(split)
+        self._split = read_split(engine.spec, split)
+        if self._split is not None:
+            engine.spec.with_split(self._split)
 
     def __repr__(self) -> str:
         attached = f", with {self.context!r}" if self.context else ""
@@ -224,14 +226,20 @@ class Model:
         *,
         layers: Iterable[int] | None = None,
         kv_heads: Iterable[int] | Mapping[int, Iterable[int]] | None = None,
+        split: SplitSource | None = None,
         chunk_size: int = 512,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> StaticContext:
         """The static context of a text (BOS in front) or of ids [S] taken as they are (clause CAPTURE).
 
-        `layers` are global layers, all of them by default; `kv_heads` those to keep, by layer if a mapping.
-        `on_progress` gets (tokens done, tokens in all). Raises InputError while a context is attached.
+        `layers` are global layers, all of them by default; `kv_heads` those to keep, by layer if a mapping. Or `split`
+        says both: the layers that have Lyra heads, and the KV heads that these read. `on_progress` gets (tokens done,
+        tokens in all). Raises InputError while a context is attached, SpecError for a split that does not fit.
         """
+        if split is not None:
+            if layers is not None or kv_heads is not None:
+                raise InputError("capture: a split says which layers and KV heads are kept; leave out layers, kv_heads")
+            kv_heads = heads_read(self.engine.spec, split)
         ids = self._ids(text)
         if ids.ndim != 1 or len(ids) == 0:
             raise InputError(f"capture: ids have shape {ids.shape}; expected one sequence of at least 1 token")
@@ -257,7 +265,7 @@ class Model:
     def attach(
         self,
         context: StaticContext | str | os.PathLike[str],
-        split: Split | None = None,
+        split: SplitSource | None = None,
         *,
         live: Live | None = None,
         positions: Positions = "continue",
@@ -267,9 +275,10 @@ class Model:
     ) -> None:
         """Let the Lyra heads of the context's layers attend to it. Replaces what was attached.
 
-        `context` is a StaticContext or its file. `split` is one HeadSplit, or one for each layer; by default the
-        split given to `load`, else the heads that read what the context holds, or in parallel mode the last half of
-        them where it holds all. `live` is by default "causal", and in sequential mode "none".
+        `context` is a StaticContext or its file. `split` is one HeadSplit, or one for each layer, or the TOML file or
+        preset of a model that has them, such as `lyra choose` writes; by default the split given to `load`, else the
+        heads that read what the context holds, or in parallel mode the last half of them where it holds all. `live` is
+        by default "causal", and in sequential mode "none".
 
         In sequential mode only: the heads are those of blocks, which get a `gate`, one number or one for each layer,
         by default 0.25, and keep the `residual` stream or replace it (clause SEQUENTIAL).

@@ -2,30 +2,76 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import overload
 
 from .attention import AttentionSpec, StaticSpec
 from .context import StaticContext
 from .errors import ContextError, InputError, SpecError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
-from .model import ModelSpec
+from .model import ModelSpec, load_spec
 from .sequential import SequentialSpec
 from .split import HeadSplit
 
 Split = HeadSplit | Mapping[int, HeadSplit]
 """One split for all layers, or one for each."""
 
+SplitSource = Split | str | os.PathLike[str]
+"""A split, or the TOML file or preset of a model that has one: what `lyra choose` writes."""
+
 Gate = float | Mapping[int, float]
 """One gate for the blocks of all layers, or one for each."""
 
 
-def splits_by_layer(spec: ModelSpec, context: StaticContext, split: Split | None) -> dict[int, HeadSplit]:
+@overload
+def read_split(spec: ModelSpec, source: SplitSource) -> Split: ...
+@overload
+def read_split(spec: ModelSpec, source: SplitSource | None) -> Split | None: ...
+def read_split(spec: ModelSpec, source: SplitSource | None) -> Split | None:
+    """A split as it is, or that of a file or a preset, which must have the global layers and heads of `spec`.
+
+    Raises SpecError where there is no such file or preset, where it has no split, and where it is another model's.
+    """
+    if source is None or isinstance(source, HeadSplit | Mapping):
+        return source
+    found, name = load_spec(source), os.fspath(source)
+    attention = found.attention if isinstance(found, ModelSpec) else found
+    splits = {item.layer: item.split for item in found.splits} if isinstance(found, ModelSpec) else {}
+    if not splits and attention.split is None:
+        raise SpecError(f"{name} has no split; name a file that `lyra choose -o` wrote, or a preset with Lyra heads")
+    heads = [(one.num_attention_heads, one.num_key_value_heads) for one in (attention, spec)]
+    if heads[0] != heads[1]:
+        raise SpecError(f"{name} splits layers of {heads[0]} query and KV heads; {spec.name} has {heads[1]}")
+    outside = [layer for layer in splits if layer not in spec.global_layers]
+    if outside:
+        raise SpecError(f"{name} splits layers {outside}; the global layers of {spec.name} are {spec.global_layers}")
+    if splits or attention.split is None:
+        return splits
+    return attention.split
+
+
+def heads_read(spec: ModelSpec, split: SplitSource) -> dict[int, tuple[int, ...]]:
+    """The KV heads that a split's Lyra heads read, by layer: what a context has to hold (clause SPLIT-5).
+
+    Raises SpecError for a split that does not fit, and for one without Lyra heads.
+    """
+    bound = spec.with_split(read_split(spec, split))
+    heads = {layer: bound.layer(layer).lyra_kv_heads for layer in bound.global_layers}
+    read = {layer: own for layer, own in heads.items() if own}
+    if not read:
+        raise SpecError("the split has no Lyra heads, so there is nothing that a context has to hold")
+    return read
+
+
+def splits_by_layer(spec: ModelSpec, context: StaticContext, split: SplitSource | None) -> dict[int, HeadSplit]:
     """The split of every layer of `context`, bound to `spec`.
 
     None means the heads that read what the context holds, or the last half of them where it holds all. Raises SpecError
     for a split that does not fit.
     """
+    split = read_split(spec, split)
     if split is None:
         split = {layer: _of_held(spec, heads) for layer, heads in context.kv_heads.items()}
     elif isinstance(split, HeadSplit):
@@ -90,7 +136,7 @@ def static_layers(context: StaticContext, splits: Mapping[int, HeadSplit]) -> St
 def blocks_by_layer(
     spec: ModelSpec,
     kv_heads: Mapping[int, tuple[int, ...]],
-    split: Split | None,
+    split: SplitSource | None,
     static: StaticSpec,
     gate: Gate,
     residual: bool,
@@ -100,6 +146,7 @@ def blocks_by_layer(
     `split` says which heads of a block read the context; None means those that read what it holds. A layer whose split
     names none gets no block. Raises SpecError for a split that does not fit, and for gates of other layers.
     """
+    split = read_split(spec, split)
     if split is None:
         split = {layer: HeadSplit.from_kv_heads(spec, heads) for layer, heads in kv_heads.items()}
     elif isinstance(split, HeadSplit):

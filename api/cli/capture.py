@@ -10,7 +10,7 @@ import typer
 from lyra.spec.storage import Storage
 
 from .inspect import context_tables
-from .options import BackendName, Dtype, JsonPath, ModelName, load_model, numbers, read_text
+from .options import BackendName, Dtype, JsonPath, ModelName, SplitFile, load_model, numbers, read_text
 from .output import show
 
 
@@ -21,6 +21,7 @@ def capture(
     backend: BackendName = "torch",
     layers: Annotated[str | None, typer.Option(help="Global layers to capture, such as 5,11; else all.")] = None,
     kv_heads: Annotated[str | None, typer.Option(help="KV heads to keep, such as 4-7; else all.")] = None,
+    split: SplitFile = None,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens in one step; any number gives the same.")] = 512,
     dtype: Dtype = "float32",
     store: Annotated[Storage, typer.Option(help="What keys and values are stored as.")] = "float32",
@@ -36,6 +37,7 @@ def capture(
             words,
             layers=None if layers is None else numbers(layers),
             kv_heads=None if kv_heads is None else numbers(kv_heads),
+            split=split,
             chunk_size=chunk_size,
             on_progress=lambda done, total: move("tokens", done, total),
         )

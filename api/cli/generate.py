@@ -19,6 +19,7 @@ from .options import (
     Override,
     PositionMode,
     ShareKV,
+    SplitFile,
     chosen_split,
     load_model,
 )
@@ -43,6 +44,7 @@ def generate(
     lyra_kv: LyraKV = None,
     lyra_q: LyraQ = None,
     share_kv: ShareKV = False,
+    split: SplitFile = None,
     live: LiveMode = None,
     positions: PositionMode = "continue",
     mode: ModeName = "parallel",
@@ -52,9 +54,9 @@ def generate(
 ) -> None:
     """Continue a prompt, printing text as it comes."""
     loaded = load_model(model, backend, dtype, mode)
-    split = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv)
+    asked = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
     if context is not None:
-        loaded.attach(context, split, live=live, positions=positions, gate=gate, override=override)
+        loaded.attach(context, asked, live=live, positions=positions, gate=gate, override=override)
     for piece in loaded.stream(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         typer.echo(piece, nl=False)
     typer.echo()

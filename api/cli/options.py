@@ -37,6 +37,10 @@ LyraKV = Annotated[int | None, typer.Option("--lyra-kv", metavar="N", help="The 
 LyraQ = Annotated[
     str | None, typer.Option("--lyra-q", metavar="HEADS", help="These query heads go to Lyra: 2,3 or 8-15.")
 ]
+SplitFile = Annotated[
+    str | None,
+    typer.Option("--split", metavar="FILE", help="The splits of a file that `lyra choose` wrote, or of a preset."),
+]
 ShareKV = Annotated[bool, typer.Option("--share-kv", help="Let a split cut a GQA group: its KV head serves both.")]
 ContextPath = Annotated[Path | None, typer.Option("--context", "-c", help="A context to attach: what capture wrote.")]
 LiveMode = Annotated[
@@ -63,10 +67,17 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def chosen_split(spec: HasHeads, lyra_kv: int | None, lyra_q: str | None, share_kv: bool) -> HeadSplit | None:
-    """The split that --lyra-kv or --lyra-q asks for; None where neither is given. Raises SpecError."""
-    if lyra_kv is not None and lyra_q is not None:
-        raise SpecError("--lyra-kv and --lyra-q are two ways to say one thing; give one of them")
+def chosen_split(
+    spec: HasHeads, lyra_kv: int | None, lyra_q: str | None, share_kv: bool, file: str | None = None
+) -> HeadSplit | str | None:
+    """The split that --lyra-kv or --lyra-q asks for, or the file of --split; None where none is given.
+
+    Raises SpecError.
+    """
+    if sum(one is not None for one in (lyra_kv, lyra_q, file)) > 1:
+        raise SpecError("--lyra-kv, --lyra-q and --split are ways to say one thing; give one of them")
+    if file is not None:
+        return file
     if lyra_kv is not None:
         return HeadSplit.last_kv(spec, lyra_kv)
     if lyra_q is None:

@@ -23,6 +23,7 @@ from .options import (
     Override,
     PositionMode,
     ShareKV,
+    SplitFile,
     chosen_split,
     load_model,
     read_text,
@@ -38,6 +39,7 @@ def score(
     lyra_kv: LyraKV = None,
     lyra_q: LyraQ = None,
     share_kv: ShareKV = False,
+    split: SplitFile = None,
     live: LiveMode = None,
     positions: PositionMode = "continue",
     mode: ModeName = "parallel",
@@ -51,7 +53,7 @@ def score(
 
     words = read_text(text)
     loaded = load_model(model, backend, dtype, mode)
-    split = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv)
+    asked = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
     rounds = 1 if context is None else 2
     found: dict[str, Score] = {}
     with steps("Scoring") as move:
@@ -59,7 +61,7 @@ def score(
         found["without context"] = loaded.score(words)
         if context is not None:
             move("with context", 1, rounds)
-            loaded.attach(context, split, live=live, positions=positions, gate=gate, override=override)
+            loaded.attach(context, asked, live=live, positions=positions, gate=gate, override=override)
             found["with context"] = loaded.score(words)
     data = {
         name: {

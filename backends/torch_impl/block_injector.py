@@ -12,7 +12,7 @@ import torch
 from transformers import Gemma3TextModel
 from transformers.cache_utils import Cache
 
-from lyra.spec.attaching import Gate, Split, block_contexts, blocks_by_layer, check_origin, gates_by_layer
+from lyra.spec.attaching import Gate, SplitSource, block_contexts, blocks_by_layer, check_origin, gates_by_layer
 from lyra.spec.attention import Live, Positions, StaticSpec
 from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
@@ -54,7 +54,7 @@ class BlockInjector(ABC):
         gate: Gate = 0.0,
         residual: bool = True,
         layers: Iterable[int] | None = None,
-        split: Split | None = None,
+        split: SplitSource | None = None,
         live: Live = "none",
         positions: Positions = "continue",
         trainable: bool = False,

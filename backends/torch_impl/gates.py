@@ -23,6 +23,7 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
 from .gemma3 import LyraGemma3Attention
+from .heads import unfold
 from .layer import add_static
 from .partial import finish, partial_attention
 from .static import prepare_static
@@ -111,15 +112,14 @@ class _GatedAttention(LyraGemma3Attention):
 
     gates: torch.Tensor
 
-    def attend(
-        self, queries: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The heads with the context and without it, blended."""
-        static = self.static
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        """The heads with the context and without it, blended; shapes as in the parent."""
+        static, queries = self.static, q.unflatten(1, (k.shape[1], -1))
         assert static is not None
-        live = partial_attention(queries, k, v, visible, self.scaling, self.spec.softcap)
+        live = partial_attention(queries, k, v, seen, self.scaling, self.spec.softcap)
         both = add_static(live, queries, static, self.lyra, self.scaling, self.spec.softcap)
-        return torch.lerp(finish(live), finish(both), self.gates[..., None, None])
+        blended = torch.lerp(finish(live), finish(both), self.gates[..., None, None])
+        return unfold(blended).flatten(2).to(q.dtype)
 
 
 class _Branch(nn.Module):

@@ -16,9 +16,10 @@ from transformers.cache_utils import Cache
 
 from lyra.backends.protocol import CapturedLayer
 from lyra.spec.attaching import (
-    Split,
+    SplitSource,
     check_origin,
     chosen_layers,
+    read_split,
     specs_by_layer,
     splits_by_layer,
     static_layers,
@@ -88,7 +89,7 @@ class GemmaInjector(BlockInjector):
     def enable(
         self,
         context: StaticContext | str | os.PathLike[str] | None = None,
-        split: Split | None = None,
+        split: SplitSource | None = None,
         *,
         live: Live = "causal",
         positions: Positions = "continue",
@@ -100,8 +101,9 @@ class GemmaInjector(BlockInjector):
 
         `context` is a StaticContext or its file; without one all global layers get the split and nothing else, so that
         the model gives what it gave and the Lyra heads' projections can be tuned. `split` is one HeadSplit or one for
-        each layer; by default the heads that read what the context holds, or the last half of them. A layer that has
-        the same split already keeps its module, and with it whatever was tuned or wrapped there.
+        each layer, or the file or preset of a model that has them; by default the heads that read what the context
+        holds, or the last half of them. A layer that has the same split already keeps its module, and with it whatever
+        was tuned or wrapped there.
 
         In a model that transformers has spread over processes by tensor parallelism every process calls this with the
         same arguments. `group` spreads the context's slots over the processes of a group, all of which run the same
@@ -119,7 +121,7 @@ class GemmaInjector(BlockInjector):
         """
         mode = StaticSpec(live=live, positions=positions)
         if context is None:
-            chosen = HeadSplit.half(self.spec) if split is None else split
+            chosen = HeadSplit.half(self.spec) if split is None else read_split(self.spec, split)
             by_layer = chosen if isinstance(chosen, Mapping) else dict.fromkeys(self.spec.global_layers, chosen)
             self.place({}, by_layer, mode)
             return self

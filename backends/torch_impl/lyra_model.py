@@ -12,7 +12,7 @@ import numpy as np
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.cache_utils import Cache
 
-from lyra.spec.attaching import Split
+from lyra.spec.attaching import SplitSource
 from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import hash_vocabulary
@@ -80,7 +80,7 @@ class LyraForCausalLM(Gemma3ForCausalLM):
     def enable(
         self,
         context: StaticContext | str | os.PathLike[str] | None = None,
-        split: Split | None = None,
+        split: SplitSource | None = None,
         **options: Any,
     ) -> GemmaInjector:
         """`GemmaInjector.enable` for this model; `with model.enable(context):` disables at the end."""
