@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .choice import ChosenSplit, Point, Report
-from .choose import choose_split
+from .choose import choose_split, judge
 
-__all__ = ["ChosenSplit", "Point", "Report", "choose_split"]
+__all__ = ["ChosenSplit", "Point", "Report", "choose_split", "judge"]

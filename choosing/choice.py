@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
@@ -122,6 +123,13 @@ class ChosenSplit(Mapping[int, HeadSplit]):
 
     def __repr__(self) -> str:
         return f"ChosenSplit({ {layer: split.lyra_q_heads for layer, split in self.items()} })"
+
+    def with_heads(self, heads: int) -> ChosenSplit:
+        """The choice of another number of heads in all, which the same curve tells. Raises InputError."""
+        known = [point.heads for point in self.report.curve]
+        if heads not in known:
+            raise InputError(f"{heads} heads were not measured; the curve has {known}")
+        return ChosenSplit(self.spec, replace(self.report, chosen=known.index(heads)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model's spec with these splits as TOML, which is taken wherever a split or a spec is given."""

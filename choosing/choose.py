@@ -12,6 +12,7 @@ import numpy as np
 
 from lyra.errors import ModelError
 from lyra.model import Model
+from lyra.spec.attaching import SplitSource, read_split
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 from lyra.studies.cache import context_size
@@ -23,7 +24,7 @@ from .memory import Memory
 from .objective import Objective, Score
 from .passkey import passkey_document
 from .ranking import METHODS, PASSES, Method, by_gradient, by_greedy
-from .units import Unit, all_units, gates_of, splits_of, units_wanted
+from .units import Unit, all_units, gates_of, gates_of_split, splits_of, units_wanted
 
 Texts = Mapping[str, str] | Sequence[str]
 Progress = Callable[[str, int, int], None]
@@ -88,6 +89,29 @@ def choose_split(
     report = _report(task, choice, inside, outside)
     memory.forget()
     return ChosenSplit(spec, report)
+
+
+def judge(
+    model: Model,
+    splits: Mapping[str, SplitSource | None],
+    texts: Texts | None = None,
+    *,
+    context_tokens: int = 512,
+    live_tokens: int = 128,
+    on_progress: Progress | None = None,
+) -> dict[str, dict[Kind, float]]:
+    """Mean NLL in nats by kind, on texts that heads were not chosen on, of splits by name; None is no Lyra head.
+
+    `texts` are by default those that `choose_split` holds out, and the other arguments are its own. Raises what it
+    raises, and SpecError for a split that does not fit.
+    """
+    check_model(model)
+    spec = model.engine.spec
+    documents = _documents(model, None, texts, context_tokens, live_tokens)[1]
+    bound = {name: spec.with_split(read_split(spec, split)) for name, split in splits.items()}
+    gates = [gates_of_split(one) for one in bound.values()]
+    advance = _Advance(on_progress, len(gates) * len(documents))
+    return dict(zip(bound, Measure(model, documents, Memory(), advance).at("splits", gates), strict=True))
 
 
 def curve_counts(most: int, wanted: int) -> list[int]:

@@ -65,11 +65,11 @@ def _draw_heat(axes: Axes, report: Report) -> None:
 
     gains = 100 * report.alone["score"]
     top = max(float(gains.max()), 1e-9)
-    image = axes.imshow(gains, cmap="Greys", vmin=min(0.0, float(gains.min())), vmax=top * 1.15, aspect="equal")
+    axes.imshow(gains, cmap="Greys", vmin=min(0.0, float(gains.min())), vmax=top * 1.15, aspect="equal")
     places = {head: place for place, head in enumerate(report.order, 1)}
     for row, layer in enumerate(report.choice.layers):
         for head, gain in enumerate(gains[row].tolist()):
-            light = image.norm(gain) > 0.55
+            light = gain > 0.55 * top
             axes.text(
                 head, row + 0.1, f"{gain:+.0f}", ha="center", va="center", fontsize=9, color="white" if light else INK
             )

@@ -49,6 +49,14 @@ def gates_of(spec: ModelSpec, chosen: Iterable[Unit]) -> np.ndarray:
     return gates
 
 
+def gates_of_split(spec: ModelSpec) -> np.ndarray:
+    """The same of the splits that a model's spec has."""
+    gates = np.zeros((len(spec.global_layers), spec.num_attention_heads))
+    for row, layer in enumerate(spec.global_layers):
+        gates[row, list(spec.layer(layer).lyra_q_heads)] = 1.0
+    return gates
+
+
 def splits_of(spec: ModelSpec, chosen: Iterable[Unit]) -> dict[int, HeadSplit]:
     """The split of every layer that has chosen heads; `share_kv` is set where it cuts a group."""
     heads: dict[int, list[int]] = {}

@@ -12,6 +12,7 @@ from lyra.backends.protocol import Backend, BackendNotFound, get_backend, known_
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec, load_spec
+from lyra.spec.split import HeadSplit
 
 from .plugin import BEGUN
 from .replay import Replay
@@ -69,11 +70,13 @@ def make_session(
     prepare_environment()
     try:
         backends = load_backends(names)
+        scope, splits = read_scope(spec) if spec else (None, ())
         return Session(
             backends=backends,
             profile=PROFILES[profile],
             seed=seed,
-            scope=read_scope(spec) if spec else None,
+            scope=scope,
+            splits=splits,
             asked=dict(zip((backend.name for backend in backends), dict.fromkeys(names), strict=False)),
             shard=Shard.parse(shard) if shard else None,
             database=database,
@@ -97,10 +100,15 @@ def load_backends(names: list[str]) -> list[Backend]:
     return found
 
 
-def read_scope(source: str) -> AttentionSpec:
-    """The attention spec that a preset or a TOML file holds the suite to: a model's global layer. Raises SpecError."""
+def read_scope(source: str) -> tuple[AttentionSpec, tuple[HeadSplit, ...]]:
+    """The attention spec that a preset or a TOML file holds the suite to: a model's global layer, with the first of its
+    layers' splits, and all of these where they differ. Raises SpecError.
+    """
     spec = load_spec(source)
-    return spec.attention if isinstance(spec, ModelSpec) else spec
+    if not isinstance(spec, ModelSpec):
+        return spec, ()
+    splits = tuple(dict.fromkeys(item.split for item in spec.splits if item.split.lyra_q_heads))
+    return (spec.attention.replace(split=splits[0]), splits) if splits else (spec.attention, ())
 
 
 def prepare_environment() -> None:

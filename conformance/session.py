@@ -12,6 +12,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from lyra.backends.protocol import Backend
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
+from lyra.spec.split import HeadSplit
 
 from .frames import Frame, make_frames
 from .record import Record
@@ -57,6 +58,7 @@ PROFILES: dict[str, Profile] = {
 class Session:
     """One run of the suite.
 
+    splits    the splits of the scope's layers, where they differ; each case takes one of them
     asked     how a backend was asked for, where that is not its name
     shard     the part of the suite that is run; None means all of it
     database  the folder where Hypothesis keeps failing examples, to try them first next time; None keeps nothing
@@ -66,6 +68,7 @@ class Session:
     profile: Profile = PROFILES["smoke"]
     seed: int = 0
     scope: AttentionSpec | None = None
+    splits: tuple[HeadSplit, ...] = ()
     record: Record = field(default_factory=Record)
     frames: tuple[Frame, ...] = ()
     asked: Mapping[str, str] = field(default_factory=dict)

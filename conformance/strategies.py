@@ -73,9 +73,9 @@ def attention_specs(
     window: bool = False,
 ) -> AttentionSpec:
     """A spec of a frame's shapes and structure, its numbers free. A window excludes a split."""
-    scope = current().scope
+    scope, splits = current().scope, current().splits
     if scope is not None:
-        spec = scope
+        spec = scope.replace(split=draw(st.sampled_from(splits))) if splits else scope
     else:
         scale = frame.head_dim**-0.5
         spec = AttentionSpec(

@@ -23,7 +23,7 @@ from rich.text import Text
 
 import lyra
 from lyra.cli.options import ModelName, load_model
-from lyra.cli.output import fields_table, size
+from lyra.cli.output import fields_table, head_list, size
 from lyra.progress import steps
 
 DOCUMENT = "types"
@@ -87,10 +87,20 @@ def timed(call: Callable[[], Answer]) -> tuple[Answer, float]:
     return call(), time.perf_counter() - started
 
 
-def capture(model: lyra.Model, document: Document) -> lyra.StaticContext:
-    """The context of the document, with progress."""
+def capture(model: lyra.Model, document: Document, split: str) -> lyra.StaticContext:
+    """The context of the document, as far as the heads of a split read it, with progress."""
     with steps("Capturing") as move:
-        return model.capture(document.captured, on_progress=lambda done, total: move("tokens", done, total))
+        return model.capture(
+            document.captured, split=split, on_progress=lambda done, total: move("tokens", done, total)
+        )
+
+
+def lyra_heads(spec: lyra.ModelSpec) -> str:
+    """The heads that read a context, layer by layer."""
+    heads = {layer: spec.layer(layer).lyra_q_heads for layer in spec.global_layers}
+    shown = "; ".join(f"{head_list(own)} of layer {layer}" for layer, own in heads.items() if own)
+    count = sum(map(len, heads.values()))
+    return f"{count} of {len(heads) * spec.num_attention_heads} in the global layers: {shown}"
 
 
 def print_texts(console: Console, document: Document, texts: dict[str, str]) -> None:
@@ -107,7 +117,9 @@ def main(
     source: Annotated[str, typer.Option("--from", help="The backend that captures.")] = "torch",
     target: Annotated[str, typer.Option("--to", help="The backend that attaches.")] = "jax",
     tokens: Annotated[int, typer.Option(help="Tokens of the document to capture.")] = 1500,
-    heads: Annotated[int, typer.Option(help="How many query heads of each global layer read the context.")] = 4,
+    split: Annotated[
+        str, typer.Option(help="Which heads read the context: a preset, or a file that `lyra choose` wrote.")
+    ] = "gemma-3-270m-lyra-2q",
     model: ModelName = "gemma-3-270m",
 ) -> None:
     """Capture a document with one backend, attach it in another, and show what it is worth there."""
@@ -117,22 +129,21 @@ def main(
 
         first = load_model(model, source, "float32")
         document = Document.of(first, tokens)
-        context, capture_seconds = timed(partial(capture, first, document))
+        context, capture_seconds = timed(partial(capture, first, document, split))
         context.save(path)
-        first.attach(context, lyra.HeadSplit.last_q(first.spec, heads))
+        first.attach(context, split)
         at_source = Seen.by(first, document)
         del first
 
         second = load_model(model, target, "float32")
         plain = Seen.by(second, document)
         loaded, load_seconds = timed(lambda: lyra.StaticContext.load(path))
-        _, attach_seconds = timed(partial(second.attach, loaded, lyra.HeadSplit.last_q(second.spec, heads)))
+        _, attach_seconds = timed(partial(second.attach, loaded, split))
         with_context = Seen.by(second, document)
 
         facts = {
             "document": f"pydoc_data.topics[{DOCUMENT!r}], {loaded.num_tokens:,} tokens",
-            "Lyra heads": f"the last {heads} of {second.spec.num_attention_heads} query heads, "
-            f"global layers {', '.join(map(str, loaded.layers))}",
+            "Lyra heads": lyra_heads(second.spec),
             f"capture with {source}": f"{capture_seconds:.1f} s",
             "file": size(path.stat().st_size),
             f"load and attach in {target}": f"{load_seconds:.2f} s + {attach_seconds:.2f} s",

@@ -55,12 +55,15 @@ def test_the_split_tests_pass_as_a_file_of_a_users_own(tmp_path: Path) -> None:
 
 def test_one_context_serves_two_backends(tiny_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("jax")
-    options = ["--from", "torch", "--to", "jax", "--tokens", "4500", "--model", tiny_folder]
+    spec = lyra.load(tiny_folder).spec
+    chosen = {1: lyra.HeadSplit((0, 3), share_kv=True), 3: lyra.HeadSplit((1,), share_kv=True)}
+    spec.with_split(chosen).to_toml(tmp_path / "split.toml")
+    options = ["--from", "torch", "--to", "jax", "--tokens", "4500", "--model", tiny_folder, "--split", "split.toml"]
     done = call(EXAMPLES / "two_backends.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "torch and jax generate the same text with the context." in done.stdout
-    assert "capture with torch" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert "3 of 8 in the global layers: 0, 3 of layer 1; 1 of layer 3" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["split.toml"]
 
 
 def test_a_document_cut_too_short_is_refused(tiny_folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ SHIPPED = {
     "lyra/conformance/report/page.css",
     "lyra/conformance/report/schema.json",
 }
-SOURCES = ("api", "spec", "backends", "conformance", "studies")
+SOURCES = ("api", "spec", "backends", "conformance", "studies", "choosing", "bench/speed")
 
 
 def call(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -166,10 +166,10 @@ def _draw_heads(axes: Axes, grid: Grid, attention: AttentionSpec, top: float) ->
         if kv_head in cut:
             _shared(axes, *place, label)
         else:
-            _box(axes, *place, LYRA if kv_head in attention.lyra_kv_heads else VANILLA, label)
+            draw_box(axes, *place, LYRA if kv_head in attention.lyra_kv_heads else VANILLA, label)
     for head in range(grid.heads):
         x, y = grid.head(head)
-        _box(axes, LEFT + x + 0.02, top + y, CELL - 0.04, ROW - 0.05, LYRA if head in lyra else VANILLA, str(head))
+        draw_box(axes, LEFT + x + 0.02, top + y, CELL - 0.04, ROW - 0.05, LYRA if head in lyra else VANILLA, str(head))
     for line in range(grid.lines):
         y = top + line * (grid.line_height + LINE_GAP)
         axes.text(LEFT - 0.12, y + KV_ROW / 2 - 0.02, "KV heads", ha="right", va="center", fontsize=9, color=DIM)
@@ -199,9 +199,9 @@ def _draw_layers(axes: Axes, model: ModelSpec, attention: AttentionSpec, top: fl
         x = LEFT + index * step
         if index in model.global_layers:
             colours = (GLOBAL, LYRA[1]) if carries else (VANILLA[0], VANILLA[1])
-            _box(axes, x, top, step * 0.86, 0.5, colours, "")
+            draw_box(axes, x, top, step * 0.86, 0.5, colours, "")
         else:
-            _box(axes, x, top + 0.1, step * 0.86, 0.3, (SLIDING, "#9aa5b1"), "")
+            draw_box(axes, x, top + 0.1, step * 0.86, 0.3, (SLIDING, "#9aa5b1"), "")
     numbered = model.global_layers[:: max(1, round(0.26 / (step * _spacing(model))))]
     for index in numbered:
         axes.text(LEFT + (index + 0.43) * step, top + 0.66, str(index), ha="center", va="center", fontsize=8, color=INK)
@@ -235,13 +235,13 @@ def _draw_legend(axes: Axes, entries: Sequence[tuple[str, str]], top: float) -> 
         if kind == "shared":
             _shared(axes, LEFT, y, CELL, 0.2, "")
         elif kind in ("global", "sliding"):
-            _box(axes, LEFT + 0.15, y, 0.12, 0.2, swatches[kind], "")
+            draw_box(axes, LEFT + 0.15, y, 0.12, 0.2, swatches[kind], "")
         else:
-            _box(axes, LEFT, y, CELL, 0.2, swatches[kind], "")
+            draw_box(axes, LEFT, y, CELL, 0.2, swatches[kind], "")
         axes.text(LEFT + CELL + 0.15, y + 0.1, words, va="center", fontsize=9.5, color=INK)
 
 
-def _box(axes: Axes, x: float, y: float, width: float, height: float, colours: tuple[str, str], text: str) -> None:
+def draw_box(axes: Axes, x: float, y: float, width: float, height: float, colours: tuple[str, str], text: str) -> None:
     """A box with text in its middle."""
     from matplotlib.patches import Rectangle
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,14 +11,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from lyra.spec.attaching import Split, read_split
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError, SpecError
 from lyra.spec.model import ModelSpec, load_spec, presets
 from lyra.spec.split import HeadSplit
 
 from .headmap import save_head_map
-from .options import JsonPath, LyraKV, LyraQ, ShareKV, chosen_split
+from .options import JsonPath, LyraKV, LyraQ, ShareKV, SplitFile, chosen_split
 from .output import head_list, refuse_missing_folder, show, size
+from .splits_by_layer import explain_by_layer, layers_map, layers_note, layers_table, save_layers_map
 
 FLOAT32 = 4
 TOKENS = 1000
@@ -30,6 +33,7 @@ def split(
     lyra_kv: LyraKV = None,
     lyra_q: LyraQ = None,
     share_kv: ShareKV = False,
+    file: SplitFile = None,
     json_path: JsonPath = None,
     svg: Annotated[Path | None, typer.Option(metavar="PATH.svg", help="Draw the head map as SVG.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the head map as PNG.")] = None,
@@ -37,14 +41,31 @@ def split(
     """Explain a head split: heads of each stream, groups, parameters, cache; or why it is illegal."""
     spec = read_spec(model)
     attention = spec.attention if isinstance(spec, ModelSpec) else spec
-    asked = chosen_split(attention, lyra_kv, lyra_q, share_kv) or attention.split or HeadSplit.half(attention)
-    attention = attention.replace(split=asked)
+    asked: Split | str | None = chosen_split(attention, lyra_kv, lyra_q, share_kv, file)
+    pictures = [_picture(path, kind) for path, kind in ((svg, "svg"), (png, "png")) if path is not None]
+    if isinstance(spec, ModelSpec):
+        asked = read_split(spec, asked)
+        if asked is None and spec.splits:
+            asked = {item.layer: item.split for item in spec.splits}
+        if isinstance(asked, Mapping):
+            _show_layers(spec.with_split(asked), pictures, json_path)
+            return
+    if isinstance(asked, str):
+        raise SpecError(f"{model} describes one layer; --split goes with a model")
+    attention = attention.replace(split=asked or attention.split or HeadSplit.half(attention))
     layers = len(spec.global_layers) if isinstance(spec, ModelSpec) else 1
     data = {"model": spec.name if isinstance(spec, ModelSpec) else model} | explain(attention, layers)
-    pictures = [_picture(path, kind) for path, kind in ((svg, "svg"), (png, "png")) if path is not None]
     if pictures:
         save_head_map(pictures, Path(data["model"]).name, attention, spec if isinstance(spec, ModelSpec) else None)
     show(data, json_path, _table(data), _head_map(attention), _notes(data))
+
+
+def _show_layers(spec: ModelSpec, pictures: list[Path], json_path: Path | None) -> None:
+    """The same for a model whose layers have different splits."""
+    data = explain_by_layer(spec)
+    if pictures:
+        save_layers_map(pictures, spec)
+    show(data, json_path, layers_table(data), layers_map(spec), layers_note(data))
 
 
 def _picture(path: Path, kind: str) -> Path:

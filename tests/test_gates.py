@@ -1,0 +1,143 @@
+"""Gates of heads: at both ends they are an attached split, in between their gradient is that of the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_gemma import GLOBAL, VOCAB, random_ids
+
+from lyra.backends.protocol import GatedEngine, get_backend
+from lyra.spec import HeadSplit, InputError, StaticSpec
+from lyra.spec.gates import check_gates, share_rows
+from lyra.spec.inputs import StaticLayer
+
+HEADS, KV_HEADS, HEAD_DIM, SLOTS, SCORED = 4, 2, 16, 9, 11
+IDS = random_ids(1, 21)
+
+
+def context() -> dict[int, StaticLayer]:
+    random = np.random.default_rng(5)
+    shape = (2, 1, KV_HEADS, SLOTS, HEAD_DIM)
+    made = (random.normal(size=shape).astype(np.float32) for _ in GLOBAL)
+    mask, positions = np.ones((1, SLOTS), bool), np.arange(SLOTS)[None]
+    return {layer: StaticLayer(k, v, mask, positions) for layer, (k, v) in zip(GLOBAL, made, strict=True)}
+
+
+def some_gates() -> np.ndarray:
+    """None, all, each head alone in turn of the last layer, and one of numbers in between."""
+    gates = np.zeros((7, len(GLOBAL), HEADS))
+    gates[1] = 1
+    for head in range(HEADS):
+        gates[2 + head, :, head] = (0, 1)
+    gates[6] = np.random.default_rng(6).random((len(GLOBAL), HEADS))
+    return gates
+
+
+@pytest.fixture(scope="module")
+def engine(backend: str, gemma_folder: Path) -> Any:
+    loaded = get_backend(backend).load(str(gemma_folder))  # type: ignore[attr-defined]
+    assert isinstance(loaded, GatedEngine)
+    return loaded
+
+
+def attached_nll(engine: Any, gates: np.ndarray) -> float:
+    """What the model itself makes of a split, gates being 0 and 1."""
+    splits = {
+        layer: HeadSplit(tuple(np.flatnonzero(row).tolist()), share_kv=True)
+        for layer, row in zip(GLOBAL, gates, strict=True)
+    }
+    static = {}
+    for layer, one in context().items():
+        held = list(splits[layer].bind(engine.spec).lyra_kv_heads)
+        if held:
+            static[layer] = one._replace(k=one.k[:, held], v=one.v[:, held])
+    engine.attach(static, splits, StaticSpec())
+    try:
+        return -float(engine.log_probs(IDS)[0, -SCORED:].mean(dtype=np.float64))
+    finally:
+        engine.detach()
+
+
+def test_gates_of_0_and_1_are_the_split_that_is_attached(engine: Any) -> None:
+    gates = some_gates()[:6]
+    found = engine.gated(IDS, SCORED, context()).nll(gates)
+    assert found == pytest.approx([attached_nll(engine, one) for one in gates], abs=2e-6)
+    assert len(set(found.round(5))) == len(found)
+
+
+def test_candidates_come_back_in_their_order(engine: Any) -> None:
+    text, gates = engine.gated(IDS, SCORED, context()), some_gates()
+    order = [6, 0, 3, 6, 1, 5, 2]
+    assert text.nll(gates[order]) == pytest.approx(text.nll(gates)[order], abs=2e-6)
+
+
+def test_the_gradient_is_that_of_the_mean_nll(engine: Any) -> None:
+    text, at = engine.gated(IDS, SCORED, context()), some_gates()[6] * 0.8 + 0.1
+    nll, slope = text.gradient(at)
+    step = 0.03
+    units = step * np.eye(at.size)[[1, 4, 6]].reshape(-1, *at.shape)
+    ahead, behind, here = np.split(text.nll(np.concatenate([at + units, at - units, at[None]])), [3, 6])
+    assert nll == pytest.approx(float(here[0]), abs=2e-6)
+    numeric = (ahead - behind) / (2 * step)
+    assert slope.ravel()[[1, 4, 6]] == pytest.approx(numeric, abs=2e-3 * np.abs(slope).max())
+
+
+def test_the_model_is_left_as_it_was(engine: Any) -> None:
+    before = engine.log_probs(IDS)
+    text = engine.gated(IDS, SCORED, context())
+    text.nll(some_gates())
+    np.testing.assert_array_equal(engine.log_probs(IDS), before)
+
+
+def test_what_does_not_fit_is_refused(engine: Any) -> None:
+    with pytest.raises(InputError, match="expected one row"):
+        engine.gated(random_ids(2, 21), SCORED, context())
+    with pytest.raises(InputError, match="are scored"):
+        engine.gated(IDS, IDS.shape[1], context())
+    with pytest.raises(InputError, match=f"the vocabulary has ids 0 to {VOCAB - 1}"):
+        engine.gated(IDS + VOCAB, SCORED, context())
+    with pytest.raises(InputError, match="expected numbers 0 to 1"):
+        engine.gated(IDS, SCORED, context()).nll(some_gates() * 1.5)
+    with pytest.raises(InputError, match="the split's Lyra heads read 2"):
+        engine.gated(
+            IDS,
+            SCORED,
+            {GLOBAL[0]: context()[GLOBAL[0]]._replace(k=np.zeros((1, 1, 3, 16)), v=np.zeros((1, 1, 3, 16)))},
+        )
+    engine.attach(context(), dict.fromkeys(GLOBAL, HeadSplit.all(engine.spec)), StaticSpec())
+    with pytest.raises(InputError, match="detach first"):
+        engine.gated(IDS, SCORED, context())
+    engine.detach()
+
+
+def test_both_backends_give_the_same(gemma_folder: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    texts = [get_backend(name).load(str(gemma_folder)).gated(IDS, SCORED, context()) for name in ("torch", "jax")]  # type: ignore[attr-defined]
+    first, second = (text.nll(some_gates()) for text in texts)
+    assert first == pytest.approx(second, abs=3e-6)
+    slopes = [text.gradient(some_gates()[6])[1] for text in texts]
+    assert slopes[0] == pytest.approx(slopes[1], abs=1e-4 * np.abs(slopes[0]).max())
+
+
+def test_rows_with_the_same_gates_so_far_are_one_row() -> None:
+    gates = np.zeros((4, 3, 2))
+    gates[1, 2, 0] = gates[2, 1, 0] = 1
+    gates[3] = gates[1]
+    rows = share_rows(gates)
+    assert [len(layer.gates) for layer in rows.layers] == [1, 2, 3]
+    for candidate, end in enumerate(rows.ends):
+        at = end
+        for layer in (2, 1, 0):
+            np.testing.assert_array_equal(rows.layers[layer].gates[at], gates[candidate, layer])
+            at = rows.layers[layer].parents[at]
+
+
+def test_gates_outside_0_to_1_are_refused() -> None:
+    with pytest.raises(InputError, match="expected numbers 0 to 1"):
+        check_gates(np.array([[0.5, -0.1]]), (1, 2))
+    with pytest.raises(InputError, match=r"gates have shape \(2, 2\)"):
+        check_gates(np.zeros((2, 2)), (1, 2))
