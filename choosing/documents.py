@@ -90,7 +90,7 @@ def cut(name: str, ids: Sequence[int], context_tokens: int, live_tokens: int) ->
     context = tuple(ids[:context_tokens])
     live: dict[Kind, Sequence[int]] = {
         "continuation": ids[context_tokens:needed],
-        "recall": ids[1 : min(1 + live_tokens, context_tokens)],
+        "recall": ids[1 : min(live_tokens, context_tokens)],
     }
     passages = tuple(Passage(kind, (ids[0], *scored), len(scored)) for kind, scored in live.items())
     return Document(name, context, passages)

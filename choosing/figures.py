@@ -65,21 +65,16 @@ def _draw_heat(axes: Axes, report: Report) -> None:
 
     gains = 100 * report.alone["score"]
     top = max(float(gains.max()), 1e-9)
-    axes.imshow(gains, cmap="Greys", vmin=min(0.0, float(gains.min())), vmax=top * 1.15, aspect="equal")
+    axes.imshow(gains, cmap="Greys", vmin=0.0, vmax=top * 1.25, aspect="equal")
     places = {head: place for place, head in enumerate(report.order, 1)}
     for row, layer in enumerate(report.choice.layers):
+        split = report.point.splits.get(layer)
         for head, gain in enumerate(gains[row].tolist()):
-            light = gain > 0.55 * top
-            axes.text(
-                head, row + 0.1, f"{gain:+.0f}", ha="center", va="center", fontsize=9, color="white" if light else INK
-            )
-            place = f"#{places[layer, head]}"
-            axes.text(
-                head, row - 0.28, place, ha="center", va="center", fontsize=7, color="white" if light else "#52606d"
-            )
-            split = report.point.splits.get(layer)
+            ink = "white" if gain > 0.6 * top else INK
+            axes.text(head, row + 0.1, f"{gain:+.0f}", ha="center", va="center", fontsize=9, color=ink)
+            axes.text(head, row - 0.28, f"#{places[layer, head]}", ha="center", va="center", fontsize=7, color=ink)
             if split is not None and head in split.lyra_q_heads:
-                frame = Rectangle((head - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="#c46a00", linewidth=2.6)
+                frame = Rectangle((head - 0.45, row - 0.45), 0.9, 0.9, fill=False, edgecolor="#c46a00", linewidth=2.6)
                 axes.add_patch(frame)
     axes.set_xticks(range(gains.shape[1]))
     axes.set_yticks(range(len(report.choice.layers)), [str(layer) for layer in report.choice.layers])

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from typer.testing import CliRunner, Result
 
 import lyra
-from lyra.choosing import ChosenSplit
+from lyra.choosing import ChosenSplit, judge
 from lyra.choosing.choose import curve_counts
 from lyra.choosing.documents import CHOOSING, HELD_OUT, cut, set_apart
 from lyra.choosing.measure import Measure
@@ -22,18 +23,17 @@ from lyra.choosing.passkey import DIGITS, NAMES, passkey_document
 from lyra.choosing.ranking import by_gradient, by_greedy
 from lyra.choosing.units import Unit, all_units, gates_of, splits_of, units_wanted
 from lyra.cli import application
+from lyra.conformance.launch import read_scope
+from lyra.conformance.session import Session, current, start
+from lyra.conformance.strategies import attention_specs
 from lyra.errors import ModelError
 from lyra.spec import HeadSplit, InputError, ModelSpec, SpecError
 from lyra.spec.attaching import read_split
+from lyra.text import Text
 
 TEXTS = [f"{name} and the other one of the {name}s, and then the end. " * 16 for name in ("hat", "note", "tone", "dot")]
 SMALL: dict[str, Any] = {"context_tokens": 400, "live_tokens": 24}
 SPEC = ModelSpec.preset("gemma-3-4b")
-
-
-@pytest.fixture(scope="module")
-def model(backend: str, tiny_folder: Path) -> lyra.Model:
-    return lyra.load(tiny_folder, backend=backend)
 
 
 def test_default_texts_are_kept_apart() -> None:
@@ -67,14 +67,14 @@ def test_a_document_is_a_context_what_follows_and_its_start_again() -> None:
     following, again = document.passages
     assert document.context == tuple(range(10))
     assert (following.ids, following.scored) == ((0, 10, 11, 12, 13), 4)
-    assert (again.ids, again.scored) == ((0, 1, 2, 3, 4), 4)
+    assert (again.ids, again.scored) == ((0, 1, 2, 3), 3)
     assert cut("a", range(100), 10, 20).passages[1].ids == tuple(range(10))
     with pytest.raises(InputError, match="'a' has 13 tokens; a context of 10 and 4 more need 14"):
         cut("a", range(13), 10, 4)
 
 
 def test_pass_keys_stand_in_the_context_and_only_their_digits_are_scored(tiny_folder: Path) -> None:
-    text = lyra.load(tiny_folder).text
+    text = Text.from_folder(tiny_folder)
     assert text is not None
     document = passkey_document(3, text.encode, 700)
     context = text.decode(document.context)
@@ -176,8 +176,8 @@ def test_per_layer_every_layer_gets_as_many(aligned: bool) -> None:
         return np.array([float((gates * slope("", gates)).sum()) for gates in candidates])
 
     for order in (by_gradient(SPEC, units, slope, True), by_greedy(SPEC, units, scores, True, 12)):
-        for start in range(0, len(units), layers):
-            assert {unit.layer for unit in order[start : start + layers]} == set(SPEC.global_layers)
+        for first in range(0, len(units), layers):
+            assert {unit.layer for unit in order[first : first + layers]} == set(SPEC.global_layers)
         assert order[0] == units[-1]
 
 
@@ -223,11 +223,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("method", ["gradient", "greedy"])
 def test_an_interrupted_run_goes_on_where_it_was(
-    model: lyra.Model, method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = counted(monkeypatch)
+    asked, model = counted(monkeypatch), lyra.load(tiny_folder)
     options: dict[str, Any] = {"heads": 2, "method": method, **SMALL}
-    whole = lyra.choose_split(model, TEXTS, **options)
+    whole = lyra.choose_split(model, TEXTS[:2], **options)
     needed = len(asked)
 
     def interrupt(what: str, done: int, total: int) -> None:
@@ -236,12 +236,12 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
-        lyra.choose_split(model, TEXTS, progress=tmp_path, on_progress=interrupt, **options)
+        lyra.choose_split(model, TEXTS[:2], progress=tmp_path, on_progress=interrupt, **options)
     before = len(asked)
     (kept,) = tmp_path.iterdir()
     assert json.loads(kept.read_text())
     assert 0 < before < needed
-    again = lyra.choose_split(model, TEXTS, progress=tmp_path, **options)
+    again = lyra.choose_split(model, TEXTS[:2], progress=tmp_path, **options)
     assert len(asked) == needed
     assert again.report.to_dict() == whole.report.to_dict()
     assert list(tmp_path.iterdir()) == []
@@ -256,25 +256,26 @@ def test_progress_of_something_else_is_not_taken_over(tmp_path: Path) -> None:
         Memory(path)
 
 
-def test_the_choice_is_what_attach_takes(model: lyra.Model, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    chosen = lyra.choose_split(model, TEXTS, heads=3, on_progress=lambda _, *steps: told.append(steps), **SMALL)
+def test_the_choice_is_what_attach_takes(backend: str, tiny_folder: Path, tmp_path: Path) -> None:
+    model, told = lyra.load(tiny_folder, backend=backend), []
+    chosen = lyra.choose_split(model, TEXTS[:2], heads=3, on_progress=lambda _, *steps: told.append(steps), **SMALL)
     report = chosen.report
     assert isinstance(chosen, ChosenSplit)
     assert sum(len(split.lyra_q_heads) for split in chosen.values()) == 3 == report.point.heads
     assert [point.heads for point in report.curve] == list(range(9))
     assert report.curve[0].bytes_per_1000_tokens == 0 == report.curve[0].score
     assert report.curve[-1].score == pytest.approx(1)
-    assert report.documents == {
-        "choosing": ("text 1", "text 2", "text 4", "pass keys 0"),
-        "held_out": ("text 3", "pass keys 1"),
-    }
+    assert report.documents == {"choosing": ("text 1", "pass keys 0"), "held_out": ("text 2", "pass keys 1")}
     assert told[-1][0] == told[-1][1] == max(done for done, _ in told)
+    assert dict(chosen.with_heads(8)) == {layer: HeadSplit.all(model.spec) for layer in model.spec.global_layers}
+    with pytest.raises(InputError, match="9 heads were not measured"):
+        chosen.with_heads(9)
 
     path = tmp_path / "split.toml"
     chosen.save(path)
     assert read_split(model.spec, path) == dict(chosen)
-    ids = np.array(model.text.encode(TEXTS[2]))  # type: ignore[union-attr]
+    assert model.text is not None
+    ids = np.array(model.text.encode(TEXTS[1]))
     context = model.capture(ids[:400], split=path)
     assert context.kv_heads == {layer: split.lyra_kv_heads for layer, split in chosen.items()}
     live = np.concatenate([ids[:1], ids[400:424]])
@@ -283,6 +284,9 @@ def test_the_choice_is_what_attach_takes(model: lyra.Model, tmp_path: Path) -> N
         assert model.score(live).mean_nll == pytest.approx(report.point.held_out["continuation"], abs=5e-6)
     model.detach()
     assert model.score(live).mean_nll == pytest.approx(report.curve[0].held_out["continuation"], abs=5e-6)
+    found = judge(model, {"none": None, "chosen": path}, {"held": TEXTS[1]}, **SMALL)
+    assert found["none"] == pytest.approx(report.curve[0].held_out, abs=5e-6)
+    assert found["chosen"] == pytest.approx(report.point.held_out, abs=5e-6)
 
 
 @pytest.mark.parametrize("method", ["gradient", "greedy"])
@@ -383,3 +387,26 @@ def test_files_and_presets_without_a_fitting_split_are_refused() -> None:
     with pytest.raises(SpecError, match=r"is neither a \.toml file nor a preset"):
         read_split(small, "nowhere.toml")
     assert read_split(ModelSpec.preset("gemma-3-12b"), "gemma-3-12b-lyra-8q4kv") == HeadSplit(tuple(range(8, 16)))
+
+
+def test_the_suite_is_held_to_the_splits_of_all_layers(tmp_path: Path) -> None:
+    chosen = {5: HeadSplit.last_kv(SPEC, 1), 11: HeadSplit((0,), share_kv=True), 17: HeadSplit.last_kv(SPEC, 1)}
+    SPEC.with_split(chosen).to_toml(tmp_path / "split.toml")
+    scope, splits = read_scope(str(tmp_path / "split.toml"))
+    assert set(splits) == set(chosen.values())
+    assert len(splits) == 2
+    before, session = current(), Session(scope=scope, splits=splits)
+    drawn: set[HeadSplit | None] = set()
+
+    @settings(max_examples=30, database=None)
+    @given(attention_specs(session.frames[0]))
+    def note(spec: lyra.AttentionSpec) -> None:
+        assert spec.replace(split=None) == SPEC.attention
+        drawn.add(spec.split)
+
+    start(session)
+    try:
+        note()
+    finally:
+        start(before)
+    assert drawn == set(splits)

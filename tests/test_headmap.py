@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from lyra.cli.headmap import GLOBAL, LYRA, SLIDING, VANILLA, draw  # noqa: E402
+from lyra.cli.splits_by_layer import draw_layers  # noqa: E402
 
 
 def layer(query_heads: int, kv_heads: int, heads: tuple[int, ...], **fields: object) -> AttentionSpec:
@@ -84,6 +86,17 @@ def test_the_words_say_what_lyra_heads_see(live: str, words: str) -> None:
     assert [one for one in (text.get_text() for text in axes.texts) if one.startswith("Lyra: ") and words in one]
 
 
+def test_layers_with_splits_of_their_own_stand_in_lines() -> None:
+    model = ModelSpec.preset("gemma-3-4b")
+    chosen = {5: HeadSplit((0, 1)), 17: HeadSplit((7,), share_kv=True)}
+    (axes,) = draw_layers(model.with_split(chosen)).axes
+    boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_height() != 0.2]
+    assert Counter(to_hex(box.get_facecolor()) for box in boxes) == {LYRA[0]: 3, VANILLA[0]: 8 * 5 - 3}
+    words = [text.get_text() for text in axes.texts]
+    assert "3 of 40 query heads go to Lyra; 2 of them read a KV head" in words
+    assert [word for word in words if word.startswith("layer ")] == [f"layer {layer}" for layer in model.global_layers]
+
+
 def split(*arguments: object) -> Result:
     words = ["split", *map(str, arguments)]
     return CliRunner().invoke(application(), words, env={"COLUMNS": "100", "NO_COLOR": "1"})
@@ -101,6 +114,31 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
     before = svg.read_bytes()
     split("gemma-3-12b", "--lyra-kv", 4, "--svg", svg)
     assert svg.read_bytes() == before
+
+
+def test_the_command_shows_splits_by_layer(tmp_path: Path) -> None:
+    file, png = tmp_path / "split.toml", tmp_path / "map.png"
+    model = ModelSpec.preset("gemma-3-4b")
+    model.with_split({5: HeadSplit((0, 1)), 17: HeadSplit((7,), share_kv=True)}).to_toml(file)
+    done = split("gemma-3-4b", "--split", file, "--png", png, "--json", tmp_path / "map.json")
+    assert done.exit_code == 0, done.output
+    assert done.output == split(file).output
+    lines = [line.rstrip() for line in done.output.splitlines()]
+    assert "queries  0 1 │ 2 3 │ 4 5 │ 6 7" in lines
+    assert "layer 5  L L │ v v │ v v │ v v" in lines
+    assert "layer 17 v v │ v v │ v v │ v L" in lines
+    assert "3.9 MiB per 1,000 tokens" in done.output
+    found = json.loads((tmp_path / "map.json").read_text())
+    assert found["static_cache_bytes_per_1000_tokens"] == 2 * 2 * 256 * 4 * 1000
+    assert found["layers"][0] == {"layer": 5, "lyra_q_heads": [0, 1], "lyra_kv_heads": [0], "cut_kv_heads": []}
+    assert not found["kv_aligned"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_split_of_another_model_is_refused() -> None:
+    done = split("gemma-3-270m", "--split", "gemma-3-12b-lyra-8q4kv")
+    assert done.exit_code == 2
+    assert "splits layers of (16, 8) query and KV heads" in done.stderr
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

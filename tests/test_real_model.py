@@ -118,3 +118,21 @@ def test_a_context_in_fewer_bits_loses_next_to_nothing(model: lyra.Model, ids: n
         model.attach(context.astype(dtype))
         changed = np.abs(model.score(live).nll - exact).mean()
         assert 0 < changed < most, dtype
+
+
+def test_the_shipped_heads_keep_what_all_heads_gain(models: dict[str, lyra.Model]) -> None:
+    """Two heads of twelve, on a document that they were not chosen on."""
+    model = models["torch"]
+    model.detach()
+    document = np.array(model.text.encode(topics["debugger"])[:640])
+    every = lyra.HeadSplit.all(model.spec)
+    context = model.capture(document[:512])
+    passages = {"next": document[[0, *range(512, 640)]], "again": document[:128]}
+    plain = {name: model.score(live).mean_nll for name, live in passages.items()}
+    gains = {}
+    for split in ("gemma-3-270m-lyra-2q", every):
+        model.attach(context, split)
+        gains[split] = {name: plain[name] - model.score(live).mean_nll for name, live in passages.items()}
+    model.detach()
+    for name, least in {"next": 0.7, "again": 0.95}.items():
+        assert gains["gemma-3-270m-lyra-2q"][name] > least * gains[every][name] > 0

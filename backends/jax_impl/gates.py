@@ -21,7 +21,6 @@ from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.split import HeadSplit
 
 from . import forward
-from .cache import bucket
 from .forward import Graph, Structure
 from .gemma3 import Attached, Gemma3, empty_model_cache
 from .heads import SplitArrays, split_arrays
@@ -32,6 +31,10 @@ from .tokens import Tokens, pack_left
 
 LOGITS_AT_ONCE = 1 << 25
 """Log-probabilities are taken in pieces of about this many logits (128 MB in float32)."""
+
+
+STEP = 16
+"""Texts are padded to a multiple of so many tokens, so that those of about one length share compiled functions."""
 
 
 class Gated(NamedTuple):
@@ -64,7 +67,7 @@ class GatedText:
             layer: prepare_static(one, inverse_frequencies(every)) for layer, one in placed.items() if one is not None
         }
         self._split = split_arrays(every)
-        packed = pack_left(tokens, bucket(tokens.ids.shape[1]))
+        packed = pack_left(tokens, -(-tokens.ids.shape[1] // STEP) * STEP)
         self._mask = packed.mask
         self._start = _start(graph.structure, graph.state, packed.ids, packed.mask, stop=self._layers[0])
 
