@@ -23,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --
 TRANSFORMERS_TESTS := $(filter-out %_backend.py %_partial.py,$(wildcard tests/test_torch_*.py)) $(wildcard tests/test_oracle_hf*.py)
 TARGET := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 
-.PHONY: demo test test-suite test-harness test-models test-oldest test-newest lint format schema faults bench performance clean
+.PHONY: demo test test-suite test-harness test-models test-oldest test-newest lint format schema faults bench performance heads clean
 
 demo: $(INSTALLED)  ## the spec held by both backends, then one context in two frameworks
 	$(BIN)/lyra conform --profile smoke
@@ -87,6 +87,9 @@ bench: $(INSTALLED)  ## what a context is worth on the real model, on both backe
 performance: $(INSTALLED)  ## every row of the benchmark, and docs/performance.md with what it gave; a quarter of an hour
 	mkdir -p build
 	$(BIN)/lyra bench --json build/bench.json --page docs/performance.md
+
+heads: $(INSTALLED)  ## which heads of the 270M a context is worth most to: the presets and docs/choosing.md; minutes
+	$(BIN)/python bench/choose_heads.py --presets spec/presets --plot docs/images/heads.png
 
 $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

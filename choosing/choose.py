@@ -23,7 +23,7 @@ from .measure import Measure, check_model, subject_of
 from .memory import Memory
 from .objective import Objective, Score
 from .passkey import passkey_document
-from .ranking import METHODS, PASSES, Method, by_gradient, by_greedy
+from .ranking import METHODS, PASSES, Method, by_gradient, by_greedy, greedy_candidates
 from .units import Unit, all_units, gates_of, gates_of_split, splits_of, units_wanted
 
 Texts = Mapping[str, str] | Sequence[str]
@@ -151,8 +151,8 @@ class _Task:
 
     def work(self, choosing: int, apart: int) -> int:
         """Candidates that documents are measured under, in all."""
-        left = range(len(self.units), len(self.units) - self.greedy_steps, -1)
-        ranked = sum(left) if self.method == "greedy" else PASSES
+        greedy = self.method == "greedy"
+        ranked = greedy_candidates(self.units, self.per_layer, self.greedy_steps) if greedy else PASSES
         return (2 + ranked + len(self.units) + len(self.counts)) * choosing + len(self.counts) * apart
 
     def rank(self, inside: Measure, score: Score) -> list[Unit]:

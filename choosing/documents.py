@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from lyra.spec.errors import InputError
@@ -39,6 +41,11 @@ class Document:
     name: str
     context: tuple[int, ...]
     passages: tuple[Passage, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells it from other documents of the same name."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
 def default_texts() -> tuple[dict[str, str], dict[str, str]]:

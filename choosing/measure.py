@@ -84,15 +84,15 @@ class Measure:
 
     def _gated(self, document: Document) -> list[GatedText]:
         """The passages of a document behind its context, which is captured when it is first needed."""
-        if document.name not in self._texts:
+        if document.digest not in self._texts:
             engine, spec = self._model.engine, self._model.engine.spec
             assert isinstance(engine, GatedEngine)
             context = self._model.capture(np.array(document.context))
             static = static_layers(context, dict.fromkeys(context.layers, HeadSplit.all(spec)))
-            self._texts[document.name] = [
+            self._texts[document.digest] = [
                 engine.gated(np.array([passage.ids]), passage.scored, static) for passage in document.passages
             ]
-        return self._texts[document.name]
+        return self._texts[document.digest]
 
 
 def subject_of(model: Model, documents: Iterable[Document]) -> str:
@@ -104,7 +104,7 @@ def subject_of(model: Model, documents: Iterable[Document]) -> str:
         digest.update(hash_weights(weights).encode())
         digest.update(weights["q_proj.weight"].tobytes() + weights["o_proj.weight"].tobytes())
     for document in documents:
-        digest.update(repr(document).encode())
+        digest.update(document.digest.encode())
     return digest.hexdigest()
 
 
@@ -124,4 +124,4 @@ def _name(document: Document, passage: int, gates: np.ndarray) -> str:
     flat = gates.ravel()
     whole = np.isin(flat, (0.0, 1.0)).all()
     under = "".join(f"{gate:.0f}" for gate in flat) if whole else hashlib.sha256(flat.tobytes()).hexdigest()[:16]
-    return f"{document.name}/{passage}/{under}"
+    return f"{document.digest}/{passage}/{under}"

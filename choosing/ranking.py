@@ -42,6 +42,17 @@ def by_greedy(spec: ModelSpec, units: Sequence[Unit], scores: Scores, per_layer:
     return _followed_by_rest(units, order, last, per_layer)
 
 
+def greedy_candidates(units: Sequence[Unit], per_layer: bool, most: int) -> int:
+    """How many candidates `by_greedy` measures in all: it does not depend on which it takes."""
+    order: list[Unit] = []
+    total = 0
+    while len(order) < min(most, len(units)):
+        candidates = next_units(units, order, per_layer)
+        total += len(candidates)
+        order.append(candidates[0])
+    return total
+
+
 def by_gradient(spec: ModelSpec, units: Sequence[Unit], slope: Slope, per_layer: bool) -> list[Unit]:
     """Integrated gradients: what each head contributes on the way from no head to all, all gates opening together.
 

@@ -20,7 +20,7 @@ from lyra.choosing.measure import Measure
 from lyra.choosing.memory import Memory
 from lyra.choosing.objective import Score
 from lyra.choosing.passkey import DIGITS, NAMES, passkey_document
-from lyra.choosing.ranking import by_gradient, by_greedy
+from lyra.choosing.ranking import by_gradient, by_greedy, greedy_candidates
 from lyra.choosing.units import Unit, all_units, gates_of, splits_of, units_wanted
 from lyra.cli import application
 from lyra.conformance.launch import read_scope
@@ -175,6 +175,14 @@ def test_per_layer_every_layer_gets_as_many(aligned: bool) -> None:
     def scores(_: str, candidates: Sequence[np.ndarray]) -> np.ndarray:
         return np.array([float((gates * slope("", gates)).sum()) for gates in candidates])
 
+    asked: list[int] = []
+
+    def counting(what: str, candidates: Sequence[np.ndarray]) -> np.ndarray:
+        asked.append(len(candidates))
+        return scores(what, candidates)
+
+    by_greedy(SPEC, units, counting, True, 12)
+    assert sum(asked) == greedy_candidates(units, True, 12)
     for order in (by_gradient(SPEC, units, slope, True), by_greedy(SPEC, units, scores, True, 12)):
         for first in range(0, len(units), layers):
             assert {unit.layer for unit in order[first : first + layers]} == set(SPEC.global_layers)
