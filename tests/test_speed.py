@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from lyra.cli import application
 from lyra.spec.errors import InputError
+from lyra.speed.contestants.memory_torch import prefill
+from lyra.speed.contestants.paths_torch import reached
 from lyra.speed.measure import Result, alternate, as_data, floor_seconds, from_data, ratio, ratios, run
 from lyra.speed.page import page
 from lyra.speed.row import Contestant, Count, Counted, Finding, Floor, Line, Race, Rival, Sweep
@@ -102,6 +104,14 @@ def test_a_bound_is_kept_or_missed_on_its_own_side() -> None:
     assert Finding("", 2.1, "×").met is None
 
 
+def test_a_margin_widens_a_bound_on_its_own_side() -> None:
+    assert Finding("", 1.0, "×", at_least=2.0).within(2.0)
+    assert not Finding("", 0.9, "×", at_least=2.0).within(2.0)
+    assert Finding("", 4.0, "×", at_most=2.0).within(2.0)
+    assert not Finding("", 4.1, "×", at_most=2.0).within(2.0)
+    assert Finding("", 0.0, "×").within(1.0)
+
+
 def test_the_page_shows_what_was_missed_and_where_its_time_went() -> None:
     findings = [Finding("HF / Lyra", 2.0, "×", at_least=3.5, low=1.9, high=2.1)]
     missed = Result("row", "a step", "race", findings, {"Lyra": 0.00254}, 9, profile=[("aten::bmm", 0.75)], note="Why.")
@@ -121,6 +131,15 @@ def test_every_row_has_a_name_of_its_own_and_contestants_that_are_there() -> Non
         else:
             made = [row.make] if isinstance(row, Count) else [line.contestant.make for line in row.lines]
         assert all(callable(named(one)) for one in made), row.name
+
+
+def test_generated_cases_reach_every_fast_path() -> None:
+    assert {finding.what: finding.value for finding in reached(60).findings if not finding.met} == {}
+
+
+def test_a_prefill_takes_no_more_memory_against_a_longer_context() -> None:
+    found = prefill(tokens=[32], static=[512, 2048], at_most=1.25)
+    assert [finding.met for finding in found.findings] == [True]
 
 
 def test_rows_are_chosen_by_how_their_names_begin() -> None:
@@ -143,6 +162,16 @@ def test_the_command_writes_the_page_of_an_earlier_run(tmp_path: Path) -> None:
     assert "met" in found.output
     assert "| Lyra | 1 ms | 2 ms |" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "images" / "performance-cost.png").stat().st_size > 1000
+
+
+def test_the_command_fails_beyond_the_margin_only(tmp_path: Path) -> None:
+    result = Result("row", "a step", "race", [Finding("HF / Lyra", 1.5, "×", at_least=3.5)], {"Lyra": 1.0}, 9)
+    (tmp_path / "bench.json").write_text(json.dumps({"machine": MACHINE, "results": [as_data(result)]}))
+    for margin, code in (("2", 1), ("3", 0)):
+        words = ["bench", "--from", str(tmp_path / "bench.json"), "--margin", margin]
+        found = CliRunner().invoke(application(), words)
+        assert found.exit_code == code
+        assert ("more than 2 times off the target: HF / Lyra" in found.output) == bool(code)
 
 
 def test_the_command_refuses_another_file(tmp_path: Path) -> None:

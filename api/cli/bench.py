@@ -33,6 +33,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A few rows, five rounds each: the report of CI.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contestant; else one a core.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="Only name the rows.")] = False,
+    margin: Annotated[
+        float | None, typer.Option(min=1, help="Exit with 1 where a figure is this many times off its target.")
+    ] = None,
     json_path: JsonPath = None,
     page: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the page, and its pictures.")] = None,
     measured: Annotated[
@@ -41,7 +44,8 @@ def bench(
 ) -> None:
     """Time Lyra beside Hugging Face and others, in turns, against what this machine can read and multiply.
 
-    Figures are ratios of paired rounds. A missed target is reported, and is no error.
+    Figures are ratios of paired rounds. A missed target is reported, and is no error unless --margin says how far off
+    is one.
     """
     rows = chosen_rows(only, quick)
     if listed:
@@ -57,6 +61,11 @@ def bench(
 
         write_page(page, data["machine"], results)
     show(data, json_path, table(results, data["machine"]))
+    if margin is not None:
+        beyond = [one.what for result in results for one in result.findings if not one.within(margin)]
+        if beyond:
+            typer.echo(f"more than {margin:g} times off the target: {'; '.join(beyond)}", err=True)
+            raise typer.Exit(1)
 
 
 def measure_rows(rows: list[Row], quick: bool, threads: int, json_path: Path | None) -> dict[str, Any]:

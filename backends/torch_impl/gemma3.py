@@ -13,7 +13,12 @@ import torch
 from torch import nn
 from transformers import Gemma3TextConfig
 from transformers.cache_utils import Cache
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, apply_rotary_pos_emb
+from transformers.models.gemma3.modeling_gemma3 import (
+    ALL_ATTENTION_FUNCTIONS,
+    Gemma3Attention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from lyra.spec.attention import AttentionSpec, Live, RopeSpec, StaticSpec
 from lyra.spec.context import StaticContext
@@ -179,6 +184,10 @@ class LyraGemma3Attention(Gemma3Attention):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
             offset = past_key_values.get_seq_length(self.layer_idx) - tokens
+        if self._is_plain(attention_mask, tokens, k.shape[2]):
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            heads, _ = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+            return self.o_proj(heads.reshape(batch, tokens, -1)), None
         seen = self._visible(attention_mask, tokens, k.shape[2], offset, k.device)
         return self.o_proj(self.attend(q, k, v, seen)), None
 
@@ -280,6 +289,14 @@ class LyraGemma3Attention(Gemma3Attention):
 
     def _turns(self, rope: RopeSpec, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return cos_sin(positions, inverse_frequencies(rope, self.head_dim).to(positions.device))
+
+    def _is_plain(self, mask: torch.Tensor | None, tokens: int, keys: int) -> bool:
+        """Whether Hugging Face's own attention does: no context, and causal (clause IDENTITY).
+
+        Without a mask it takes several queries behind other keys for the first ones.
+        """
+        aligned = mask is not None or tokens in (1, keys)
+        return self.static_k is None and self.spec.static.live == "causal" and aligned
 
     def _visible(
         self, mask: torch.Tensor | None, tokens: int, keys: int, offset: int | torch.Tensor, device: torch.device

@@ -44,6 +44,13 @@ whose names begin so, `lyra bench --list` names them, `lyra bench --quick` is th
 
 """
 
+ELSEWHERE = """
+## Elsewhere
+
+How many cases a second the conformance suite compares, and where their time goes, is in
+[conformance in CI](conformance-in-ci.md).
+"""
+
 HEAD = "| Row | Figure | Measured | Quartiles | Target | |\n|---|---|---|---|---|---|"
 WORDS = {True: "met", False: "**missed**", None: ""}
 
@@ -71,7 +78,7 @@ def page(machine: dict[str, Any], results: Sequence[Result]) -> str:
     if sweeps:
         text += "\n## Costs that grow\n\nBoth axes are logarithmic; the grey line is the floor.\n"
         text += "".join(_sweep(result) for result in sweeps)
-    return text
+    return text + ELSEWHERE
 
 
 def picture(result: Result) -> str:

@@ -105,6 +105,12 @@ class Finding:
             return self.value >= self.at_least
         return None if self.at_most is None else self.value <= self.at_most
 
+    def within(self, margin: float) -> bool:
+        """Whether the bound, made wider by a factor, is kept."""
+        if self.at_least is not None:
+            return self.value * margin >= self.at_least
+        return self.at_most is None or self.value <= self.at_most * margin
+
 
 class Counted(NamedTuple):
     """What a Count gives: findings, and a table (the head first) where there is more to show."""

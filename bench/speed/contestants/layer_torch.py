@@ -28,11 +28,12 @@ LAYER = 5
 """The first global layer."""
 
 
-def hugging_face(static: int, live: int, batch: int = 1, tokens: int = 1, layers: int = 1) -> Work:
-    """sdpa_attention_forward over static + live keys of all heads in the cache of every row.
+def hugging_face(static: int, live: int, batch: int = 1, tokens: int = 1, layers: int = 1, contexts: int = 1) -> Work:
+    """sdpa_attention_forward over static + live keys of all heads in the cache of every row, of however many contexts.
 
     The last `tokens` of the live keys are the call's own; with more than one the model's causal mask is given.
     """
+    del contexts  # each row holds its keys, equal to another's or not
     config = _config()
     with torch.device("meta"):
         module = Gemma3Attention(config, LAYER)

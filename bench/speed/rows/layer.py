@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ..row import Contestant, Floor, Line, Race, Rival, Sweep
+from ..row import Contestant, Count, Floor, Line, Race, Rival, Sweep
 
 MODULE = "lyra.speed.contestants.layer_torch"
 Q_HEADS, KV_HEADS, HEAD_DIM, LYRA_KV = 16, 8, 256, 4
@@ -30,10 +30,15 @@ def expanded(batch: int) -> Contestant:
 
 
 def floor(
-    static: int = STATIC, live: int = LIVE, batch: int = 1, tokens: int = 1, *, at_most: float | None = None
+    static: int = STATIC,
+    live: int = LIVE,
+    batch: int = 1,
+    tokens: int = 1,
+    contexts: int = 1,
+    at_most: float | None = None,
 ) -> Floor:
-    """What a call has to read and multiply: the context once for half of the heads, every row's live keys."""
-    keys = LYRA_KV * static + batch * KV_HEADS * live
+    """What a call has to read and multiply: each context once for half of the heads, every row's live keys."""
+    keys = LYRA_KV * static * contexts + batch * KV_HEADS * live
     seen = Q_HEADS * (live - (tokens - 1) / 2) + Q_HEADS * LYRA_KV / KV_HEADS * static
     operations = batch * tokens * seen * HEAD_DIM * 4
     return Floor(2 * keys * HEAD_DIM * FLOAT32, round(operations), at_most)
@@ -89,6 +94,15 @@ PREFILL = tuple(
     for tokens in (128, 1024)
 )
 
+MEMORY = Count(
+    "prefill-memory",
+    "memory that a prefill takes beside its inputs, the same layer, at its peak",
+    "torch",
+    "lyra.speed.contestants.memory_torch:prefill",
+    {"tokens": [128, 1024], "static": [STATIC, 4 * STATIC], "at_most": 1.25},
+    note="Scores are formed in blocks of queries of a fixed size, whatever T · S is; the rest is the result's size.",
+)
+
 COSTS = (
     Sweep(
         "cost-static",
@@ -116,6 +130,15 @@ COSTS = (
         partial(floor, STATIC, LIVE),
         rounds=3,
     ),
+    Sweep(
+        "cost-contexts",
+        "decode step, 16 rows, S = 2,048, over the number of contexts that they read",
+        "contexts",
+        (1, 2, 4, 8, 16),
+        (Line(lyra(batch=16, static=2048)), Line(hugging_face(batch=16, static=2048))),
+        lambda contexts: floor(2048, batch=16, contexts=contexts),
+        rounds=3,
+    ),
 )
 
-ROWS = (*DECODE, LONG, COLD, *PREFILL, *COSTS)
+ROWS = (*DECODE, LONG, COLD, *PREFILL, MEMORY, *COSTS)
