@@ -152,20 +152,23 @@ def test_rows_are_chosen_by_how_their_names_begin() -> None:
 def test_the_command_writes_the_page_of_an_earlier_run(tmp_path: Path) -> None:
     series = {"Lyra": [(8, 1e-3), (16, 2e-3)], "floor": [(8, 5e-4), (16, 1e-3)]}
     results = [
-        Result("row", "a step", "race", [Finding("HF / Lyra", 4.0, "×", at_least=3.5)], {"Lyra": 1.0}, 9),
-        Result("cost", "steps", "sweep", series=series, option="static"),
+        Result("decode-cold", "a step", "race", [Finding("HF / Lyra", 4.0, "×", at_least=3.5)], {"Lyra": 1.0}, 9),
+        Result("cost-static", "steps", "sweep", series=series, option="static"),
     ]
-    (tmp_path / "bench.json").write_text(json.dumps({"machine": MACHINE, "results": [*map(as_data, results)]}))
-    words = ["bench", "--from", str(tmp_path / "bench.json"), "--page", str(tmp_path / "page.md")]
+    words = ["bench", "--page", str(tmp_path / "page.md")]
+    for number, result in enumerate(results):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"machine": MACHINE, "results": [as_data(result)]}))
+        words += ["--from", str(path)]
     found = CliRunner().invoke(application(), words)
     assert found.exit_code == 0, found.output
     assert "met" in found.output
     assert "| Lyra | 1 ms | 2 ms |" in (tmp_path / "page.md").read_text()
-    assert (tmp_path / "images" / "performance-cost.png").stat().st_size > 1000
+    assert (tmp_path / "images" / "performance-cost-static.png").stat().st_size > 1000
 
 
 def test_the_command_fails_beyond_the_margin_only(tmp_path: Path) -> None:
-    result = Result("row", "a step", "race", [Finding("HF / Lyra", 1.5, "×", at_least=3.5)], {"Lyra": 1.0}, 9)
+    result = Result("frame", "a step", "race", [Finding("HF / Lyra", 1.5, "×", at_least=3.5)], {"Lyra": 1.0}, 9)
     (tmp_path / "bench.json").write_text(json.dumps({"machine": MACHINE, "results": [as_data(result)]}))
     for margin, code in (("2", 1), ("3", 0)):
         words = ["bench", "--from", str(tmp_path / "bench.json"), "--margin", margin]

@@ -15,9 +15,9 @@ from lyra.spec.base import write_atomically
 from lyra.spec.errors import InputError
 from lyra.speed.measure import as_data, from_data, probe, run
 from lyra.speed.row import Row
-from lyra.speed.rows import chosen_rows
+from lyra.speed.rows import all_rows, chosen_rows
 from lyra.speed.show import table
-from lyra.speed.workers import Workers
+from lyra.speed.workers import WorkerError, Workers
 
 from .options import JsonPath
 from .output import refuse_missing_folder, show
@@ -39,7 +39,8 @@ def bench(
     json_path: JsonPath = None,
     page: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the page, and its pictures.")] = None,
     measured: Annotated[
-        Path | None, typer.Option("--from", metavar="PATH", help="Results of an earlier --json, measured no more.")
+        list[Path] | None,
+        typer.Option("--from", metavar="PATH", help="Results of an earlier --json, shown again; several are joined."),
     ] = None,
 ) -> None:
     """Time Lyra beside Hugging Face and others, in turns, against what this machine can read and multiply.
@@ -54,13 +55,15 @@ def bench(
     for path in (json_path, page):
         refuse_missing_folder(path)
     cores = threads or os.cpu_count() or 1
-    data = measure_rows(rows, quick, cores, json_path) if measured is None else read(measured)
+    data = joined(measured) if measured else measure_rows(rows, quick, cores, json_path)
     results = [from_data(one) for one in data["results"]]
     if page is not None:
         from lyra.speed.page import write_page
 
         write_page(page, data["machine"], results)
     show(data, json_path, table(results, data["machine"]))
+    if data.get("failed"):
+        raise typer.Exit(1)
     if margin is not None:
         beyond = [one.what for result in results for one in result.findings if not one.within(margin)]
         if beyond:
@@ -71,20 +74,37 @@ def bench(
 def measure_rows(rows: list[Row], quick: bool, threads: int, json_path: Path | None) -> dict[str, Any]:
     """The rows' results, as plain data, and the machine that they were measured on.
 
-    They are written to `json_path` after every row, so that an interrupt loses one. Raises ImportError.
+    They are written to `json_path` after every row, so that an interrupt loses one. A row that fails is named on
+    standard error and under "failed", and the others go on. Raises ImportError.
     """
     for name, extra in NEEDED.items():
         if find_spec(name) is None:
             raise ImportError(f"the benchmark needs {name!r}, which is not installed: pip install 'lyra[{extra}]'")
     with Workers(threads) as workers, steps("Measuring") as move:
         machine = workers.ask("torch", "call", make="lyra.speed.machine:describe", options={})
-        data: dict[str, Any] = {"machine": {**machine, "threads": threads, "rates": probe(workers)}, "results": []}
+        data: dict[str, Any] = {
+            "machine": {**machine, "threads": threads, "rates": probe(workers)},
+            "results": [],
+            "failed": [],
+        }
         for number, row in enumerate(rows):
             move(row.name, number, len(rows))
-            data["results"].append(as_data(run(row, workers, quick)))
+            try:
+                data["results"].append(as_data(run(row, workers, quick)))
+            except WorkerError as error:
+                typer.echo(f"{row.name} failed: {error}", err=True)
+                data["failed"].append(row.name)
             if json_path not in {None, Path("-")}:
                 write_atomically(json_path, json.dumps(data, indent=2).encode())
     return data
+
+
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """The results of several runs, in the order of the rows; of one in several runs the last. Raises InputError."""
+    runs = [read(path) for path in paths]
+    found = {one["name"]: one for data in runs for one in data["results"]}
+    order = [row.name for row in all_rows()]
+    return {**runs[0], "results": sorted(found.values(), key=lambda one: order.index(one["name"]))}
 
 
 def read(path: Path) -> dict[str, Any]:

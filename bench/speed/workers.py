@@ -45,6 +45,7 @@ class Workers:
         process.stdin.flush()
         line = process.stdout.readline()
         if not line:
+            del self._running[framework]  # the next row gets a new one
             raise WorkerError(f"the {framework} worker ended with code {process.wait()} while it was asked to {do}")
         answer = json.loads(line)
         if "error" in answer:
