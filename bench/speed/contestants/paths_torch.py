@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from lyra.backends.torch_impl import TorchBackend, layer, partial, static
+from lyra.backends.torch_impl import TorchBackend, backend, layer, partial, static
 from lyra.backends.torch_impl.heads import LyraHeads
 from lyra.backends.torch_impl.partial import Partial
 from lyra.backends.torch_impl.static import PreparedStatic
@@ -31,9 +31,10 @@ PATHS = (
     "every KV head reads it, none is picked",
     "a split cuts a group",
     "queries are taken in blocks",
+    "a context is attached in pieces",
 )
 BLOCK = 64
-"""Scores of a block, instead of millions, so that small cases have several."""
+"""Scores of a block of queries, and elements of a piece, instead of millions: small cases have several."""
 
 
 def reached(examples: int, profile: str = "ci") -> Counted:
@@ -89,11 +90,18 @@ def watched(seen: set[str]) -> Iterator[None]:
         seen.update(path for path, fact in zip(PATHS, facts, strict=False) if fact)
         return kept["add_static"](live, queries, context, lyra, *rest)
 
-    def place_static(spec: Any, given: Any, k: Any, v: Any) -> PreparedStatic | None:
-        placed = kept["place_static"](spec, given, k, v)
-        if placed is not None and placed.k.shape[2] < given.mask.shape[1]:
+    def placed(spec: Any, given: Any, *rest: Any) -> PreparedStatic:
+        made: PreparedStatic = kept["_placed"](spec, given, *rest)
+        pieces.append(made.k.shape[2])
+        if pieces[-1] < given.mask.shape[1]:
             seen.add(PATHS[2])
-        return placed
+        if len(pieces) > 1:
+            seen.add(PATHS[8])
+        return made
+
+    def prepare_static(*given: Any) -> PreparedStatic | None:
+        pieces.clear()
+        return kept["prepare_static"](*given)
 
     def attention_block(q: Any, k: Any, *rest: Any) -> Partial:
         blocks.append(q.shape[-2])
@@ -106,20 +114,22 @@ def watched(seen: set[str]) -> Iterator[None]:
         return kept["partial_attention"](*given)
 
     blocks: list[int] = []
+    pieces: list[int] = []
     places: dict[str, tuple[Any, Callable[..., Any]]] = {
         "add_static": (layer, add_static),
-        "place_static": (static, place_static),
+        "_placed": (static, placed),
+        "prepare_static": (backend, prepare_static),
         "_block": (partial, attention_block),
         "partial_attention": (layer, whole),
     }
     kept = {name: getattr(module, name) for name, (module, _) in places.items()}
-    scores = partial.SCORES_PER_BLOCK
+    sizes = partial.SCORES_PER_BLOCK, static.BLOCK
     try:
-        partial.SCORES_PER_BLOCK = BLOCK
+        partial.SCORES_PER_BLOCK = static.BLOCK = BLOCK
         for name, (module, made) in places.items():
             setattr(module, name, made)
         yield
     finally:
-        partial.SCORES_PER_BLOCK = scores
+        partial.SCORES_PER_BLOCK, static.BLOCK = sizes
         for name, (module, _) in places.items():
             setattr(module, name, kept[name])

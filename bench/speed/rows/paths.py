@@ -11,7 +11,7 @@ ROWS = (
         "torch",
         "lyra.speed.contestants.paths_torch:reached",
         {"examples": 200},
-        note="Each case is held to the oracle while it is counted. Blocks of queries hold 64 scores here, so that "
-        "small cases have several; a wrong value ends the run.",
+        note="Each case is held to the oracle while it is counted. Blocks of queries hold 64 scores here and "
+        "pieces of a context 64 elements, so that small cases have several; a wrong value ends the run.",
     ),
 )
