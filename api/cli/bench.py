@@ -100,11 +100,13 @@ def measure_rows(rows: list[Row], quick: bool, threads: int, json_path: Path | N
 
 
 def joined(paths: list[Path]) -> dict[str, Any]:
-    """The results of several runs, in the order of the rows; of one in several runs the last. Raises InputError."""
+    """The results of several runs, in the order of the rows, with the notes that these have now.
+
+    Of a row that is in several runs the last counts. Raises InputError.
+    """
     runs = [read(path) for path in paths]
     found = {one["name"]: one for data in runs for one in data["results"]}
-    order = [row.name for row in all_rows()]
-    return {**runs[0], "results": sorted(found.values(), key=lambda one: order.index(one["name"]))}
+    return {**runs[0], "results": [found[row.name] | {"note": row.note} for row in all_rows() if row.name in found]}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lyra.studies.figures import INK, STROKES, new_figure
 
-from .show import duration
+from .show import AXES, duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ def cost_figure(title: str, option: str, series: Mapping[str, Sequence[tuple[int
     axes.set_xticks(points, [f"{point:,}" for point in points])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: duration(value))
-    axes.set(xlabel=option, ylabel="time")
+    axes.set(xlabel=AXES.get(option, option), ylabel="time")
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.legend(frameon=False, handlelength=4, fontsize=9)
     return figure

@@ -13,11 +13,11 @@ from lyra.studies.figures import save
 from .figures import cost_figure
 from .machine import BUFFER
 from .measure import DISTURBED, TURN, Result
-from .show import cells, duration, machine_line
+from .show import AXES, cells, duration, machine_line
 
 INTRODUCTION = """# Performance
 
-Everything here is measured side by side in one run, and this page is written by the run itself:
+Every row is measured side by side in one run, and this page is written by the run itself:
 
 ```bash
 make performance
@@ -25,6 +25,7 @@ make performance
 
 which is `lyra bench --json build/bench.json --page docs/performance.md`. `lyra bench --only decode` measures the rows
 whose names begin so, `lyra bench --list` names them, `lyra bench --quick` is the short report that CI keeps.
+Rows that were measured apart are joined by `--from`, once for each file.
 
 {machine}. {versions}.
 
@@ -32,8 +33,8 @@ whose names begin so, `lyra bench --list` names them, `lyra bench --quick` is th
 
 - Contestants work in turns: one stretch of about {turn:.0f} ms each, in an order that moves on from round to round. A
   figure is the median of the ratios of the rounds (rival / Lyra: above 1 Lyra is faster), with their quartiles.
-- Each framework has a process of its own, and only one works at a time: the thread pools of two frameworks in one
-  process fight over the cores. Contestants of one framework share its process.
+- Each framework has a process of its own, and only one works at a time, so that neither's threads and memory matter to
+  the other (row `frame`). Contestants of one framework share its process.
 - The floor of a row is the time in which this machine reads the bytes that no implementation can avoid, or does the
   operations at the rate of its matrix products, whichever is longer. Both rates are measured anew beside every row, the
   bandwidth over {buffer}, more than caches hold. Where keys fit into the caches a step can be below its floor.
@@ -114,7 +115,7 @@ def _details(result: Result) -> str:
 def _sweep(result: Result) -> str:
     assert result.series is not None
     points = sorted({point for line in result.series.values() for point, _ in line})
-    rows = [[result.option, *(f"{point:,}" for point in points)]]
+    rows = [[AXES.get(result.option, result.option), *(f"{point:,}" for point in points)]]
     for name, line in result.series.items():
         at = dict(line)
         rows.append([name, *(duration(at[point]) if point in at else "" for point in points)])

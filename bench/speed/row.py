@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Framework = Literal["torch", "jax"]
-"""Which worker process a contestant runs in: the thread pools of two frameworks in one process fight over the cores."""
+"""Which worker process a contestant runs in: neither's threads and memory are to matter to the other."""
 
 
 class Work(NamedTuple):

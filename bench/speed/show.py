@@ -14,6 +14,9 @@ from .row import Finding
 
 COLUMNS = ("row", "figure", "measured", "quartiles", "target", "")
 
+AXES = {"static": "static tokens S", "tokens": "live tokens T of the call", "batch": "rows B", "contexts": "contexts"}
+"""What grows along a sweep, by the option that sets it."""
+
 
 def table(results: Sequence[Result], machine: dict[str, Any]) -> Table:
     """Every finding of the races and counts."""

@@ -1,4 +1,4 @@
-"""Why every framework has a process of its own: what a step costs where another thread pool has just worked."""
+"""What a step costs where another thread pool has just worked in its process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ ROWS = (
             Rival(step("right after a product in PyTorch", "torch", "torch")),
             Rival(step("in one process with JAX, right after a product there", "jax", "jax")),
         ),
-        note="This is the frame measuring itself: above 1 a step is slower for what its process did just before. It is "
-        "why contestants of different frameworks have processes of their own, and work in turns of many runs.",
+        note="This is the frame measuring itself: above 1 a step is slower for what its process did just before. A "
+        "product in JAX costs the next step about what one in PyTorch does, so the two hardly disturb each other when "
+        "they take turns; they have processes of their own all the same, so that neither's threads and memory can matter.",
     ),
 )

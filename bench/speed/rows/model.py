@@ -36,6 +36,10 @@ FIRST_TOKEN = Race(
         ),
     ),
     rounds=9,
+    note="With a copied cache both contestants prefill the same prompt through the same modules, which is most of the "
+    "time: matrix products of a few rows read all weights. What Lyra adds is opening and checking the file, comparing "
+    "fingerprints, and turning the keys of the context; what it saves is the copy, which sliding windows keep small. "
+    "So half the time is out of reach here, whatever attaching costs; a cache without windows takes longer to copy.",
 )
 
 NO_CONTEXT = (
@@ -45,6 +49,7 @@ NO_CONTEXT = (
             f"no context, 270M: {what}; Lyra's attention in the global layers, and none of it",
             contestant("Lyra", "enabled", tokens=PREFILL, part=part),
             (Rival(contestant("Hugging Face", "plain", tokens=PREFILL, part=part), 1.0),),
+            note="Without a context Lyra's module leaves its heads to Hugging Face's own attention: the two are alike.",
         )
         for part, what in (("prefill", f"prefill of {PREFILL} tokens"), ("decode", f"decode step behind {PREFILL}"))
     ),
