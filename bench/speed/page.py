@@ -13,6 +13,7 @@ from lyra.studies.figures import save
 from .figures import cost_figure
 from .machine import BUFFER
 from .measure import DISTURBED, TURN, Result
+from .rows import all_rows
 from .show import AXES, cells, duration, machine_line
 
 INTRODUCTION = """# Performance
@@ -79,6 +80,10 @@ def page(machine: dict[str, Any], results: Sequence[Result]) -> str:
     if sweeps:
         text += "\n## Costs that grow\n\nBoth axes are logarithmic; the grey line is the floor.\n"
         text += "".join(_sweep(result) for result in sweeps)
+    measured_rows = {result.name for result in results}
+    missing = [f"`{row.name}`" for row in all_rows() if row.name not in measured_rows]
+    if missing:
+        text += f"\n## Not measured here\n\n{', '.join(missing)}: left out of this page's run.\n"
     return text + ELSEWHERE
 
 

@@ -23,6 +23,6 @@ ROWS = (
         ),
         note="This is the frame measuring itself: above 1 a step is slower for what its process did just before. A "
         "product in JAX costs the next step about what one in PyTorch does, so the two hardly disturb each other when "
-        "they take turns; they have processes of their own all the same, so that neither's threads and memory can matter.",
+        "they take turns; all the same they have processes of their own, so that neither's threads can matter.",
     ),
 )
