@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lyra.backends.protocol import import_extra
 from lyra.studies.figures import INK, STROKES, new_figure
 
 from .show import AXES, duration
@@ -29,6 +30,7 @@ def cost_figure(title: str, option: str, series: Mapping[str, Sequence[tuple[int
     points = sorted({x for line in series.values() for x, _ in line})
     axes.set_xticks(points, [f"{point:,}" for point in points])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(import_extra("matplotlib.ticker", "studies").LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: duration(value))
     axes.set(xlabel=AXES.get(option, option), ylabel="time")
     axes.set_title(title, loc="left", fontsize=11, color=INK)

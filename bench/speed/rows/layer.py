@@ -79,8 +79,8 @@ LONG = Race(
     floor(4 * STATIC),
     note="Of one context of 8,192 tokens every step reads the same 64 MiB again, which this processor's caches hold: "
     "it takes less than memory's bandwidth allows. 256 MiB do not stay there. Where several contexts of 8,192 tokens "
-    "are read in turn, so that they do not stay there either, a token of theirs costs no less than one of 32,768 (compare "
-    "`decode-cold`).",
+    "are read in turn, so that they do not stay there either, a token of theirs costs no less than one of 32,768 "
+    "(compare `decode-cold`).",
 )
 
 COLD = Race(
