@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .corpus import Corpus
-from .training import Task, Trained, train
+from .training import Task, Trained, finished, train
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -42,11 +42,15 @@ def train_all(
 ) -> list[Trained]:
     """Every task's model, trained or read. One process trains here, more are started. Raises InputError, OSError."""
     total = sum(task.recipe.steps for task in tasks)
-    if processes > 1 and len(tasks) > 1:
-        _in_processes(tasks, corpus, folder, min(processes, len(tasks)), partial(_told, moved, total))
+    waiting = [task for task in tasks if not finished(task, corpus, folder)]
+    if processes > 1 and len(waiting) > 1:
+        before = total - sum(task.recipe.steps for task in waiting)
+        tell = partial(_told, moved, "", before, total)
+        _in_processes(waiting, corpus, folder, min(processes, len(waiting)), tell)
+        return [train(task, corpus, folder) for task in tasks]
     before, found = 0, []
     for task in tasks:
-        tell = partial(_told_of, moved, f"{task.backend} {task.spec.kind}, seed {task.seed}", before, total)
+        tell = partial(_told, moved, f"{task.backend} {task.spec.kind}, seed {task.seed}", before, total)
         found.append(train(task, corpus, folder, tell))
         before += task.recipe.steps
     return found
@@ -62,8 +66,8 @@ def _in_processes(
         try:
             running = {pool.submit(_train, task, corpus, folder) for task in tasks}
             while running:
-                finished, running = wait(running, LOOK, FIRST_COMPLETED)
-                for one in finished:
+                ended, running = wait(running, LOOK, FIRST_COMPLETED)
+                for one in ended:
                     one.result()
                 moved(done.value)
         except BaseException:
@@ -94,9 +98,5 @@ def _train(task: Task, corpus: Corpus, folder: Path) -> None:
     train(task, corpus, folder, moved)
 
 
-def _told(moved: Moved, total: int, done: int) -> None:
-    moved("", done, total)
-
-
-def _told_of(moved: Moved, what: str, before: int, total: int, done: int) -> None:
+def _told(moved: Moved, what: str, before: int, total: int, done: int) -> None:
     moved(what, before + done, total)

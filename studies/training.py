@@ -193,6 +193,12 @@ def train(
     return Trained(task, learner.weights(), curve)
 
 
+def finished(task: Task, corpus: Corpus, folder: Path) -> bool:
+    """Whether the task's checkpoint is that of a model trained to the end. Raises InputError."""
+    path = task.file(folder, corpus)
+    return path.exists() and len(_resumed(path)[2].loss) == task.recipe.steps
+
+
 def _resumed(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Curve]:
     """Weights, moments and curve of a checkpoint. Raises InputError."""
     arrays, metadata = read_weights(path)

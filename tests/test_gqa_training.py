@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lyra.cli import application
 from lyra.spec.errors import InputError, SpecError
+from lyra.studies import parallel
 from lyra.studies.corpus import Corpus, batch, byte_pairs, default_text, once, read_corpus, windows
 from lyra.studies.language_model import LMSpec, initial_weights, read_weights
 from lyra.studies.parallel import train_all
@@ -112,7 +113,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 
 def test_processes_train_what_one_does_and_stop_when_interrupted(
-    models: dict[str, Trained], corpus: Corpus, tmp_path: Path
+    models: dict[str, Trained], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes of one thread each; whenever the one that waits for them is interrupted, they stop too."""
     tasks = [replace(models["torch"].task, seed=seed) for seed in (0, 1)]
@@ -124,7 +125,10 @@ def test_processes_train_what_one_does_and_stop_when_interrupted(
         train_all(tasks, corpus, tmp_path, 2, interrupt)
     told: list[int] = []
     first, second = train_all(tasks, corpus, tmp_path, 2, lambda what, done, total: told.append(done))
+    assert told == sorted(told)
     assert told[-1] == 2 * RECIPE.steps
+    monkeypatch.setattr(parallel, "_in_processes", interrupt)
+    assert train_all(tasks, corpus, tmp_path, 2)[1].curve == second.curve  # finished: no process is started
     assert first.curve == models["torch"].curve
     assert second.curve != first.curve
     np.testing.assert_array_equal(first.weights["norm.weight"], models["torch"].weights["norm.weight"])

@@ -145,3 +145,9 @@ def test_the_command_converts_and_draws(text_file: Path, tmp_path: Path) -> None
     ]  # fmt: skip
     assert (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG")
     assert "mean of the group" in done.stdout
+
+
+def test_a_conversion_to_nothing_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(application(), ["gqa", "uptrain", "--kv-heads", ",", "--checkpoints", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "no KV heads to convert to are named" in " ".join(done.output.split())

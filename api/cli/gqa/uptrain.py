@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from lyra.progress import steps as progress_bar
+from lyra.spec.errors import SpecError
 from lyra.studies.conversion import METHODS
 from lyra.studies.figures import save
 from lyra.studies.parameters import groupings
@@ -77,6 +78,8 @@ def uptrain(
     recipe = Recipe(steps=steps, rows=rows, window=window)
     corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
     chosen = groupings(heads)[1:] if kv_heads is None else numbers(kv_heads)
+    if not chosen:
+        raise SpecError("no KV heads to convert to are named; write a list such as 4,1")
     plan = Plan(chosen_backends([backend])[0], spec, recipe, seeds, chosen, uptraining)
     with progress_bar("Training") as move:
         found = summary(uptrained(plan, corpus, checkpoint_folder(checkpoints), processes, move))
