@@ -72,7 +72,8 @@ def test_gradients_are_hugging_faces(tmp_path: Path) -> None:
     for layer in layers:
         assert_close(np.asarray(of_context[layer].k), expected[layer][0])
         assert_close(np.asarray(of_context[layer].v), expected[layer][1])
-    found = {".".join(map(str, path)): np.asarray(leaf) for path, leaf in nnx.to_flat_state(of_state)}
+    state = nnx.to_flat_state(jax.tree.unflatten(graph.structure.tree, of_state))
+    found = {".".join(map(str, path)): np.asarray(leaf) for path, leaf in state}
     for name, parameter in model.named_parameters():
         assert_close(found[name.removeprefix("model.")], parameter.grad.numpy())
 

@@ -70,11 +70,8 @@ class LiveCache(NamedTuple):
 
         There must be free slots for the new ones.
         """
-        live = LiveKeys(*map(self._write, self.used(), new, SLOT_AXES))
+        live = write(self.used(), new, self.length)
         return live, LiveCache(*live, length=self.length + new.mask.shape[1])
-
-    def _write(self, slots: Array, new: Array, axis: int) -> Array:
-        return lax.dynamic_update_slice_in_dim(slots, new, self.length, axis)
 
     def contents(self) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
         """KV heads and head_dim, mask and positions of its tokens: what `check_own_cache` asks for."""
@@ -85,6 +82,20 @@ class LiveCache(NamedTuple):
 def live_keys(k: Array, v: Array, mask: Array, positions: Array) -> LiveKeys:
     """The tokens of a call as live keys: k, v [B,T,Hkv,D], k rotated; mask and positions [B,T]."""
     return LiveKeys(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, positions)
+
+
+def write(slots: LiveKeys, new: LiveKeys, start: int | Array) -> LiveKeys:
+    """The slots with the new ones in them, from `start` on; in place where compiled code may use the old ones up.
+
+    The condition always holds. It keeps the write apart from what reads the slots: XLA would take it into each reader
+    and give each a copy of the whole cache to write to.
+    """
+
+    def written(slots: LiveKeys) -> LiveKeys:
+        return LiveKeys(*map(partial(_put, start=start), slots, new, SLOT_AXES))
+
+    made: LiveKeys = lax.cond(start >= 0, written, lambda slots: slots, slots)
+    return made
 
 
 def bucket(length: int) -> int:
@@ -113,6 +124,10 @@ def empty_cache(
 ) -> LiveCache:
     """A cache with nothing in it."""
     return LiveCache(*empty_keys(batch, kv_heads, head_dim, capacity, dtype), length=0)
+
+
+def _put(slots: Array, new: Array, axis: int, start: int | Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(slots, new, start, axis, allow_negative_indices=False)
 
 
 @partial(jax.jit, static_argnames="capacity")

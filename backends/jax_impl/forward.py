@@ -5,7 +5,7 @@ A cache that goes in is donated: it is used up, and its memory becomes that of t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -25,29 +25,33 @@ from .tokens import CHUNK, Packed
 
 class Structure:
     """A module without its parameters, the same object for equal ones, with its hash at hand: compiled functions are
-    found by it at every token, and a hash of the whole takes milliseconds.
+    found by it at every token, and a hash of the whole takes milliseconds. So does taking a module's state apart, which
+    is why compiled functions are given its arrays.
     """
 
-    def __init__(self, definition: Any) -> None:
-        self.definition, self._hash = definition, hash(definition)
+    def __init__(self, definition: Any, tree: Any) -> None:
+        self.definition, self.tree, self._hash = definition, tree, hash((definition, tree))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Structure) and bool(self.definition == other.definition))
+        return self is other or (isinstance(other, Structure) and bool(self._parts() == other._parts()))
 
-    def merge(self, state: Any) -> Gemma3:
+    def merge(self, state: Sequence[Array]) -> Gemma3:
         """The module with these parameters."""
-        module: Gemma3 = nnx.merge(self.definition, state)
+        module: Gemma3 = nnx.merge(self.definition, jax.tree.unflatten(self.tree, state))
         return module
+
+    def _parts(self) -> tuple[Any, Any]:
+        return self.definition, self.tree
 
 
 class Graph(NamedTuple):
     """A module, split into its structure and its parameters; its spec, the type it computes in, and where it lies."""
 
     structure: Structure
-    state: Any
+    state: Sequence[Array]
     spec: ModelSpec
     dtype: np.dtype[Any]
     sharding: ShardingConfig
@@ -56,7 +60,8 @@ class Graph(NamedTuple):
 def split_module(module: Gemma3) -> Graph:
     """The module as what compiled functions take."""
     definition, state = nnx.split(module)
-    return Graph(_known(definition), state, module.spec, module.norm.weight[...].dtype, module.sharding)
+    arrays, tree = jax.tree.flatten(state)
+    return Graph(_known(definition, tree), arrays, module.spec, module.norm.weight[...].dtype, module.sharding)
 
 
 def prefill(
@@ -132,7 +137,7 @@ _known = lru_cache(maxsize=64)(Structure)
 @partial(jax.jit, static_argnames=("structure", "capture", "first"), donate_argnames="cache")
 def _prefill(
     structure: Structure,
-    state: Any,
+    state: Sequence[Array],
     ids: Array,
     mask: Array,
     cache: ModelCache,
@@ -146,14 +151,18 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnames="structure")
-def _next_scores(structure: Structure, state: Any, hidden: Array) -> Array:
+def _next_scores(structure: Structure, state: Sequence[Array], hidden: Array) -> Array:
     module = structure.merge(state)
     return module.logits(hidden[:, -1])
 
 
 @partial(jax.jit, static_argnames="structure", donate_argnames="cache")
 def _decode(
-    structure: Structure, state: Any, token: Array, cache: ModelCache, attached: Mapping[int, Attached | Block]
+    structure: Structure,
+    state: Sequence[Array],
+    token: Array,
+    cache: ModelCache,
+    attached: Mapping[int, Attached | Block],
 ) -> tuple[Array, ModelCache]:
     module = structure.merge(state)
     made = module(token[:, None], jnp.ones((token.shape[0], 1), bool), cache, attached)
@@ -161,13 +170,13 @@ def _decode(
 
 
 @partial(jax.jit, static_argnames="structure")
-def _logits(structure: Structure, state: Any, hidden: Array) -> Array:
+def _logits(structure: Structure, state: Sequence[Array], hidden: Array) -> Array:
     module = structure.merge(state)
     return module.logits(hidden)
 
 
 @partial(jax.jit, static_argnames="structure")
-def _log_probs(structure: Structure, state: Any, hidden: Array, targets: Array) -> Array:
+def _log_probs(structure: Structure, state: Sequence[Array], hidden: Array, targets: Array) -> Array:
     scores = structure.merge(state).logits(hidden)
     chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1, mode="clip")[:, 0]
     return chosen - jax.nn.logsumexp(scores, axis=-1)

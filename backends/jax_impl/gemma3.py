@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from lyra.spec.attention import AttentionSpec
+from lyra.spec.attention import AttentionSpec, RopeSpec
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
@@ -26,6 +26,7 @@ from .layer import Cache, Call, Layer, Shape, constants_of, run_layer, shape_of
 from .norm import rms_norm
 from .partial import HIGHEST
 from .rolling import empty_ring
+from .rope import inverse_frequencies, turn_once
 from .sharding import ShardingConfig
 from .static import StaticKV
 from .visibility import LiveRule
@@ -160,6 +161,7 @@ class DecoderLayer(nnx.Module):
         attended, cache, captured = self.self_attn(self.input_layernorm(x), call, of_heads)
         x = x + self.post_attention_layernorm(attended)
         if isinstance(attached, Block):
+            call = call._replace(turn=None)  # a block may have another RoPE
             x, memory = run_block(attached, x, self.block_weights(), self.self_attn.shape, call, cache, memory)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return x, cache, captured, memory
@@ -214,9 +216,11 @@ class Gemma3(nnx.Module):
         """
         positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         x = self.embed_tokens(ids)
+        turns = {rope: turn_once(positions, frequencies) for rope, frequencies in self._frequencies().items()}
         caches, captured, blocks = [], {}, dict(cache.blocks)
         for index, (layer, past) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            call, memory = Call(positions, mask, None, past, first), cache.blocks.get(index)
+            turn = turns.get(layer.self_attn.spec.rope)
+            call, memory = Call(positions, mask, None, past, first, turn=turn), cache.blocks.get(index)
             x, past, found, memory = layer(x, call, attached.get(index), memory)
             caches.append(past)
             if memory is not None:
@@ -225,6 +229,11 @@ class Gemma3(nnx.Module):
                 captured[index] = found
         counts = cache.counts + mask.sum(axis=1, dtype=jnp.int32)
         return Forward(self.norm(x), ModelCache(tuple(caches), counts, blocks), captured)
+
+    def _frequencies(self) -> dict[RopeSpec | None, Array]:
+        """Those of every RoPE that the layers have."""
+        found = {layer.self_attn.spec.rope: inverse_frequencies(layer.self_attn.spec) for layer in self.layers}
+        return {rope: frequencies for rope, frequencies in found.items() if frequencies is not None}
 
     def logits(self, hidden: Array) -> Array:
         """hidden [..., E] to logits [..., V]."""

@@ -61,6 +61,7 @@ class Call(NamedTuple):
 
     A RollingCache serves sliding-window layers only. `first` says that the cache is known to be empty, so that the
     tokens of the call need to look at each other only. `gates` float32 [B,Hq] blend heads with and without static keys.
+    `turn` holds cosine and sine of the positions, where a model has computed them for many layers.
     """
 
     positions: Array
@@ -69,6 +70,7 @@ class Call(NamedTuple):
     cache: Cache
     first: bool = False
     gates: Array | None = None
+    turn: tuple[Array, Array] | None = None
 
 
 class Flow(NamedTuple):
@@ -144,7 +146,8 @@ def rope(flow: Flow, layer: Layer, call: Call) -> Flow:
     """Rotate queries and keys at the positions of the call, if the layer has RoPE. Clauses ROPE and ORDER-3."""
     if layer.constants.frequencies is None:
         return flow
-    cos, sin = (part[:, :, None] for part in cos_sin(call.positions, layer.constants.frequencies))
+    turn = call.turn or cos_sin(call.positions, layer.constants.frequencies)
+    cos, sin = (part[:, :, None] for part in turn)
     return flow.add(q=rotate(flow.values["q"], cos, sin), k=rotate(flow.values["k"], cos, sin))
 
 

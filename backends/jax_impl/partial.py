@@ -12,6 +12,9 @@ from jax import Array, lax
 
 HIGHEST = lax.Precision.HIGHEST
 
+SCORES_PER_BLOCK = 1 << 22
+"""Queries are taken in blocks of about this many scores, so that long prefills need little memory."""
+
 
 class Partial(NamedTuple):
     """Attention over some of the keys, before the division by the sum. All float32.
@@ -36,6 +39,33 @@ def partial_attention(
 
     Masked scores are selected away, never added to or multiplied, so that nothing a masked slot holds has influence.
     """
+    batch, groups, queries, _ = query.shape
+    block = max(1, SCORES_PER_BLOCK // max(1, batch * groups * keys.shape[-1]))
+    if queries <= block:
+        return _block(query, keys, values, visible, scale, softcap)
+
+    def attend(rows: tuple[Array, Array | None]) -> Partial:
+        return _block(rows[0], keys, values, rows[1], scale, softcap)
+
+    if visible is not None and visible.shape[2] > 1:
+        parts = lax.map(attend, (_blocks(query, block), _blocks(visible, block)))
+    else:
+        parts = lax.map(lambda rows: attend((rows, visible)), _blocks(query, block))
+    return Partial(
+        *(jnp.moveaxis(part, 0, 2).reshape(batch, groups, -1, part.shape[-1])[:, :, :queries] for part in parts)
+    )
+
+
+def _blocks(rows: Array, size: int) -> Array:
+    """[N,G,Q,·] cut along Q, with zeros behind the last ones: [blocks,N,G,size,·]."""
+    count = -(-rows.shape[2] // size)
+    padded = jnp.pad(rows, ((0, 0), (0, 0), (0, count * size - rows.shape[2]), (0, 0)))
+    return jnp.moveaxis(padded.reshape(*rows.shape[:2], count, size, rows.shape[3]), 2, 0)
+
+
+def _block(
+    query: Array, keys: Array, values: Array, visible: Array | None, scale: Array, softcap: Array | None
+) -> Partial:
     scores = jnp.matmul(query, keys, precision=HIGHEST, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .cache import SLOT_AXES, LiveKeys, empty_keys
+from .cache import SLOT_AXES, LiveKeys, empty_keys, write
 
 
 class RollingCache(NamedTuple):
@@ -44,14 +44,11 @@ class RollingCache(NamedTuple):
         """
         ring = LiveKeys(self.keys, self.values, self.mask, self.positions)
         if new.mask.shape[1] == 1:
-            seen = LiveKeys(*map(self._replace_oldest, ring, new, SLOT_AXES))
+            seen = write(ring, new, self.oldest)
             return seen, RollingCache(*seen, oldest=(self.oldest + 1) % self.window)
         seen = LiveKeys(*map(self._put_behind, ring, new, SLOT_AXES))
         latest = LiveKeys(*map(self._last, seen, SLOT_AXES))
         return seen, RollingCache(*latest, oldest=jnp.zeros((), jnp.int32))
-
-    def _replace_oldest(self, ring: Array, token: Array, axis: int) -> Array:
-        return lax.dynamic_update_slice_in_dim(ring, token, self.oldest, axis)
 
     def _last(self, slots: Array, axis: int) -> Array:
         return lax.slice_in_dim(slots, -self.window, None, axis=axis)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from lyra.spec.attention import AttentionSpec
 
 from .dtype import constant, store
+
+LATEST = 1 << 30
+"""No position is as late as this."""
 
 
 def inverse_frequencies(spec: AttentionSpec) -> Array | None:
@@ -26,6 +29,22 @@ def cos_sin(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     """
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def turn_once(positions: Array, frequencies: Array) -> tuple[Array, Array]:
+    """The same as `cos_sin`, computed once for all layers of a compiled model.
+
+    The condition always holds. Without it XLA would compute both anew for every element that any layer rotates.
+    """
+
+    def unturned(positions: Array) -> tuple[Array, Array]:
+        none = jnp.zeros((*positions.shape, *frequencies.shape), jnp.float32)
+        return none, none
+
+    turn: tuple[Array, Array] = lax.cond(
+        positions[0, 0] < LATEST, lambda positions: cos_sin(positions, frequencies), unturned, positions
+    )
+    return turn
 
 
 def rotate(x: Array, cos: Array, sin: Array, axis: int = -1) -> Array:

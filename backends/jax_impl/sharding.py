@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
+from .dtype import to_device
 from .partial import Partial, finite_maximum
 
 HEADS, CONTEXT = "heads", "context"
@@ -73,6 +74,8 @@ class ShardingConfig:
 
     def place_cache(self, cache: Any) -> Any:
         """An empty cache on its devices: keys and values (4 axes, the heads second) by KV head, the rest everywhere."""
+        if self.mesh is None:
+            return to_device(cache)  # one call for all of its arrays
 
         def place(part: Any) -> Array:
             axes = P(None, HEADS) if jnp.ndim(part) == 4 else P()

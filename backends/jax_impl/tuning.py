@@ -5,10 +5,10 @@ Pure functions of arrays: `jax.value_and_grad`, `jax.vmap` over contexts and opt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,9 @@ def attached(context: Context, settings: Settings) -> dict[int, Attached]:
     return {layer: _attached(one, settings[layer]) for layer, one in context.items()}
 
 
-def mean_nll(structure: Structure, state: Any, ids: Array, mask: Array, context: Context, settings: Settings) -> Array:
+def mean_nll(
+    structure: Structure, state: Sequence[Array], ids: Array, mask: Array, context: Context, settings: Settings
+) -> Array:
     """Mean negative log-likelihood in nats of the real tokens of ids [B,T] but the first of each row: float32 [].
 
     mask [B,T] bool, False for padding, which is on the left. `structure` and `state` are those of a Graph.
@@ -128,7 +130,7 @@ def loss_and_gradient(
 
 @partial(jax.jit, static_argnames="structure")
 def _loss_and_gradient(
-    structure: Structure, state: Any, ids: Array, mask: Array, context: Context, settings: Settings
+    structure: Structure, state: Sequence[Array], ids: Array, mask: Array, context: Context, settings: Settings
 ) -> tuple[Array, Context]:
     made: tuple[Array, Context] = jax.value_and_grad(mean_nll, argnums=4)(
         structure, state, ids, mask, context, settings

@@ -1,0 +1,104 @@
+"""The attention core of the JAX backend, its blocks of queries, and what a compiled step does with its cache."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lyra.backends.jax_impl import partial
+from lyra.backends.jax_impl.cache import LiveCache, LiveKeys, empty_cache
+from lyra.backends.jax_impl.partial import finish, partial_attention
+from lyra.backends.jax_impl.rope import cos_sin, turn_once
+from lyra.backends.jax_impl.shapes import SMALLEST_TOKENS, round_up
+from lyra.conformance.frames import LARGE
+
+QUERIES, KEYS, WIDTH = 10, 12, 8
+SHAPES = {"none": None, "by key": (2, 1, 1, KEYS), "by query": (2, 1, QUERIES, KEYS)}
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32)
+
+
+def attention(queries: int, keys: int, visible: np.ndarray | None) -> Any:
+    given = random(2, 3, queries, WIDTH), random(2, 3, WIDTH, keys), random(2, 3, keys, WIDTH)
+    return finish(partial_attention(*given, visible, 0.4, None))
+
+
+@pytest.mark.parametrize("queries_a_block", [1, 3, 5])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_queries_in_blocks_see_what_they_see_at_once(
+    shape: tuple[int, ...] | None, queries_a_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visible = None if shape is None else random(*shape) > 0
+    at_once = attention(QUERIES, KEYS, visible)
+    lengths: list[int] = []
+    block = partial._block
+
+    def noted(query: Any, *rest: Any) -> Any:
+        lengths.append(query.shape[2])
+        return block(query, *rest)
+
+    monkeypatch.setattr(partial, "_block", noted)
+    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", queries_a_block * 2 * 3 * KEYS)
+    np.testing.assert_allclose(attention(QUERIES, KEYS, visible), at_once, rtol=2e-6, atol=2e-6)
+    assert set(lengths) == {queries_a_block}
+
+
+def test_memory_does_not_grow_with_tokens_times_slots() -> None:
+    """Scratch memory of a compiled call over 8,192 slots: of four times the queries, four times those, and no more."""
+
+    def scratch(queries: int) -> int:
+        given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 1, queries, 4), (1, 1, 4, 8192)))
+        values = jax.ShapeDtypeStruct((1, 1, 8192, 4), jnp.float32)
+        compiled = jax.jit(lambda *given: partial_attention(*given, None, 0.5, None)).lower(*given, values).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    few, many = scratch(1024), scratch(4096)
+    assert many - few < 3 * 3072 * 8 * 4  # a row has 4 values, a maximum and a sum
+    assert few > partial.SCORES_PER_BLOCK  # bytes: there is a block of scores in it
+
+
+def test_generated_cases_are_long_enough_for_blocks() -> None:
+    frame = LARGE["5-million-scores"]
+    tokens = round_up(max(frame.calls), SMALLEST_TOKENS)
+    assert frame.batch * frame.heads[0] * tokens * frame.context_tokens > partial.SCORES_PER_BLOCK
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4)])
+def test_a_step_writes_to_its_cache_in_place(shape: tuple[int, int]) -> None:
+    """No copy of the cache is made on the way, whatever axes have the length 1."""
+    cache = empty_cache(*shape, WIDTH, 4096)
+    new = LiveKeys(
+        random(*shape, WIDTH, 1),
+        random(*shape, 1, WIDTH),
+        np.ones((shape[0], 1), bool),
+        np.zeros((shape[0], 1), np.int32),
+    )
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(query: Any, new: LiveKeys, cache: LiveCache) -> Any:
+        live, after = cache.append(new)
+        seen = live.mask[:, None, None]
+        return finish(partial_attention(query, live.keys, live.values, seen, 0.4, None)), after
+
+    compiled = step.lower(random(*shape, 2, WIDTH), new, cache).compile()
+    memory, held = compiled.memory_analysis(), cache.keys.nbytes + cache.values.nbytes
+    assert memory.alias_size_in_bytes >= held
+    assert memory.temp_size_in_bytes < held / 2
+    output, after = compiled(random(*shape, 2, WIDTH), new, jax.device_put(cache))
+    np.testing.assert_array_equal(output[:, :, 0], np.asarray(new.values)[:, :, 0])
+    assert after.length == 1
+
+
+def test_a_turn_for_all_layers_is_each_layers_own() -> None:
+    positions, frequencies = np.array([[0, 1, 5, 131_071]], np.int32), np.array([1.0, 0.01], np.float32)
+    for ours, theirs in zip(
+        jax.jit(turn_once)(positions, frequencies), jax.jit(cos_sin)(positions, frequencies), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
