@@ -6,9 +6,9 @@ A gate g blends a head's output with the context and its output without it, g·w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ def run_layers(module: Gemma3, x: Array, mask: Array, gated: Mapping[int, Gated]
 
 
 @partial(jax.jit, static_argnames=("structure", "stop"))
-def _start(structure: Structure, state: Any, ids: Array, mask: Array, *, stop: int) -> Array:
+def _start(structure: Structure, state: Sequence[Array], ids: Array, mask: Array, *, stop: int) -> Array:
     module = structure.merge(state)
     return run_layers(module, module.embed_tokens(ids), mask, {}, 0, stop)
 
@@ -130,7 +130,7 @@ def _start(structure: Structure, state: Any, ids: Array, mask: Array, *, stop: i
 @partial(jax.jit, static_argnames=("structure", "start", "stop"))
 def _segment(
     structure: Structure,
-    state: Any,
+    state: Sequence[Array],
     x: Array,
     mask: Array,
     parents: Array,
@@ -145,7 +145,7 @@ def _segment(
 
 @partial(jax.jit, static_argnames="structure")
 def _loss_and_gradient(
-    structure: Structure, state: Any, x: Array, mask: Array, targets: Array, gated: dict[int, Gated]
+    structure: Structure, state: Sequence[Array], x: Array, mask: Array, targets: Array, gated: dict[int, Gated]
 ) -> tuple[Array, dict[int, Array]]:
     module = structure.merge(state)
 
