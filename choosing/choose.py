@@ -57,9 +57,9 @@ def choose_split(
     """The query heads to which a context is worth most, and a report of what each choice is worth.
 
     texts          texts to choose on, by name or in a list; by default entries of Python's language reference. Pass
-                   keys in filler are added to them
+                   keys in filler stand beside them
     heads          how many query heads, in all, or with `per_layer` in every global layer
-    objective      "continuation" of the context's text, "recall" of it and of pass keys, or "both"
+    objective      "continuation" of the context's text, "recall" of it, "both", or "passkey"; all are reported
     method         "gradient": a few gradients with respect to gates of heads; "greedy": forward selection, each choice
                    measured
     kv_aligned     whole GQA groups only, so that no KV head serves both streams

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import lyra
 from lyra.choosing import ChosenSplit, judge
 from lyra.choosing.choose import curve_counts
-from lyra.choosing.documents import CHOOSING, HELD_OUT, cut, set_apart
+from lyra.choosing.documents import CHOOSING, HELD_OUT, Kind, cut, set_apart
 from lyra.choosing.measure import Measure
 from lyra.choosing.memory import Memory
 from lyra.choosing.objective import Score
@@ -199,21 +199,21 @@ def test_ties_go_to_the_first_head() -> None:
 
 
 def test_a_score_is_the_share_of_what_all_heads_gain() -> None:
-    none, every = (
-        {"continuation": 3.0, "recall": 4.0, "passkey": 2.0},
-        {"continuation": 2.0, "recall": 0.0, "passkey": 1.0},
-    )
-    both = Score("both", none, every)  # type: ignore[arg-type]
-    assert (both.of(none), both.of(every)) == (0, 1)  # type: ignore[arg-type]
-    assert Score("continuation", none, every).of({**every, "continuation": 2.5}) == 0.5  # type: ignore[arg-type]
+    none: dict[Kind, float] = {"continuation": 3.0, "recall": 4.0, "passkey": 2.0}
+    every: dict[Kind, float] = {"continuation": 2.0, "recall": 1.0, "passkey": 1.0}
+    both = Score("both", none, every)
+    assert (both.of(none), both.of(every)) == (0, 1)
+    assert both.of({**none, "recall": 2.0}) == 0.5 == both.of({**none, "recall": 2.0, "passkey": 0.0})
+    assert Score("continuation", none, every).of({**every, "continuation": 2.5}) == 0.5
+    assert Score("passkey", none, every).of({**none, "passkey": 1.75}) == 0.25
     gains = {kind: np.array([0.25, 0.5]) for kind in none}
-    moved = both.of({kind: none[kind] - gain for kind, gain in gains.items()})  # type: ignore[arg-type]
-    assert both.slope({kind: -gain for kind, gain in gains.items()}) == pytest.approx(moved)  # type: ignore[arg-type]
+    moved = both.of({kind: none[kind] - gain for kind, gain in gains.items()})
+    assert both.slope({kind: -gain for kind, gain in gains.items()}) == pytest.approx(moved)
 
 
 def test_where_all_heads_gain_nothing_the_score_stays_finite() -> None:
-    none = {"continuation": 3.0}
-    assert Score("both", none, none).of({"continuation": 2.0}) == 100  # type: ignore[dict-item]
+    none: dict[Kind, float] = {"continuation": 3.0, "recall": 3.0}
+    assert Score("both", none, none).of({**none, "continuation": 2.0}) == 100
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
