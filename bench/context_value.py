@@ -19,11 +19,11 @@ import typer
 from rich.table import Table
 
 import lyra
+from lyra.choosing.documents import HELD_OUT
 from lyra.cli.options import BackendName, JsonPath, load_model
 from lyra.cli.output import show
 from lyra.progress import steps
 
-DOCUMENTS = ("types", "formatstrings", "string-methods", "typesseq", "debugger", "attribute-access")
 CONTEXT, NEXT, AGAIN = 512, 256, 255
 TOLERANCE = 0.02
 COLUMNS = ("next", "again")
@@ -129,12 +129,12 @@ def measure(model: lyra.Model, documents: dict[str, Document]) -> Iterator[tuple
 def read_documents(model: lyra.Model) -> dict[str, Document]:
     """The documents, tokenised."""
     assert model.text is not None
-    return {name: Document(model.text.encode(topics[name])) for name in DOCUMENTS}
+    return {name: Document(model.text.encode(topics[name])) for name in HELD_OUT}
 
 
 def text_digest() -> str:
     """A hash of the documents: their text changes from one Python version to another."""
-    return hashlib.sha256("".join(topics[name] for name in DOCUMENTS).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(topics[name] for name in HELD_OUT).encode()).hexdigest()[:16]
 
 
 def report(backend: str, values: np.ndarray, seconds: float) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def report(backend: str, values: np.ndarray, seconds: float) -> dict[str, Any]:
     largest = max(abs(row[column]["difference"]) for row in rows for column in COLUMNS)
     return {
         "backend": backend,
-        "documents": list(DOCUMENTS),
+        "documents": list(HELD_OUT),
         "tolerance": TOLERANCE,
         "largest_difference": largest,
         "ok": largest <= TOLERANCE,

@@ -7,7 +7,8 @@ from pydoc_data.topics import topics
 import numpy as np
 
 import lyra
-from lyra.model import Model
+from lyra.checkpoint import resolve
+from lyra.text import Text
 
 from ..row import Work
 
@@ -15,7 +16,7 @@ from ..row import Work
 def capture(backend: str, tokens: int, chunk: int) -> Work:
     """Model.capture, from token ids to a StaticContext."""
     model = lyra.load("gemma-3-270m", backend=backend)
-    ids = text_ids(model, tokens)
+    ids = text_ids(tokens)
     return Work(lambda: model.capture(ids, chunk_size=chunk))
 
 
@@ -24,10 +25,10 @@ def hugging_face(tokens: int, chunk: int | None = None) -> Work:
     import torch
     from transformers import DynamicCache
 
-    from .model_torch import weights
+    from .model_torch import weights  # here, because it imports torch
 
     decoder = weights().model
-    ids = torch.from_numpy(text_ids(lyra.load("gemma-3-270m"), tokens))[None]
+    ids = torch.from_numpy(text_ids(tokens))[None]
 
     @torch.inference_mode()
     def run() -> None:
@@ -38,7 +39,8 @@ def hugging_face(tokens: int, chunk: int | None = None) -> Work:
     return Work(run)
 
 
-def text_ids(model: Model, tokens: int) -> np.ndarray:
+def text_ids(tokens: int) -> np.ndarray:
     """The first tokens of the longest English text in the standard library, BOS in front."""
-    assert model.text is not None
-    return np.array(model.text.encode("\n".join(topics.values())[: 8 * tokens])[:tokens])
+    text = Text.from_folder(resolve("gemma-3-270m"))
+    assert text is not None
+    return np.array(text.encode("\n".join(topics.values())[: 8 * tokens])[:tokens])

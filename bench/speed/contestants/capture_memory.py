@@ -37,7 +37,7 @@ def measure(backend: str, chunk: int, lengths: list[int]) -> dict[str, object]:
     Every length has been captured once before, so that nothing is compiled meanwhile.
     """
     model = lyra.load("gemma-3-270m", backend=backend)
-    ids = text_ids(model, max(lengths))
+    ids = text_ids(max(lengths))
     added, token = [], 0
     for length in lengths:
         token = model.capture(ids[:length], chunk_size=chunk).nbytes // length

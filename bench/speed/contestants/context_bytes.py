@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 import lyra
+from lyra.choosing.documents import HELD_OUT
 from lyra.cli.output import size
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.model import ModelSpec, presets
@@ -21,7 +22,6 @@ from lyra.studies.cache import full_cache_size, live_cache_size, stored_size
 from ..row import Counted, Finding
 
 LENGTHS = (512, 2048, 8192, 32768, 131072)
-DOCUMENTS = ("types", "formatstrings", "string-methods", "typesseq", "debugger", "attribute-access")
 CONTEXT, NEXT, AGAIN = 512, 256, 255
 BACKENDS = ("torch", "jax")
 COLUMNS = ("next 256 tokens", "same text again")
@@ -65,7 +65,7 @@ def storage_loss(model: str) -> Counted:
     nll: Scores = {}
     nbytes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in DOCUMENTS:
+        for name in HELD_OUT:
             ids = texts.encode(topics[name])
             live = ids[CONTEXT : CONTEXT + NEXT], ids[1 : 1 + AGAIN]
             captured = loaded["torch"].capture(ids[:CONTEXT])
