@@ -62,7 +62,7 @@ def test_log_probs(torch_engine, monkeypatch):
     whole = torch_engine.log_probs(ids)
     assert whole.dtype == np.float32
     np.testing.assert_allclose(whole, expected, atol=1e-5)
-    monkeypatch.setattr("lyra.backends.torch_impl.model.LOGITS_AT_ONCE", 5 * VOCAB)
+    monkeypatch.setattr("lyra.backends.torch_impl.logits.LOGITS_AT_ONCE", 5 * VOCAB)
     np.testing.assert_allclose(torch_engine.log_probs(ids), expected, atol=1e-5)
     assert torch_engine.log_probs(ids[:, :1]).shape == (2, 0)
 

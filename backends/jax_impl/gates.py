@@ -25,13 +25,10 @@ from .forward import Graph, Structure
 from .gemma3 import Attached, Gemma3, empty_model_cache
 from .heads import SplitArrays, split_arrays
 from .layer import Call
+from .logits import filled, pieces
 from .rope import inverse_frequencies
 from .static import StaticKV, place_static, prepare_static
 from .tokens import Tokens, pack_left
-
-LOGITS_AT_ONCE = 1 << 25
-"""Log-probabilities are taken in pieces of about this many logits (128 MB in float32)."""
-
 
 STEP = 16
 """Texts are padded to a multiple of so many tokens, so that those of about one length share compiled functions."""
@@ -77,7 +74,7 @@ class GatedText:
         hidden, structure, state = self._start, self._graph.structure, self._graph.state
         stops = [*self._layers[1:], self._graph.spec.num_hidden_layers]
         for layer, stop, row in zip(self._layers, stops, rows.layers, strict=True):
-            parents, own = _filled(row.parents.astype(np.int32)), _filled(row.gates)
+            parents, own = filled(row.parents.astype(np.int32)), filled(row.gates)
             gated = {layer: self._gated(layer, own)}
             hidden = _segment(structure, state, hidden, self._mask, parents, gated, start=layer, stop=stop)
         last = np.asarray(hidden[:, -1 - len(self._targets) : -1])
@@ -99,11 +96,10 @@ class GatedText:
 
     def _nll(self, hidden: np.ndarray) -> float:
         """Mean NLL of the targets after hidden [scored,E]."""
-        step = max(1, LOGITS_AT_ONCE // self._graph.spec.vocab_size)
         total = 0.0
-        for start in range(0, len(self._targets), step):
-            targets = self._targets[start : start + step]
-            found = forward.log_probs(self._graph, _filled(hidden[start : start + step]), _filled(targets))
+        for piece in pieces(len(self._targets), self._graph.spec.vocab_size):
+            targets = self._targets[piece]
+            found = forward.log_probs(self._graph, filled(hidden[piece]), filled(targets))
             total -= float(np.asarray(found)[: len(targets)].sum(dtype=np.float64))
         return total / len(self._targets)
 
@@ -160,7 +156,6 @@ def _loss_and_gradient(
 
 def _mean_nll(module: Gemma3, hidden: Array, targets: Array) -> Array:
     """Mean NLL of targets [n] after hidden [n,E]; in pieces, whose logits are computed again for the gradient."""
-    step = max(1, LOGITS_AT_ONCE // module.spec.vocab_size)
 
     @jax.checkpoint
     def sum_nll(hidden: Array, targets: Array) -> Array:
@@ -168,11 +163,5 @@ def _mean_nll(module: Gemma3, hidden: Array, targets: Array) -> Array:
         chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1, mode="clip")[:, 0]
         return (jax.nn.logsumexp(scores, axis=-1) - chosen).sum()
 
-    pieces = range(0, len(targets), step)
-    return sum(sum_nll(hidden[at : at + step], targets[at : at + step]) for at in pieces) / len(targets)
-
-
-def _filled(rows: np.ndarray) -> np.ndarray:
-    """Rows, filled up with zeros to the next power of two: few shapes, few compiled functions."""
-    missing = (1 << (len(rows) - 1).bit_length()) - len(rows)
-    return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
+    parts = pieces(len(targets), module.spec.vocab_size)
+    return sum(sum_nll(hidden[part], targets[part]) for part in parts) / len(targets)

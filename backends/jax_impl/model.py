@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -27,6 +27,7 @@ from .gemma3 import Attached, Gemma3
 from .generate import generate
 from .heads import split_arrays
 from .injected import Block, check_blocks, make_block, with_gate
+from .logits import filled, pieces
 from .params import load_model
 from .rope import inverse_frequencies
 from .saving import save_model
@@ -35,9 +36,6 @@ from .sharding import CONTEXT
 from .static import StaticKV, place_static, prepare_static
 from .tokens import Tokens, check_tokens, pack_left
 from .visibility import live_rule
-
-LOGITS_AT_ONCE = 1 << 25
-"""Logits are taken in pieces of about this many (128 MB in float32)."""
 
 
 class JaxEngine:
@@ -78,8 +76,8 @@ class JaxEngine:
         tokens, graph = self._tokens(ids, mask), split_module(self.module)
         hidden = self._hidden(graph, tokens).reshape(tokens.ids.size, self.spec.hidden_size)
         result = np.empty((len(hidden), self.spec.vocab_size), np.float32)
-        for rows in self._pieces(len(hidden)):
-            result[rows] = forward.logits(graph, _filled(hidden, rows))[: len(result[rows])]
+        for rows in pieces(len(hidden), self.spec.vocab_size):
+            result[rows] = forward.logits(graph, filled(hidden[rows]))[: len(result[rows])]
         return result.reshape(*tokens.ids.shape, -1)
 
     def log_probs(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -89,8 +87,8 @@ class JaxEngine:
         hidden = self._hidden(graph, tokens)[:, :-1].reshape(batch * (length - 1), self.spec.hidden_size)
         targets = tokens.ids[:, 1:].ravel()
         result = np.empty(len(targets), np.float32)
-        for rows in self._pieces(len(targets)):
-            scores = forward.log_probs(graph, _filled(hidden, rows), _filled(targets, rows))
+        for rows in pieces(len(targets), self.spec.vocab_size):
+            scores = forward.log_probs(graph, filled(hidden[rows]), filled(targets[rows]))
             result[rows] = scores[: len(result[rows])]
         return result.reshape(batch, length - 1)
 
@@ -218,18 +216,6 @@ class JaxEngine:
         parts = [np.asarray(hidden) for hidden, _ in forward.prefill_all(graph, packed, self._attached)]
         whole = np.concatenate(parts, axis=1)
         return np.take_along_axis(whole, packed.source[:, :, None], axis=1)
-
-    def _pieces(self, rows: int) -> Iterator[slice]:
-        """Slices of `rows` rows whose logits fit in memory; all but the last one of the same length."""
-        step = max(1, LOGITS_AT_ONCE // self.spec.vocab_size)
-        return (slice(start, start + step) for start in range(0, rows, step))
-
-
-def _filled(values: np.ndarray, rows: slice) -> np.ndarray:
-    """The named rows, filled up with zeros to the next power of two: few shapes, few compiled functions."""
-    part = values[rows]
-    missing = (1 << (len(part) - 1).bit_length()) - len(part)
-    return np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
 
 
 def _device(name: str | None) -> jax.Device | None:

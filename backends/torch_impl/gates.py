@@ -25,11 +25,9 @@ from lyra.spec.split import HeadSplit
 from .gemma3 import LyraGemma3Attention
 from .heads import unfold
 from .layer import add_static
+from .logits import logits, rows_at_once
 from .partial import finish, partial_attention
 from .static import prepare_static
-
-LOGITS_AT_ONCE = 1 << 25
-"""Log-probabilities are taken in pieces of about this many logits (128 MB in float32)."""
 
 
 class GatedText:
@@ -92,7 +90,7 @@ class GatedText:
 
     def _nll(self, hidden: torch.Tensor, grad: bool) -> torch.Tensor:
         """Mean NLL of the targets after hidden [scored,E], float32; in pieces, whose logits are never kept."""
-        step = max(1, LOGITS_AT_ONCE // self._model.config.vocab_size)
+        step = rows_at_once(self._model.config.vocab_size)
         pieces = zip(hidden.split(step), self._targets.split(step), strict=True)
         if grad:
             sums = [checkpoint(self._sum_nll, *piece, use_reentrant=False) for piece in pieces]
@@ -101,10 +99,8 @@ class GatedText:
         return torch.stack(sums).sum() / len(self._targets)
 
     def _sum_nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self._model.lm_head(hidden).float()
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return nn.functional.cross_entropy(logits, targets, reduction="sum")
+        scores = logits(self._model.lm_head, hidden, self._softcap)
+        return nn.functional.cross_entropy(scores, targets, reduction="sum")
 
 
 class _GatedAttention(LyraGemma3Attention):

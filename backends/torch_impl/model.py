@@ -24,11 +24,10 @@ from .gates import GatedText
 from .generate import generate
 from .injector import GemmaInjector
 from .loading import load_module
+from .logits import logits, rows_at_once
 from .tokens import Tokens, check_tokens, token_positions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOGITS_AT_ONCE = 1 << 25
-"""Log-probabilities are taken in pieces of about this many logits (128 MB in float32)."""
 
 
 class TorchEngine:
@@ -63,9 +62,9 @@ class TorchEngine:
         tokens = self._tokens(ids, mask)
         hidden = self.module.model(**self._inputs(tokens)).last_hidden_state[:, :-1].flatten(0, 1)
         targets = tokens.ids[:, 1:].reshape(-1, 1)
-        rows = max(1, LOGITS_AT_ONCE // self.spec.vocab_size)
+        rows = rows_at_once(self.spec.vocab_size)
         found = [
-            torch.log_softmax(self._head(part), dim=-1).gather(1, target)
+            torch.log_softmax(logits(self.module.lm_head, part, self.spec.final_softcap), dim=-1).gather(1, target)
             for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         return torch.cat(found).view(len(tokens.ids), -1).cpu().numpy()
@@ -159,11 +158,6 @@ class TorchEngine:
         if rows - {len(tokens.ids)}:
             raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
         return tokens
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.module.lm_head(hidden).float()
-        cap = self.spec.final_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @staticmethod
     def _inputs(tokens: Tokens) -> dict[str, object]:
