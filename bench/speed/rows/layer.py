@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-from ..row import Contestant, Count, Floor, Line, Race, Rival, Sweep
+from ..row import Contestant, Count, Floor, Framework, Line, Race, Rival, Sweep
 
 MODULE = "lyra.speed.contestants.layer_torch"
 Q_HEADS, KV_HEADS, HEAD_DIM, LYRA_KV = 16, 8, 256, 4
@@ -13,20 +13,24 @@ STATIC, LIVE = 8192, 256
 FLOAT32 = 4
 
 
+def contestant(name: str, framework: Framework, make: str, **options: Any) -> Contestant:
+    """The layer as `make` has it, over STATIC and LIVE tokens unless `options`, its own, say otherwise."""
+    return Contestant(name, framework, make, {"static": STATIC, "live": LIVE, **options})
+
+
 def lyra(name: str = "Lyra, PyTorch", **options: Any) -> Contestant:
     """Lyra's layer; `options` are those of its contestant."""
-    return Contestant(name, "torch", f"{MODULE}:lyra", {"static": STATIC, "live": LIVE, **options})
+    return contestant(name, "torch", f"{MODULE}:lyra", **options)
 
 
 def hugging_face(name: str = "Hugging Face SDPA", **options: Any) -> Contestant:
     """Hugging Face's layer."""
-    return Contestant(name, "torch", f"{MODULE}:hugging_face", {"static": STATIC, "live": LIVE, **options})
+    return contestant(name, "torch", f"{MODULE}:hugging_face", **options)
 
 
 def expanded(batch: int) -> Contestant:
     """SDPA over the context expanded to the batch."""
-    options = {"static": STATIC, "live": LIVE, "batch": batch}
-    return Contestant("SDPA, context expanded to the batch", "torch", f"{MODULE}:expanded", options)
+    return contestant("SDPA, context expanded to the batch", "torch", f"{MODULE}:expanded", batch=batch)
 
 
 def floor(
@@ -42,6 +46,40 @@ def floor(
     seen = Q_HEADS * (live - (tokens - 1) / 2) + Q_HEADS * LYRA_KV / KV_HEADS * static
     operations = batch * tokens * seen * HEAD_DIM * 4
     return Floor(2 * keys * HEAD_DIM * FLOAT32, round(operations), at_most)
+
+
+def costs(
+    prefix: str, where: str, subject: Callable[..., Contestant], rival: Callable[..., Contestant]
+) -> tuple[Sweep, ...]:
+    """What a layer's calls cost over everything that grows; `where` says in words which framework it is in."""
+    return (
+        Sweep(
+            f"{prefix}cost-static",
+            f"decode step{where}, batch 1, over the context's length",
+            "static",
+            (512, 2048, 8192, 32768),
+            (Line(subject()), Line(rival())),
+            lambda static: floor(static),
+        ),
+        Sweep(
+            f"{prefix}cost-tokens",
+            f"prefill{where} against S = {STATIC:,}, over the live tokens of the call",
+            "tokens",
+            (1, 8, 64, 512),
+            (Line(subject(live=512)), Line(rival(live=512))),
+            lambda tokens: floor(live=512, tokens=tokens),
+            rounds=3,
+        ),
+        Sweep(
+            f"{prefix}cost-batch",
+            f"decode step{where}, S = {STATIC:,}, over the rows of the batch",
+            "batch",
+            (1, 2, 4, 8, 16),
+            (Line(subject()), Line(rival())),
+            lambda batch: floor(batch=batch),
+            rounds=3,
+        ),
+    )
 
 
 DECODE = tuple(
@@ -123,32 +161,7 @@ MEMORY = Count(
 )
 
 COSTS = (
-    Sweep(
-        "cost-static",
-        "decode step, batch 1, over the context's length",
-        "static",
-        (512, 2048, 8192, 32768),
-        (Line(lyra()), Line(hugging_face())),
-        lambda static: floor(static),
-    ),
-    Sweep(
-        "cost-tokens",
-        "prefill against S = 8,192, over the live tokens of the call",
-        "tokens",
-        (1, 8, 64, 512),
-        (Line(lyra(live=512)), Line(hugging_face(live=512))),
-        lambda tokens: floor(live=512, tokens=tokens),
-        rounds=3,
-    ),
-    Sweep(
-        "cost-batch",
-        "decode step, S = 8,192, over the rows of the batch",
-        "batch",
-        (1, 2, 4, 8, 16),
-        (Line(lyra()), Line(hugging_face())),
-        partial(floor, STATIC, LIVE),
-        rounds=3,
-    ),
+    *costs("", "", lyra, hugging_face),
     Sweep(
         "cost-contexts",
         "decode step, 16 rows, S = 2,048, over the number of contexts that they read",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from ..row import Contestant, Line, Race, Rival, Sweep
-from .layer import LIVE, STATIC, floor, hugging_face
+from ..row import Contestant, Race, Rival
+from .layer import LIVE, STATIC, contestant, costs, floor, hugging_face
 from .layer import lyra as in_torch
 
 MODULE = "lyra.speed.contestants.layer_jax"
@@ -21,7 +20,7 @@ PRODUCTS = (
 
 def lyra(name: str = "Lyra, JAX", **options: Any) -> Contestant:
     """Lyra's layer; `options` are those of its contestant."""
-    return Contestant(name, "jax", f"{MODULE}:lyra", {"static": STATIC, "live": LIVE, **options})
+    return contestant(name, "jax", f"{MODULE}:lyra", **options)
 
 
 DECODE = (
@@ -76,33 +75,4 @@ PREFILL = tuple(
     for tokens in (128, 1024)
 )
 
-COSTS = (
-    Sweep(
-        "jax-cost-static",
-        "decode step in JAX, batch 1, over the context's length",
-        "static",
-        (512, 2048, 8192, 32768),
-        (Line(lyra()), Line(in_torch())),
-        lambda static: floor(static),
-    ),
-    Sweep(
-        "jax-cost-tokens",
-        "prefill in JAX against S = 8,192, over the live tokens of the call",
-        "tokens",
-        (1, 8, 64, 512),
-        (Line(lyra(live=512)), Line(in_torch(live=512))),
-        lambda tokens: floor(live=512, tokens=tokens),
-        rounds=3,
-    ),
-    Sweep(
-        "jax-cost-batch",
-        "decode step in JAX, S = 8,192, over the rows of the batch",
-        "batch",
-        (1, 2, 4, 8, 16),
-        (Line(lyra()), Line(in_torch())),
-        partial(floor, STATIC, LIVE),
-        rounds=3,
-    ),
-)
-
-ROWS = (*DECODE, LONG, *PREFILL, *COSTS)
+ROWS = (*DECODE, LONG, *PREFILL, *costs("jax-", " in JAX", lyra, in_torch))
