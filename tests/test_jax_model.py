@@ -83,7 +83,7 @@ def test_log_probs_equal_hugging_face(jax_engine: JaxEngine, gemma: Any, monkeyp
     expected = torch.log_softmax(torch.tensor(hf_logits(gemma, ids)), dim=-1)[:, :-1]
     expected = expected.gather(2, torch.tensor(ids[:, 1:, None]))[:, :, 0].numpy()
     assert_close(jax_engine.log_probs(ids), expected)
-    monkeypatch.setattr("lyra.backends.jax_impl.model.LOGITS_AT_ONCE", 7 * VOCAB)
+    monkeypatch.setattr("lyra.backends.jax_impl.logits.LOGITS_AT_ONCE", 7 * VOCAB)
     assert_close(jax_engine.log_probs(ids), expected)
     assert_close(jax_engine.logits(ids), hf_logits(gemma, ids))
     assert jax_engine.log_probs(ids[:, :1]).shape == (2, 0)
