@@ -22,17 +22,34 @@ def causal_attention() -> Partial:
 def test_queries_in_blocks_see_what_they_see_at_once(tokens_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = finish(causal_attention())
     lengths: list[int] = []
+    keys: list[int] = []
     block = partial._block
 
-    def noted(q: torch.Tensor, *rest: object) -> Partial:
+    def noted(q: torch.Tensor, k: torch.Tensor, *rest: object) -> Partial:
         lengths.append(q.shape[-2])
-        return block(q, *rest)
+        keys.append(k.shape[-2])
+        return block(q, k, *rest)
 
     monkeypatch.setattr(partial, "_block", noted)
     monkeypatch.setattr(partial, "SCORES_PER_BLOCK", tokens_a_block * 2 * 3 * TOKENS)
     torch.testing.assert_close(finish(causal_attention()), at_once)
     assert sum(lengths) == TOKENS
     assert max(lengths) == tokens_a_block
+    assert keys == [sum(lengths[: count + 1]) for count in range(len(lengths))]  # later ones no query of a block sees
+
+
+@pytest.mark.parametrize("seen", [slice(2, 5), slice(0, 0), slice(9, 10)])
+def test_keys_at_either_end_that_nobody_sees_are_left_out(seen: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What those hold is not even read: NaN there would come through a product with weights of 0."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, *shape, 8, generator=generator) for shape in ((2, TOKENS), (TOKENS,), (TOKENS,)))
+    visible = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+    visible[:, seen] = True
+    visible = visible[None, None, None]
+    at_once = finish(partial_attention(q, k, v, visible, scale=0.4))
+    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", 3 * 2 * TOKENS)
+    v = v.masked_fill(~visible[0, 0, 0, 0, :, None], torch.nan) if seen.stop else v
+    torch.testing.assert_close(finish(partial_attention(q, k, v, visible, scale=0.4)), at_once)
 
 
 def test_autocast_stays_out() -> None:

@@ -32,6 +32,7 @@ PATHS = (
     "a split cuts a group",
     "queries are taken in blocks",
     "a context is attached in pieces",
+    "keys that no query of a block sees are left out",
 )
 BLOCK = 64
 """Scores of a block of queries, and elements of a piece, instead of millions: small cases have several."""
@@ -107,13 +108,17 @@ def watched(seen: set[str]) -> Iterator[None]:
         blocks.append(q.shape[-2])
         if len(blocks) > 1:
             seen.add(PATHS[7])
+        if k.shape[-2] < keys[-1]:
+            seen.add(PATHS[9])
         return kept["_block"](q, k, *rest)
 
-    def whole(*given: Any) -> Partial:
+    def whole(q: Any, k: Any, *rest: Any) -> Partial:
         blocks.clear()
-        return kept["partial_attention"](*given)
+        keys.append(k.shape[-2])
+        return kept["partial_attention"](q, k, *rest)
 
     blocks: list[int] = []
+    keys: list[int] = []
     pieces: list[int] = []
     places: dict[str, tuple[Any, Callable[..., Any]]] = {
         "add_static": (layer, add_static),
