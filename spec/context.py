@@ -300,8 +300,8 @@ def rotation_tables(positions: np.ndarray, rope: RopeSpec, head_dim: int) -> tup
     """
     pairs = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     angles = np.asarray(positions, dtype=np.float64)[..., None] * rope.theta**-pairs / rope.factor
-    angles = np.concatenate([angles, angles], axis=-1)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    cos, sin = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
+    return np.concatenate([cos, cos], axis=-1), np.concatenate([sin, sin], axis=-1)
 
 
 def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:
