@@ -298,10 +298,15 @@ def rotation_tables(positions: np.ndarray, rope: RopeSpec, head_dim: int) -> tup
 
     Both halves of the last axis are equal: element i turns with element i + head_dim / 2 (clauses ROPE, STORED-3).
     """
-    pairs = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    angles = np.asarray(positions, dtype=np.float64)[..., None] * rope.theta**-pairs / rope.factor
+    angles = np.asarray(positions, dtype=np.float64)[..., None] * rotation_frequencies(rope, head_dim)
     cos, sin = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
     return np.concatenate([cos, cos], axis=-1), np.concatenate([sin, sin], axis=-1)
+
+
+def rotation_frequencies(rope: RopeSpec, head_dim: int) -> np.ndarray:
+    """Radians a position by pair, float64 [head_dim / 2] (clause ROPE-2)."""
+    frequencies: np.ndarray = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / rope.factor
+    return frequencies
 
 
 def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from .attention import RopeSpec
 from .base import renamed_into
-from .context import ContextLayer, StaticContext, rotation_tables
+from .context import ContextLayer, StaticContext, rotation_frequencies
 from .errors import ContextError
 from .fingerprint import Fingerprint
 from .storage import BFLOAT16, Int8, Values
@@ -168,7 +169,19 @@ def _check_tables(context: StaticContext, arrays: Mapping[str, np.ndarray]) -> N
             raise ContextError(f"{name} has shape {arrays[name].shape}; expected {shape}")
     for start in range(0, context.positions.shape[1], TOKENS_AT_ONCE):
         some = slice(start, start + TOKENS_AT_ONCE)
-        tables = rotation_tables(context.positions[:, some], attention.rope, attention.head_dim)
-        for name, expected in zip(("cos", "sin"), tables, strict=True):
-            if not (np.abs(arrays[name][:, some] - expected) <= TABLE_TOLERANCE).all():
+        angles = _angles(context.positions[:, some], attention.rope, attention.head_dim)
+        for name, turned in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+            halves = arrays[name][:, some].reshape(*turned.shape[:-1], 2, -1)
+            if not (np.abs(halves - turned[..., None, :]) <= TABLE_TOLERANCE).all():
                 raise ContextError(f"{name} is not that of the positions; the file is damaged")
+
+
+def _angles(positions: np.ndarray, rope: RopeSpec, head_dim: int) -> np.ndarray:
+    """The angles of positions [...] between -π and π, float32 [..., head_dim / 2].
+
+    Formed in float64 like those of the tables. Cosines of float32 are right to a quarter of TABLE_TOLERANCE, and cost a
+    fifth of the time, which is that to a first token.
+    """
+    turns = positions[..., None] * (rotation_frequencies(rope, head_dim) / (2 * np.pi))
+    turns -= np.rint(turns)
+    return (turns * (2 * np.pi)).astype(np.float32)

@@ -40,7 +40,7 @@ class Recipe(SpecModel):
     rows: int = Field(default=16, gt=0)
     window: int = Field(default=128, gt=0)
     learning_rate: float = Field(default=4e-3, gt=0)
-    warmup: int = Field(default=20, ge=0)
+    warmup: int = Field(default=100, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)

@@ -65,6 +65,8 @@ def curve_figure(title: str, curves: Sequence[tuple[str, Curve]]) -> Figure:
         labelled.add(name)
     axes[0].set(xlabel="steps", ylabel="training loss, nats per token")
     axes[1].set(xlabel="steps", ylabel="norm of the gradient before clipping", yscale="log")
+    for axis in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
+        axis("{x:g}")  # a span of less than a decade, for which powers of ten say little
     axes[0].legend(frameon=False, handlelength=4)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure

@@ -17,7 +17,9 @@ from lyra.studies.language_model import LMSpec, initial_weights
 from lyra.studies.training import Curve, Recipe, Task, Trained
 from lyra.studies.uptraining import Plan, Uptrained, summary, uptrain
 
-SPEC = LMSpec(vocab_size=256, num_kv_heads=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4)
+SPEC = LMSpec(
+    vocab_size=256, num_kv_heads=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, norm_eps=1e-6
+)  # with this eps a model learns something in so few steps
 HEAD_DIM = SPEC.attention.head_dim
 RECIPE = Recipe(steps=120, rows=8, window=16, warmup=5, learning_rate=1e-2, evaluations=1)
 
