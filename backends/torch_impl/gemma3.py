@@ -252,6 +252,9 @@ class LyraGemma3Attention(Gemma3Attention):
         """x [B,T,E] through "k_proj" or "v_proj", [B,T,Hkv·D], heads in their original order."""
         if self.whole:
             return getattr(self, name)(x)
+        # One of them may have no head, as where there is one KV head in all; a gradient, if an empty one, it must have.
+        if len(self._streams) == 1 and not torch.is_grad_enabled():
+            return getattr(self, f"{self._streams[0]}_{name}")(x)
         vanilla, lyra = self._parts(name)
         return projections.join(vanilla(x), lyra(x), self.kv_order, self.head_dim, dim=2)
 
@@ -261,6 +264,7 @@ class LyraGemma3Attention(Gemma3Attention):
 
     def _cut(self, k_proj: nn.Module, v_proj: nn.Module) -> None:
         heads = projections.streams(self.spec)
+        self._streams = tuple(stream for stream, chosen in zip(heads._fields, heads, strict=True) if chosen)
         for name in projections.NAMES:
             for old in (name, f"vanilla_{name}", f"lyra_{name}"):
                 self._modules.pop(old, None)
