@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Contexts are taken in by blocks of slots of about this many values, so that attaching needs little memory beside."""
 
 
