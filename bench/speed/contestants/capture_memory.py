@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
@@ -12,9 +11,11 @@ import lyra
 
 from ..row import Counted, Finding
 from .capture import text_ids
-from .context_memory import status
+from .context_memory import held, status
 
-MOST = 4.0
+MOST = 6.0
+"""Three times a token's keys and values are there at the end: in the cache, in the pieces, in the context. A cache that
+grows is there twice for a moment, and a mask for a chunk takes a third of a token's keys and values."""
 
 
 def peaks(backend: str, chunk: int, lengths: list[int]) -> Counted:
@@ -34,15 +35,15 @@ def peaks(backend: str, chunk: int, lengths: list[int]) -> Counted:
 def measure(backend: str, chunk: int, lengths: list[int]) -> dict[str, object]:
     """The peaks in bytes beyond what was there before, and the bytes of a token's keys and values in the context.
 
-    Every length has been captured once before, so that nothing is compiled meanwhile.
+    Every length has been captured once before, so that nothing is compiled meanwhile; what the C library keeps of that
+    memory is given back before.
     """
     model = lyra.load("gemma-3-270m", backend=backend)
     ids = text_ids(max(lengths))
     added, token = [], 0
     for length in lengths:
         token = model.capture(ids[:length], chunk_size=chunk).nbytes // length
-        gc.collect()
-        before = status()["VmRSS"]
+        before = held()["VmRSS"]
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         model.capture(ids[:length], chunk_size=chunk)
         added.append(status()["VmHWM"] - before)
