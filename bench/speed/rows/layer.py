@@ -143,7 +143,7 @@ PREFILL = tuple(
         note=""
         if tokens < 1000
         else "Products are three quarters of the time, the passes of the softmax over the scores the rest. Live "
-        "keys that no query of a block sees are multiplied all the same, as Hugging Face does. Smaller blocks of "
+        "keys that no query of a block sees are left out, which Hugging Face multiplies too. Smaller blocks of "
         "queries, and blocks of keys with a running maximum, were slower. torch's fused CPU kernel returns the "
         "log-sum by which parts are merged and would save the softmax's passes, but it has no gradient for it "
         "and is not used.",
