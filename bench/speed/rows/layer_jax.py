@@ -74,8 +74,8 @@ PREFILL = tuple(
         note=""
         if tokens < 1000
         else "The products with the context are most of it, and XLA's take longer than MKL's. Shapes are fixed when a "
-        "function is compiled, so live keys that no query of a block sees are multiplied and masked, a tenth of all "
-        "products; PyTorch leaves them out.",
+        "function is compiled, so live keys that no query of a block sees are multiplied and masked, less than a "
+        "tenth of all products; PyTorch leaves them out.",
     )
     for tokens in (128, 1024)
 )
