@@ -11,11 +11,14 @@ from lyra.backends.torch_impl.partial import Partial, finish, partial_attention
 TOKENS = 10
 
 
-def causal_attention() -> Partial:
+def causal_inputs() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, heads, TOKENS, 8, generator=generator) for heads in (3, 1, 1))
-    visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None, None]
-    return partial_attention(q, k[:, :, 0], v[:, :, 0], visible, scale=0.4)
+    return q, k[:, :, 0], v[:, :, 0], torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None, None]
+
+
+def causal_attention() -> Partial:
+    return partial_attention(*causal_inputs(), scale=0.4)
 
 
 @pytest.mark.parametrize("tokens_a_block", [1, 3, 7])
@@ -50,6 +53,15 @@ def test_keys_at_either_end_that_nobody_sees_are_left_out(seen: slice, monkeypat
     monkeypatch.setattr(partial, "SCORES_PER_BLOCK", 3 * 2 * TOKENS)
     v = v.masked_fill(~visible[0, 0, 0, 0, :, None], torch.nan) if seen.stop else v
     torch.testing.assert_close(finish(partial_attention(q, k, v, visible, scale=0.4)), at_once)
+
+
+def test_blocks_are_compiled_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which keys a block sees is not asked in compiled code: an answer would end the graph."""
+    at_once = finish(causal_attention())
+    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", 3 * 2 * 3 * TOKENS)
+    q, k, v, visible = causal_inputs()
+    compiled = torch.compile(partial_attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(finish(compiled(q, k, v, visible, scale=0.4)), at_once)
 
 
 def test_autocast_stays_out() -> None:

@@ -33,19 +33,21 @@ class LiveCache(NamedTuple):
     def append(self, other: LiveCache) -> LiveCache:
         """A new cache with the tokens of `other` behind those of this one.
 
-        Where gradients are recorded nothing is written in place: autograd keeps what it has read.
+        Nothing is written in place where gradients are recorded, since autograd keeps what it has read, nor in compiled
+        code, which is traced once for caches with room and without.
         """
         start, end = self.mask.shape[1], self.mask.shape[1] + other.mask.shape[1]
-        if self.room is not None and self.room.take(start, end):
+        in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if in_place and self.room is not None and self.room.take(start, end):
             return self.room.write(other, start, end)
-        spare = free_slots(self, 0 if torch.is_grad_enabled() else bucket(end) - end)
+        spare = free_slots(self, bucket(end) - end if in_place else 0)
         slots = LiveCache(
             torch.cat((self.k, other.k, spare.k), dim=2),
             torch.cat((self.v, other.v, spare.v), dim=2),
             torch.cat((self.mask, other.mask, spare.mask), dim=1),
             torch.cat((self.positions, other.positions, spare.positions), dim=1),
         )
-        return slots.crop(end)._replace(room=Room(slots, end))
+        return slots.crop(end)._replace(room=Room(slots, end) if in_place else None)
 
     def reorder(self, rows: Sequence[int]) -> LiveCache:
         """A new cache whose row i is row rows[i] of this one."""
@@ -78,9 +80,9 @@ class Room:
 
     def take(self, start: int, end: int) -> bool:
         """Whether the slots from start to end are free and the caller's: asked once, since they are then taken."""
-        recorded = torch.is_grad_enabled() or (self.slots.k.is_inference() and not torch.is_inference_mode_enabled())
+        fixed = self.slots.k.is_inference() and not torch.is_inference_mode_enabled()
         with self._taking:
-            free = not recorded and self.taken == start and end <= self.slots.mask.shape[1]
+            free = not fixed and self.taken == start and end <= self.slots.mask.shape[1]
             self.taken = end if free else self.taken
             return free
 

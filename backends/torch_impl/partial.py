@@ -45,15 +45,16 @@ def partial_attention(
     block = max(1, SCORES_PER_BLOCK // max(1, q[..., 0, 0].numel() * keys))
     if tokens <= block:
         return _block(q, k, v, visible, scale, softcap)
-    # Where each block sees other keys, and asking which ones is no wait for a device, the rest is not multiplied.
-    differ = visible is not None and visible.shape[-2] > 1 and visible.device.type == "cpu"
+    # Keys that no query of a block sees are left out, unless to ask for them is to wait for a device or to end a graph.
+    asked = device == "cpu" and not torch.compiler.is_compiling()
     parts = []
     for start in range(0, tokens, block):
-        rows = _rows(visible, start, block)
-        first, last = _seen_keys(rows) if differ and rows is not None else (0, keys)
-        rows = rows if rows is None else rows[..., first:last]
-        queries = q[..., start : start + block, :]
-        parts.append(_block(queries, k[..., first:last, :], v[..., first:last, :], rows, scale, softcap))
+        queries, rows, own_k, own_v = q[..., start : start + block, :], visible, k, v
+        if rows is not None and rows.shape[-2] > 1:
+            rows = rows[..., start : start + block, :]
+            seen = _seen_keys(rows) if asked else slice(None)
+            rows, own_k, own_v = rows[..., seen], k[..., seen, :], v[..., seen, :]
+        parts.append(_block(queries, own_k, own_v, rows, scale, softcap))
     return Partial(*(torch.cat(field, dim=-2) for field in zip(*parts, strict=True)))
 
 
@@ -111,14 +112,10 @@ def _block(
     return Partial(out, top, weights.sum(dim=-1, keepdim=True))
 
 
-def _rows(visible: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
-    return visible if visible is None or visible.shape[-2] == 1 else visible[..., start : start + count, :]
-
-
-def _seen_keys(visible: torch.Tensor) -> tuple[int, int]:
-    """From which key to before which one any query sees one; at least one key."""
+def _seen_keys(visible: torch.Tensor) -> slice:
+    """The keys from the first to the last that any query sees; at least one key."""
     seen = visible.flatten(0, -2).any(dim=0).nonzero()
-    return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
+    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(1)
 
 
 def _relative(own: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
