@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 
 import lyra
 from lyra.cli import application
-from lyra.spec import ContextError, ContextLayer, StaticContext
+from lyra.spec import AttentionSpec, ContextError, ContextLayer, HeadSplit, StaticContext
 from lyra.spec.bfloat16 import to_bfloat16
+from lyra.spec.inputs import StaticLayer
 from lyra.spec.storage import BFLOAT16, Int8, stored
 
 NARROW = ("bfloat16", "int8")
@@ -272,18 +274,22 @@ def test_heads_side_by_side_are_not_copied() -> None:
     assert isinstance(context.layers[1], ContextLayer)
 
 
+def masked_layer(batch: int) -> tuple[AttentionSpec, StaticLayer]:
+    """A layer of 40 slots, some of them hidden, for two KV heads, and the spec that reads it."""
+    context = make_context(40, batch=batch, kv_heads=(1, 3)).moved(5)
+    mask = context.mask.copy()
+    mask[0, [0, 3, 7, 39]] = False
+    spec = context.fingerprint.attention
+    spec = spec.replace(split=HeadSplit.from_kv_heads(spec, (1, 3)))
+    return spec, replace(context, mask=mask).static_layer(1, (1, 3))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_context_taken_in_by_blocks_is_the_same(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     from lyra.backends.torch_impl import static
-    from lyra.spec.split import HeadSplit
 
-    context = make_context(40, batch=batch, kv_heads=(1, 3)).moved(5)
-    mask = context.mask.copy()
-    mask[0, [0, 3, 7, 39]] = False
-    layer = replace(context, mask=mask).static_layer(1, (1, 3))
-    spec = context.fingerprint.attention
-    spec = spec.replace(split=HeadSplit.from_kv_heads(spec, (1, 3)))
+    spec, layer = masked_layer(batch)
     whole = static.prepare_static(spec, layer)
     monkeypatch.setattr(static, "BLOCK", batch * 2 * DIM * 7)
     found = static.prepare_static(spec, layer)
@@ -295,6 +301,36 @@ def test_a_context_taken_in_by_blocks_is_the_same(batch: int, monkeypatch: pytes
         if one is not None:
             np.testing.assert_array_equal(one.numpy(), other.numpy())
     assert static.prepare_static(spec, layer._replace(mask=np.zeros_like(layer.mask))) is None
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("slots_a_block", [3, 10, 40])
+def test_jax_takes_a_context_in_by_blocks(batch: int, slots_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jax")
+    from lyra.backends.jax_impl import static
+    from lyra.backends.jax_impl.rope import inverse_frequencies
+    from lyra.backends.jax_impl.sharding import ShardingConfig
+
+    spec, layer = masked_layer(batch)
+    placed, frequencies = static.place_static(spec, layer), inverse_frequencies(spec)
+    assert placed is not None
+    whole = static.rotate_static(placed, frequencies)
+    lengths: list[int] = []
+    turn = static._turn_values
+
+    def noted(v: Any) -> Any:
+        lengths.append(v.shape[2])
+        return turn(v)
+
+    monkeypatch.setattr(static, "_turn_values", noted)
+    monkeypatch.setattr(static, "BLOCK", batch * 2 * DIM * slots_a_block)
+    found = static.prepare_static(placed, frequencies, ShardingConfig.no_sharding())
+    np.testing.assert_allclose(found.keys, whole.keys, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found.values, whole.values)
+    np.testing.assert_array_equal(found.mask, whole.mask)
+    np.testing.assert_array_equal(whole.values, layer.v.swapaxes(2, 3))
+    assert sum(lengths) == 40
+    assert slots_a_block / 2 < max(lengths) <= max(slots_a_block, 5)  # 40 is halved three times, then it is odd
 
 
 @pytest.mark.parametrize("dtype", ["float32", *NARROW])

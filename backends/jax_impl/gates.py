@@ -61,7 +61,9 @@ class GatedText:
         if empty:
             raise InputError(f"gated: the context has no slots in layers {empty}; there is nothing to choose heads for")
         self._static = {
-            layer: prepare_static(one, inverse_frequencies(every)) for layer, one in placed.items() if one is not None
+            layer: prepare_static(one, inverse_frequencies(every), graph.sharding)
+            for layer, one in placed.items()
+            if one is not None
         }
         self._split = split_arrays(every)
         packed = pack_left(tokens, -(-tokens.ids.shape[1] // STEP) * STEP)

@@ -123,12 +123,8 @@ def project(flow: Flow, layer: Layer, call: Call) -> Flow:
 
 
 def projection(x: Array, layer: Layer, name: str, heads: int) -> Array:
-    """x [B,T,E] through one projection and into heads [B,T,heads,D]. Clause ORDER-1.
-
-    Every reader gets the same values: without the barrier XLA makes a reduction of a single token's product on a GPU,
-    and sums it again, in another order, wherever it is read (TOLERANCE-2).
-    """
-    return _heads(lax.optimization_barrier(_linear(x, layer.weights, name)), heads)
+    """x [B,T,E] through one projection and into heads [B,T,heads,D]. Clause ORDER-1."""
+    return _heads(_linear(x, layer.weights, name), heads)
 
 
 def norm(flow: Flow, layer: Layer, call: Call) -> Flow:
@@ -204,10 +200,14 @@ def run_layer(x: Array, layer: Layer, call: Call) -> tuple[Array, LiveCache | Ro
 
 
 def _linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
-    """x · Wᵀ (+ bias): x [B,T,in], W [out,in]; summed in float32, rounded to x's type once (DTYPE-2)."""
+    """x · Wᵀ (+ bias): x [B,T,in], W [out,in]; summed in float32, rounded to x's type once (DTYPE-2).
+
+    Every reader gets the same values: without the barrier XLA makes a reduction of a single token's product on a GPU,
+    and sums it again, in another order, wherever it is read (TOLERANCE-2).
+    """
     y = jnp.einsum("bti,oi->bto", x, weights[f"{name}.weight"], precision=HIGHEST, preferred_element_type=jnp.float32)
     bias = weights.get(f"{name}.bias")
-    return store(y if bias is None else y + bias, x.dtype)
+    return lax.optimization_barrier(store(y if bias is None else y + bias, x.dtype))
 
 
 def _heads(x: Array, heads: int) -> Array:

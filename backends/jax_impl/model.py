@@ -198,10 +198,8 @@ class JaxEngine:
         placed = place_static(spec, check_static(spec, static, len(static.k)), dtype)
         if placed is None:
             return None
-        kv: StaticKV = prepare_static(
-            sharding.place_slots(pad_context(placed, sharding.size(CONTEXT))), inverse_frequencies(spec)
-        )
-        return jax.block_until_ready(kv)  # before the next layer: what is on its way is in memory twice
+        kv: StaticKV = prepare_static(pad_context(placed, sharding.size(CONTEXT)), inverse_frequencies(spec), sharding)
+        return kv
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         tokens = check_tokens(ids, mask, self.spec.vocab_size)

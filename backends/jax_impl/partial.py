@@ -5,6 +5,7 @@ Axes: N batch, G KV heads, Q queries of a group (R heads times T tokens), K keys
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -29,23 +30,48 @@ class Partial(NamedTuple):
     total: Array
 
 
+Add = Callable[[Array, Array], Array]
+"""Weights [N,G,Q,K] times values, in the layout that a function of this kind is for: [N,G,Q,D]."""
+
+
+def add_rows(weights: Array, values: Array) -> Array:
+    """Values [N,G,K,D]: a row for each key, as live tokens are written."""
+    return jnp.matmul(weights, values, precision=HIGHEST, preferred_element_type=jnp.float32)
+
+
+def add_columns(weights: Array, values: Array) -> Array:
+    """Values [N,G,D,K]: a column for each key, which takes XLA a tenth to a fifth less time over thousands of keys.
+
+    The barrier keeps the product as it is written. XLA would turn it about, and without rows that takes four times as
+    long for several rows of the batch.
+    """
+    turned = jnp.einsum("ngdk,ngqk->ngdq", values, weights, precision=HIGHEST, preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(turned).swapaxes(2, 3)
+
+
 def partial_attention(
-    query: Array, keys: Array, values: Array, visible: Array | None, scale: Array, softcap: Array | None
+    query: Array,
+    keys: Array,
+    values: Array,
+    visible: Array | None,
+    scale: Array,
+    softcap: Array | None,
+    add: Add = add_rows,
 ) -> Partial:
     """Attend to some keys. Clauses SCALE, STATIC and MASKED.
 
     query [N,G,Q,D]; keys [N,G,D,K], keys along the last axis, which a CPU multiplies fastest for few queries;
-    values [N,G,K,D]; visible broadcasts to [N,G,Q,K], None meaning that every key is visible.
+    values as `add` takes them; visible broadcasts to [N,G,Q,K], None meaning that every key is visible.
 
     Masked scores are selected away, never added to or multiplied, so that nothing a masked slot holds has influence.
     """
     batch, groups, queries, _ = query.shape
     block = max(1, SCORES_PER_BLOCK // max(1, batch * groups * keys.shape[-1]))
     if queries <= block:
-        return _block(query, keys, values, visible, scale, softcap)
+        return _block(query, keys, values, visible, scale, softcap, add)
 
     def attend(rows: tuple[Array, Array | None]) -> Partial:
-        return _block(rows[0], keys, values, rows[1], scale, softcap)
+        return _block(rows[0], keys, values, rows[1], scale, softcap, add)
 
     if visible is not None and visible.shape[2] > 1:
         parts = lax.map(attend, (_blocks(query, block), _blocks(visible, block)))
@@ -64,7 +90,7 @@ def _blocks(rows: Array, size: int) -> Array:
 
 
 def _block(
-    query: Array, keys: Array, values: Array, visible: Array | None, scale: Array, softcap: Array | None
+    query: Array, keys: Array, values: Array, visible: Array | None, scale: Array, softcap: Array | None, add: Add
 ) -> Partial:
     scores = jnp.matmul(query, keys, precision=HIGHEST, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
@@ -75,7 +101,7 @@ def _block(
     # The largest score cancels out of the result, so no gradient has to flow through it.
     maximum = lax.stop_gradient(maximum)
     weights = jnp.exp(scores - finite_maximum(maximum))
-    out = jnp.matmul(weights, values, precision=HIGHEST, preferred_element_type=jnp.float32)
+    out = add(weights, values)
     return Partial(out, maximum, jnp.sum(weights, axis=-1, keepdims=True))
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -34,7 +35,6 @@ AXES: tuple[tuple[str, P], ...] = (
 )
 """The axes of parameters that are spread, by the module's paths; the others are on every device in full."""
 
-Slots = TypeVar("Slots", bound=tuple[Any, ...])
 Attend = Callable[[Array, Array, Array, Array | None, Array, Array | None], Partial]
 
 
@@ -83,16 +83,13 @@ class ShardingConfig:
 
         return jax.tree.map(place, cache)
 
-    def place_slots(self, static: Slots) -> Slots:
-        """Static k and v [Bc,G,S,D], positions and mask [Bc,S], copied to their devices, some slots on each."""
-        specs = (P(None, HEADS, CONTEXT), P(None, HEADS, CONTEXT), P(None, CONTEXT), P(None, CONTEXT))
-        parts = zip(static, specs, strict=True)
-        return type(static)(
-            *(jax.device_put(part, self._named(spec, part.shape), may_alias=False) for part, spec in parts)
-        )
+    def place_slots(self, part: np.ndarray | Array) -> Array:
+        """Static k or v [Bc,G,S,D], positions or mask [Bc,S], on its devices, some slots on each."""
+        axes = P(None, HEADS, CONTEXT) if part.ndim == 4 else P(None, CONTEXT)
+        return jax.device_put(part, self._named(axes, part.shape))
 
     def attend_slots(self, attend: Attend) -> Attend:
-        """`partial_attention` of static slots where they lie, merged over the devices; itself without such an axis."""
+        """Attention to static slots [...,S] where they lie, merged over the devices; itself without such an axis."""
         if self.size(CONTEXT) == 1:
             return attend
 
@@ -105,7 +102,7 @@ class ShardingConfig:
         return jax.shard_map(
             on_each,
             mesh=self.mesh,
-            in_specs=(P(), slots_last, P(None, None, CONTEXT), slots_last, P(), P()),
+            in_specs=(P(), slots_last, slots_last, slots_last, P(), P()),
             out_specs=P(),
             axis_names={CONTEXT},
         )

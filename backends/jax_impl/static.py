@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 
 from .dtype import DTYPES, enter
 from .heads import SplitArrays, select_readers, spread_readers
-from .partial import Partial, partial_attention
+from .partial import Partial, add_columns, partial_attention
 from .rope import cos_sin, rotate
 from .sharding import ShardingConfig
+
+BLOCK = 1 << 18
+"""Contexts are taken in by blocks of slots of about this many values, so that attaching needs little memory beside."""
 
 
 class PlacedStatic(NamedTuple):
@@ -33,7 +37,7 @@ class PlacedStatic(NamedTuple):
 
 
 class StaticKV(NamedTuple):
-    """Ready to be attended to: keys [Bc,G,D,S] rotated, values [Bc,G,S,D], mask [Bc,S] or None."""
+    """Ready to be attended to: keys rotated and values, [Bc,G,D,S] both, see `add_columns`; mask [Bc,S] or None."""
 
     keys: Array
     values: Array
@@ -71,22 +75,55 @@ def rotate_keys(k: Array, positions: Array, frequencies: Array | None) -> Array:
     return k
 
 
-_rotate_keys = jax.jit(rotate_keys)
+def turn_values(v: Array) -> Array:
+    """Stored values [Bc,G,S,D] as [Bc,G,D,S]."""
+    return v.swapaxes(2, 3)
 
 
-def rotate_static(
-    placed: PlacedStatic, frequencies: Array | None, turn: Callable[..., Array] = rotate_keys
-) -> StaticKV:
+_rotate_keys, _turn_values = jax.jit(rotate_keys), jax.jit(turn_values)
+_write = jax.jit(partial(lax.dynamic_update_slice_in_dim, axis=3), donate_argnums=0)
+
+
+def rotate_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
     """Rotate static keys from their stored values. Clause STORED-2."""
-    k = turn(jnp.asarray(placed.k), jnp.asarray(placed.positions), frequencies)
-    return StaticKV(k, jnp.asarray(placed.v), None if placed.mask is None else jnp.asarray(placed.mask))
+    k = rotate_keys(jnp.asarray(placed.k), jnp.asarray(placed.positions), frequencies)
+    return StaticKV(k, turn_values(jnp.asarray(placed.v)), None if placed.mask is None else jnp.asarray(placed.mask))
 
 
-def prepare_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
-    """The same for a whole model, once for a context: keys compiled, and values as they lie on their devices, since a
-    compiled function would copy them.
+def prepare_static(placed: PlacedStatic, frequencies: Array | None, sharding: ShardingConfig) -> StaticKV:
+    """The same for a whole model, once for a context, on its devices.
+
+    One device is given a few slots at a time, so that little of a context is in memory twice; several share the slots.
     """
-    return rotate_static(placed, frequencies, _rotate_keys)
+    place, slots = sharding.place_slots, placed.positions.shape[1]
+    length = _block_of(placed.k.shape) if sharding.mesh is None else slots
+    blocks = [slice(start, start + length) for start in range(0, slots, length)]
+    turned = (
+        _rotate_keys(place(placed.k[:, :, some]), place(placed.positions[:, some]), frequencies) for some in blocks
+    )
+    k, v = _joined(turned, slots), _joined((_turn_values(place(placed.v[:, :, some])) for some in blocks), slots)
+    return StaticKV(k, v, None if placed.mask is None else place(placed.mask))
+
+
+def _block_of(shape: tuple[int, ...]) -> int:
+    """How many slots of k [Bc,G,S,D] to take at a time: S, halved until it is odd or they hold BLOCK values."""
+    rows, groups, length, width = shape
+    while rows * groups * length * width > BLOCK and length % 2 == 0:
+        length //= 2
+    return length
+
+
+def _joined(blocks: Iterable[Array], slots: int) -> Array:
+    """Blocks [Bc,G,D,·] of one length side by side; each is made when the one before is in its place."""
+    rest = iter(blocks)
+    first = next(rest)
+    length = first.shape[3]
+    if length == slots:
+        return jax.block_until_ready(first)
+    whole = _write(jnp.zeros((*first.shape[:3], slots), first.dtype), first, 0)
+    for start, block in zip(range(length, slots, length), rest, strict=True):
+        whole = _write(jax.block_until_ready(whole), block, start)
+    return jax.block_until_ready(whole)
 
 
 def static_attention(
@@ -109,8 +146,8 @@ def static_attention(
     if shared:
         selected = selected.swapaxes(0, 1).reshape(1, groups, batch * queries, head_dim)
     visible = None if static.mask is None else static.mask[:, None, None, :]
-    attend = sharding.attend_slots(partial_attention)
-    partial = attend(selected, static.keys, static.values, visible, scale, softcap)
+    attend = sharding.attend_slots(partial(partial_attention, add=add_columns))
+    found = attend(selected, static.keys, static.values, visible, scale, softcap)
     if shared:
-        partial = Partial(*(part.reshape(groups, batch, queries, -1).swapaxes(0, 1) for part in partial))
-    return spread_readers(partial, split, tokens)
+        found = Partial(*(part.reshape(groups, batch, queries, -1).swapaxes(0, 1) for part in found))
+    return spread_readers(found, split, tokens)

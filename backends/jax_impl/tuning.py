@@ -76,7 +76,7 @@ def tunable(
                 f"tunable: layer {layer} has {given.mask.shape[1]} slots for {sharding.size(CONTEXT)} devices to "
                 f"share; give a multiple, masked where there is nothing"
             )
-        k, v, positions, mask = map(jnp.asarray, sharding.place_slots(placed._replace(mask=given.mask)))
+        k, v, positions, mask = (sharding.place_slots(part) for part in (*placed[:3], given.mask))
         context[layer] = Tunable(k, v)
         settings[layer] = Setting(positions, mask, inverse_frequencies(own), live_rule(own), split)
     return context, settings
