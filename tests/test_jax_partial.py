@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lyra.backends.jax_impl import partial
+from lyra.backends.jax_impl import backend, layer, partial
+from lyra.backends.jax_impl.backend import JaxAttention
 from lyra.backends.jax_impl.cache import LiveCache, LiveKeys, empty_cache
 from lyra.backends.jax_impl.partial import finish, partial_attention
 from lyra.backends.jax_impl.rope import cos_sin, turn_once
 from lyra.backends.jax_impl.shapes import SMALLEST_TOKENS, round_up
 from lyra.conformance.frames import LARGE
+from lyra.spec import AttentionSpec, HeadSplit, QKNormSpec, RopeSpec, StaticSpec
 
 QUERIES, KEYS, WIDTH = 10, 12, 8
 SHAPES = {"none": None, "by key": (2, 1, 1, KEYS), "by query": (2, 1, QUERIES, KEYS)}
@@ -102,3 +104,54 @@ def test_a_turn_for_all_layers_is_each_layers_own() -> None:
         jax.jit(turn_once)(positions, frequencies), jax.jit(cos_sin)(positions, frequencies), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("live", "window"), [("causal", None), ("self", None), ("causal", 9)])
+def test_tokens_in_parts_see_what_they_see_at_once(
+    live: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a cache with free slots, with padding; each part is given the keys up to its last token, and free ones."""
+    spec = AttentionSpec(
+        hidden_size=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=WIDTH,
+        scale=0.4,
+        sliding_window=window,
+        qk_norm=QKNormSpec(eps=1e-6),
+        rope=RopeSpec(theta=1e4),
+        split=HeadSplit(lyra_q_heads=(1, 2) if live == "self" else (), share_kv=True),
+        static=StaticSpec(live=live),
+    )
+    weights = {name: random(*shape) for name, shape in spec.weight_shapes().items()}
+    x, mask = random(2, 37, 12), np.ones((2, 37), bool)
+    mask[0, :5] = False
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    keys: list[int] = []
+    attend = layer.partial_attention
+
+    def noted(query: Any, given: Any, *rest: Any) -> Any:
+        keys.append(given.shape[-1])
+        return attend(query, given, *rest)
+
+    def run() -> np.ndarray:
+        backend.call_layer.clear_cache()
+        attention, cache, outputs = JaxAttention(spec, weights), None, []
+        for part in (slice(0, 3), slice(3, 37)):
+            result = attention(x[:, part], positions=positions[:, part], mask=mask[:, part], cache=cache)
+            outputs.append(result.output)
+            cache = result.cache
+        return np.concatenate(outputs, axis=1)
+
+    monkeypatch.setattr(layer, "PARTS", 1)
+    at_once = run()
+    monkeypatch.setattr(layer, "partial_attention", noted)
+    monkeypatch.setattr(layer, "PARTS", 4)
+    in_parts = run()
+    backend.call_layer.clear_cache()
+    np.testing.assert_allclose(in_parts[mask], at_once[mask], rtol=2e-5, atol=2e-5)
+    assert keys == [16, 80, 96, 112, 128]  # 34 tokens, padded to 64, behind 3 of a cache that grows to 128 slots
+
+
+def test_generated_cases_have_tokens_for_several_parts() -> None:
+    assert max(max(frame.calls) for frame in LARGE.values()) >= layer.PARTS * layer.TOKENS_A_PART

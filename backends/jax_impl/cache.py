@@ -84,6 +84,13 @@ def live_keys(k: Array, v: Array, mask: Array, positions: Array) -> LiveKeys:
     return LiveKeys(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, positions)
 
 
+def first_slots(live: LiveKeys, count: int) -> LiveKeys:
+    """The first of the slots."""
+    if count == live.mask.shape[1]:
+        return live
+    return LiveKeys(*(lax.slice_in_dim(part, 0, count, axis=axis) for part, axis in zip(live, SLOT_AXES, strict=True)))
+
+
 def write(slots: LiveKeys, new: LiveKeys, start: int | Array) -> LiveKeys:
     """The slots with the new ones in them, from `start` on; in place where compiled code may use the old ones up.
 

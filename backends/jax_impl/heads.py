@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from lyra.spec.attention import AttentionSpec
 
@@ -50,6 +51,16 @@ def unfold(folded: Array, query_heads: int) -> Array:
     batch, kv_heads, queries, head_dim = folded.shape
     tokens = queries * kv_heads // query_heads
     return folded.reshape(batch, query_heads, tokens, head_dim).swapaxes(1, 2)
+
+
+def join_tokens(folded: Sequence[Partial], group: int) -> Partial:
+    """Partials of folded queries [B,Hkv,R·t,·], whose tokens stand behind each other, as one; R is `group`."""
+
+    def joined(*fields: Array) -> Array:
+        apart = [field.reshape(*field.shape[:2], group, -1, field.shape[-1]) for field in fields]
+        return lax.collapse(jnp.concatenate(apart, axis=3), 2, 4)
+
+    return folded[0] if len(folded) == 1 else Partial(*map(joined, *folded))
 
 
 def fold_visible(visible: Array, query_heads: int, kv_heads: int) -> Array:

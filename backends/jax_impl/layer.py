@@ -10,6 +10,7 @@ R = Hq / Hkv, G KV heads with static keys, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ from jax import Array, lax
 
 from lyra.spec.attention import TRACES, AttentionSpec
 
-from .cache import LiveCache, LiveKeys, live_keys
+from .cache import LiveCache, LiveKeys, first_slots, live_keys
 from .dtype import constant, store
-from .heads import SplitArrays, blend, fold, fold_visible, split_arrays, unfold
+from .heads import SplitArrays, blend, fold, fold_visible, join_tokens, split_arrays, unfold
 from .norm import rms_norm
-from .partial import HIGHEST, finish, merge, partial_attention
+from .partial import HIGHEST, Partial, finish, merge, partial_attention
 from .rolling import RollingCache
 from .rope import cos_sin, inverse_frequencies, rotate
 from .sharding import ShardingConfig
@@ -32,6 +33,9 @@ from .visibility import LiveRule, live_rule, visible_keys
 Cache = LiveCache | RollingCache
 WIDEST = 1 << 30
 """A window as wide as this hides nothing, and a position minus it still fits in an int32."""
+
+PARTS, TOKENS_A_PART = 4, 16
+"""A call of many tokens attends to live keys in so many parts, each of at least so many tokens."""
 
 
 class Shape(NamedTuple):
@@ -157,10 +161,8 @@ def attend(flow: Flow, layer: Layer, call: Call) -> Flow:
 def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
     """The same over given live keys; the cache stays as it is."""
     shape, constants = layer.shape, layer.constants
-    visible = visible_keys(call.positions, live.positions, live.mask, constants.window, constants.rule)
-    visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
     query = fold(flow.values["q"], shape.kv_heads)
-    partial = partial_attention(query, live.keys, live.values, visible, constants.scale, constants.softcap)
+    partial = live_attention(live, flow.values["q"], layer, call)
     without = partial
     if call.static is not None and constants.split is not None:
         tokens = call.mask.shape[1]
@@ -173,6 +175,30 @@ def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
         heads = blend(finish(without), heads, call.gates)
     heads = store(heads, flow.values["q"].dtype)
     return flow.add(heads=unfold(heads, shape.query_heads))
+
+
+def live_attention(live: LiveKeys, q: Array, layer: Layer, call: Call) -> Partial:
+    """q [B,T,Hq,D] over the live keys that it sees, folded [B,Hkv,R·T,·]. Clause LIVE.
+
+    Many tokens are taken in parts. The keys of a call stand in order, in the last slots or in front of free ones, and
+    none is later than its query, so the last slots are left out for all parts but the last.
+    """
+    tokens, slots = call.mask.shape[1], live.mask.shape[1]
+    parts = max(1, min(PARTS, tokens // TOKENS_A_PART))
+    bounds = [tokens * part // parts for part in range(parts + 1)]
+    found = []
+    for start, stop in pairwise(bounds):
+        seen = first_slots(live, slots - tokens + stop)
+        found.append(_live_part(seen, q[:, start:stop], call.positions[:, start:stop], layer))
+    return join_tokens(found, layer.shape.query_heads // layer.shape.kv_heads)
+
+
+def _live_part(live: LiveKeys, q: Array, positions: Array, layer: Layer) -> Partial:
+    shape, constants = layer.shape, layer.constants
+    visible = visible_keys(positions, live.positions, live.mask, constants.window, constants.rule)
+    visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
+    folded = fold(q, shape.kv_heads)
+    return partial_attention(folded, live.keys, live.values, visible, constants.scale, constants.softcap)
 
 
 def output(flow: Flow, layer: Layer, call: Call) -> Flow:

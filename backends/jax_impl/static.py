@@ -102,7 +102,7 @@ def prepare_static(placed: PlacedStatic, frequencies: Array | None, sharding: Sh
         _rotate_keys(place(placed.k[:, :, some]), place(placed.positions[:, some]), frequencies) for some in blocks
     )
     k, v = _joined(turned, slots), _joined((_turn_values(place(placed.v[:, :, some])) for some in blocks), slots)
-    return StaticKV(k, v, None if placed.mask is None else place(placed.mask))
+    return StaticKV(keys=k, values=v, mask=None if placed.mask is None else place(placed.mask))
 
 
 def _block_of(shape: tuple[int, ...]) -> int:
