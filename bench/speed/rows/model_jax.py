@@ -7,8 +7,8 @@ from ..row import Contestant, Race, Rival
 TOKENS = 512
 
 PRODUCTS = (
-    "Seven tenths of XLA's time are the products with the weights, which no layout of the operands made faster (as "
-    "stored, transposed, both transposed, gate and up in one); the attention's own products are a tenth."
+    "Most of XLA's time are the products with the weights, which no layout of the operands made faster (as stored, "
+    "transposed, both transposed, gate and up in one). Tokens attend in four parts, each to the keys up to its last one."
 )
 
 
