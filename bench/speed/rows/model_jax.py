@@ -8,7 +8,8 @@ TOKENS = 512
 
 PRODUCTS = (
     "Most of XLA's time are the products with the weights, which no layout of the operands made faster (as stored, "
-    "transposed, both transposed, gate and up in one). Tokens attend in four parts, each to the keys up to its last one."
+    "transposed, both transposed, gate and up in one). Tokens attend in four parts, each to the keys up to its last "
+    "one."
 )
 
 
