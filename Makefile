@@ -11,9 +11,10 @@ INSTALLED := .venv/.installed-$(FILES)
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-# The tests of backends and models, apart from those of the suite, so that two cores have three parts to share.
-MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py tests/test_model.py tests/test_real_model.py)
-OTHER_TESTS := $(filter-out $(MODEL_TESTS),$(wildcard tests/test_*.py))
+# The tests of backends and of real models, apart from those of the suite, in parts that two cores finish together.
+REAL_TESTS := tests/test_model.py tests/test_real_model.py
+MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py)
+OTHER_TESTS := $(filter-out $(REAL_TESTS) $(MODEL_TESTS),$(wildcard tests/test_*.py))
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	--config-settings editable_mode=strict --editable
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --durations=10
@@ -23,14 +24,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --
 TRANSFORMERS_TESTS := $(filter-out %_backend.py %_partial.py,$(wildcard tests/test_torch_*.py)) $(wildcard tests/test_oracle_hf*.py)
 TARGET := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 
-.PHONY: demo test test-suite test-harness test-models test-oldest test-newest lint format schema faults bench performance heads clean
+.PHONY: demo test test-suite test-harness test-models test-real test-oldest test-newest lint format schema faults bench performance heads clean
 
 demo: $(INSTALLED)  ## the spec held by both backends, then one context in two frameworks
 	$(BIN)/lyra conform --profile smoke
 	$(BIN)/python examples/two_backends.py
 
 test: $(INSTALLED)  ## the conformance suite's ci profile and the harness's own tests, side by side on two cores
-	$(MAKE) --no-print-directory -j2 --output-sync=target test-harness test-suite test-models test-oldest
+	$(MAKE) --no-print-directory -j2 --output-sync=target test-harness test-suite test-models test-real test-oldest
 
 test-suite: $(INSTALLED)
 	$(BIN)/lyra conform --profile ci --json build/conformance.json --report build/conformance.html
@@ -40,6 +41,9 @@ test-harness: $(INSTALLED)
 
 test-models: $(INSTALLED)
 	$(PYTEST) $(MODEL_TESTS)
+
+test-real: $(INSTALLED)
+	$(PYTEST) $(REAL_TESTS)
 
 test-oldest: $(INSTALLED)  ## the PyTorch models with the oldest transformers that is supported
 	oldest=$$($(BIN)/python -c 'from lyra.backends.torch_impl.versions import OLDEST; print(*OLDEST, 0, sep=".")') && \
