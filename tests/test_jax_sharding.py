@@ -74,3 +74,17 @@ def test_the_front_door_takes_a_mesh(tiny_folder: Path) -> None:
         lyra.load(tiny_folder, backend="torch", mesh=mesh)
     with pytest.raises(lyra.InputError, match="device is 'cpu' and there is a mesh"):
         lyra.load(tiny_folder, backend="jax", mesh=mesh, device="cpu")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64, 64), (1, 4096)])
+def test_what_is_placed_is_a_copy(shape: tuple[int, ...]) -> None:
+    """Where an array begins at a multiple of 64 bytes, JAX would otherwise read it where it lies."""
+    from lyra.backends.jax_impl.sharding import ShardingConfig
+
+    room = np.zeros(8192, np.float32)
+    start = -(room.ctypes.data // room.itemsize) % 16
+    given = room[start : start + 4096].reshape(shape)
+    assert given.ctypes.data % 64 == 0
+    placed = jax.block_until_ready(ShardingConfig.no_sharding().place_slots(given))
+    given[:] = 1
+    assert not np.asarray(placed).any()

@@ -161,11 +161,10 @@ def attend(flow: Flow, layer: Layer, call: Call) -> Flow:
 def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
     """The same over given live keys; the cache stays as it is."""
     shape, constants = layer.shape, layer.constants
-    query = fold(flow.values["q"], shape.kv_heads)
-    partial = live_attention(live, flow.values["q"], layer, call)
-    without = partial
+    q = flow.values["q"]
+    partial = without = live_attention(live, q, layer, call)
     if call.static is not None and constants.split is not None:
-        tokens = call.mask.shape[1]
+        query, tokens = fold(q, shape.kv_heads), call.mask.shape[1]
         static = static_attention(
             query, call.static, constants.split, tokens, constants.scale, constants.softcap, shape.sharding
         )
@@ -173,7 +172,7 @@ def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
     heads = finish(partial)
     if call.gates is not None:
         heads = blend(finish(without), heads, call.gates)
-    heads = store(heads, flow.values["q"].dtype)
+    heads = store(heads, q.dtype)
     return flow.add(heads=unfold(heads, shape.query_heads))
 
 

@@ -198,8 +198,7 @@ class JaxEngine:
         placed = place_static(spec, check_static(spec, static, len(static.k)), dtype)
         if placed is None:
             return None
-        kv: StaticKV = prepare_static(pad_context(placed, sharding.size(CONTEXT)), inverse_frequencies(spec), sharding)
-        return kv
+        return prepare_static(pad_context(placed, sharding.size(CONTEXT)), inverse_frequencies(spec), sharding)
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         tokens = check_tokens(ids, mask, self.spec.vocab_size)

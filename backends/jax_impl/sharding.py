@@ -84,9 +84,12 @@ class ShardingConfig:
         return jax.tree.map(place, cache)
 
     def place_slots(self, part: np.ndarray | Array) -> Array:
-        """Static k or v [Bc,G,S,D], positions or mask [Bc,S], on its devices, some slots on each."""
+        """A copy of static k or v [Bc,G,S,D], positions or mask [Bc,S] on its devices, some slots on each.
+
+        JAX would read an aligned NumPy array where it lies, whatever `may_alias` says, and see its later changes.
+        """
         axes = P(None, HEADS, CONTEXT) if part.ndim == 4 else P(None, CONTEXT)
-        return jax.device_put(part, self._named(axes, part.shape))
+        return jax.device_put(np.array(part), self._named(axes, part.shape))
 
     def attend_slots(self, attend: Attend) -> Attend:
         """Attention to static slots [...,S] where they lie, merged over the devices; itself without such an axis."""
