@@ -78,6 +78,13 @@ def write_tiny_gguf(path: Path, seed: int = 0, layers: int = 4, pattern: int = 2
     return path
 
 
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay files and Hypothesis' own database go where nothing was before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Gemma-3 as a .gguf file."""

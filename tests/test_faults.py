@@ -28,10 +28,7 @@ BACKENDS = ("torch", "jax")
 prepare_environment()
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of the suite write failing cases below the working folder."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def a_fault(find: str, replace: str = "", file: str = "norm.py", backend: str = "torch") -> Fault:

@@ -1,0 +1,69 @@
+"""Failures are shrunk, and written to files that give them again."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+from backends_for_tests import SlightlyOff, Wrapped
+from judging import judged
+
+from lyra.conformance.replay import Replay
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@cache
+def a_failure(folder: Path) -> Path:
+    """The replay file of a failure of SlightlyOff."""
+    outcome = judged(SlightlyOff(), only="layer_equals_oracle")
+    (failure,) = outcome.record.failures.values()
+    assert failure.replay is not None
+    return Path(failure.replay).resolve()
+
+
+def test_shrinking_gives_a_small_case(tmp_path: Path) -> None:
+    case = Replay.read(str(a_failure(tmp_path))).case
+    assert case is not None
+    assert case.batch == 1
+    assert case.tokens <= 4
+    assert (case.seed, case.start, case.padding, case.flavour) == (0, 0, (), "normal")
+    assert case.spec.num_attention_heads == 2
+
+
+def test_a_replay_file_gives_the_failure_again(tmp_path: Path) -> None:
+    path = a_failure(tmp_path)
+    recorded = json.loads(path.read_text())
+    again = judged(SlightlyOff(), replay=str(path))
+    assert again.record.planned == again.record.cases == 1
+    (failure,) = again.record.failures.values()
+    assert (failure.property, failure.message, failure.stage) == (
+        recorded["property"],
+        recorded["message"],
+        recorded["stage"],
+    )
+    assert judged(Wrapped(), replay=str(path)).record.ok
+
+
+def test_a_replay_needs_no_profile(tmp_path: Path) -> None:
+    """The command that a failure prints runs its property, though that belongs to a larger profile than the default."""
+    path = a_failure(tmp_path)
+    fields = json.loads(path.read_text()) | {"property": "static::parts_of_a_context_merge"}
+    path.write_text(json.dumps(fields))
+    assert judged(Wrapped(), replay=str(path)).record.planned == 1
+
+
+def test_a_failure_of_a_block_is_shrunk_and_replayed_too() -> None:
+    """Its block, and the layer whose cache it shares, come back from the file."""
+    outcome = judged(SlightlyOff(), only="shared_cache_equals_oracle")
+    (failure,) = outcome.record.failures.values()
+    assert failure.replay is not None
+    recorded = Replay.read(failure.replay).case
+    assert recorded is not None
+    assert recorded.block is not None
+    assert (recorded.block.source, recorded.batch, recorded.seed) == ("own", 1, 0)
+    (again,) = judged(SlightlyOff(), replay=failure.replay).record.failures.values()
+    assert (again.message, again.stage) == (failure.message, "output")
+    assert judged(Wrapped(), replay=failure.replay).record.ok
