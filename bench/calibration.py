@@ -20,7 +20,10 @@ import numpy as np
 import typer
 from matplotlib.figure import Figure
 
+from lyra.cli.app import run_script
+from lyra.cli.output import refuse_missing_folder
 from lyra.conformance.report.data import DistancePart, Report, percentiles
+from lyra.conformance.report.merge import read_report
 from lyra.conformance.tolerance import K
 from lyra.spec.base import write_atomically
 
@@ -161,16 +164,18 @@ def main(
 ) -> None:
     """Add up reports; write the page and its picture."""
     mpl.use("agg")
-    read = [Report.model_validate_json(path.read_text(encoding="utf-8")) for path in reports]
+    picture = docs / "images" / "calibration.png"
+    refuse_missing_folder(picture)
+    read = [read_report(path) for path in reports]
     failed = [str(path) for path, one in zip(reports, read, strict=True) if not one.ok]
     if failed:
         raise typer.BadParameter(f"{', '.join(failed)}: the run failed, so it says nothing of correct code")
     samples = collect(read)
     if not samples:
         raise typer.BadParameter("the reports hold no comparison with the oracle; give those of whole runs")
-    draw(samples).savefig(docs / "images" / "calibration.png", dpi=150)
+    draw(samples).savefig(picture, dpi=150)
     write_atomically(docs / "calibration.md", page(read, samples).encode())
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

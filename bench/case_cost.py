@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lyra.backends.protocol import Backend
+from lyra.cli.app import run_script
+from lyra.cli.conform import ProfileName
 from lyra.conformance import session as sessions
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.launch import make_session
@@ -57,11 +59,11 @@ def milliseconds(work: Callable[[Item], object], items: Sequence[Item], rounds: 
 
 
 def main(
-    examples: Annotated[int, typer.Option(help="Cases to draw.")] = 200,
-    profile: Annotated[str, typer.Option(help="Whose shapes the cases have.")] = "ci",
+    examples: Annotated[int, typer.Option(min=1, help="Cases to draw.")] = 200,
+    profile: Annotated[ProfileName, typer.Option(help="Whose shapes the cases have.")] = ProfileName.ci,
 ) -> None:
     """Print what one case costs: drawing it, making its arrays, the oracle, and every backend."""
-    sessions.start(make_session(["torch", "jax"], profile=profile, seed=0, spec=None))
+    sessions.start(make_session(["torch", "jax"], profile=profile.value, seed=0, spec=None))
     draw(examples)
     started = time.process_time()
     drawn = draw(examples)
@@ -82,11 +84,11 @@ def main(
         cost = milliseconds(answer, problems)
         rows.append((f"{backend.name}, {calls:.1f} calls", cost))
         rows.append((f"{backend.name}, the first time all shapes are met (s)", first - 1e-3 * cost * len(problems)))
-    table = Table("part", "ms", title=f"One case of profile {profile}")
+    table = Table("part", "ms", title=f"One case of profile {profile.value}")
     for name, value in rows:
         table.add_row(name, f"{value:.2f}")
     Console().print(table)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -22,6 +22,7 @@ from lyra.choosing import ChosenSplit, judge
 from lyra.choosing.documents import HELD_OUT, Kind
 from lyra.choosing.figures import choice_figure
 from lyra.choosing.ranking import Method
+from lyra.cli.app import run_script
 from lyra.cli.choose import curve_table, heat_map
 from lyra.cli.options import BackendName, JsonPath, load_model
 from lyra.cli.output import refuse_missing_folder, show, size
@@ -137,4 +138,4 @@ def _splits(spec: lyra.ModelSpec) -> dict[int, lyra.HeadSplit]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -20,8 +20,9 @@ from rich.table import Table
 
 import lyra
 from lyra.choosing.documents import HELD_OUT
+from lyra.cli.app import run_script
 from lyra.cli.options import BackendName, JsonPath, load_model
-from lyra.cli.output import show
+from lyra.cli.output import refuse_missing_folder, show
 from lyra.progress import steps
 
 CONTEXT, NEXT, AGAIN = 512, 256, 255
@@ -186,6 +187,7 @@ def main(
     if text_digest() != TEXT_DIGEST:
         typer.echo(f"Python {platform.python_version()} has other documents than 3.11; use Python 3.11", err=True)
         raise typer.Exit(2)
+    refuse_missing_folder(json_path)
     loaded = load_model(model, backend, "float32")
     documents = read_documents(loaded)
     started, values = time.perf_counter(), []
@@ -204,4 +206,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -22,8 +22,9 @@ import lyra
 from lyra.backends.jax_impl import forward
 from lyra.backends.jax_impl.tokens import CHUNK, Tokens, pack_left
 from lyra.checkpoint import resolve
+from lyra.cli.app import run_script
 from lyra.cli.options import JsonPath
-from lyra.cli.output import show
+from lyra.cli.output import refuse_missing_folder, show
 from lyra.progress import steps
 
 TEXT, PROMPTS = "types", ("formatstrings", "debugger", "attribute-access")
@@ -137,11 +138,12 @@ def table(title: str, rows: list[Any]) -> Table:
 
 
 def main(
-    tokens: Annotated[list[int] | None, typer.Option(help="Length of the text; may be given several times.")] = None,
-    new: Annotated[int, typer.Option(help="Greedy tokens for each prompt.")] = 256,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths of the text, one or several.")] = None,
+    new: Annotated[int, typer.Option(min=1, help="Greedy tokens for each prompt.")] = 256,
     json_path: JsonPath = None,
 ) -> None:
     """Hold the real 270M in JAX to the PyTorch backend and to Hugging Face."""
+    refuse_missing_folder(json_path)
     folder = resolve("gemma-3-270m")
     models = {name: lyra.load(folder, backend=name) for name in ("torch", "jax")}
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -181,4 +183,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -35,6 +35,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from lyra.cli.app import run_script
+from lyra.cli.conform import ProfileName
+from lyra.cli.faults import FaultyBackend
 from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch, backend_package
 from lyra.conformance.faults.crew import TURN
 from lyra.conformance.faults.kill import kill
@@ -309,9 +312,9 @@ def report(console: Console, found: list[dict[str, Any]]) -> int:
 
 
 def main(
-    backend: Annotated[list[str] | None, typer.Option(help="torch or jax, may be repeated; both by default.")] = None,
+    backend: Annotated[list[FaultyBackend] | None, typer.Option(help="May be repeated; both by default.")] = None,
     file: Annotated[list[str] | None, typer.Option(help="A numeric module, may be repeated; all by default.")] = None,
-    profile: Annotated[str, typer.Option(help=" or ".join(PROFILES))] = "smoke",
+    profile: Annotated[ProfileName, typer.Option(help="How much the suite generates.")] = ProfileName.smoke,
     workers: Annotated[int, typer.Option(min=1, help="How many mutants are tried at once.")] = 2,
     json_path: Annotated[Path, typer.Option("--json", help="The outcome of every mutant.")] = Path(
         "build/mutants.json"
@@ -319,12 +322,15 @@ def main(
     listing: Annotated[bool, typer.Option("--list", help="Name the mutants and stop.")] = False,
 ) -> None:
     """Try every mutant and report; exit code 0 where each is noticed or explained."""
-    for value, known in [(profile, PROFILES), *((one, MODULES) for one in file or ())]:
-        if value not in known:
-            raise typer.BadParameter(f"unknown {value!r}; known: {', '.join(known)}")
+    for name in file or ():
+        if name not in MODULES:
+            raise typer.BadParameter(f"{name!r} is no numeric module; known: {', '.join(MODULES)}")
     console = Console(width=160)
     work = [
-        mutant for one in backend or ["torch", "jax"] for module in file or MODULES for mutant in mutants(one, module)
+        mutant
+        for one in backend or FaultyBackend
+        for module in file or MODULES
+        for mutant in mutants(one.value, module)
     ]
     if listing:
         for mutant in work:
@@ -333,10 +339,10 @@ def main(
         return
     json_path.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(json_path)
-    try_all([one for one in work if not ledger.done(one, profile)], workers, profile, ledger)
+    try_all([one for one in work if not ledger.done(one, profile.value)], workers, profile.value, ledger)
     wanted = {key(vars(one)) for one in work}
     raise typer.Exit(1 if report(console, [one for one in ledger.entries if key(one) in wanted]) else 0)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -35,8 +35,9 @@ from transformers import (
 )
 
 from lyra.backends.torch_impl.injector import GemmaInjector
+from lyra.cli.app import run_script
 from lyra.cli.options import JsonPath
-from lyra.cli.output import show
+from lyra.cli.output import refuse_missing_folder, show
 from lyra.progress import steps
 from lyra.spec import HeadSplit, StaticContext
 
@@ -287,6 +288,7 @@ def tried() -> dict[str, dict[str, str]]:
 
 def main(json_path: JsonPath = None) -> None:
     """Try every feature with Lyra and with prefix tuning, and print what works."""
+    refuse_missing_folder(json_path)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     found = tried()
@@ -301,4 +303,4 @@ def main(json_path: JsonPath = None) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

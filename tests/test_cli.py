@@ -208,6 +208,31 @@ def test_commands_refuse_in_one_line(book: Path, tiny_folder: Path, other_folder
     assert "no UTF-8 text" in refused("score", text_file, "-m", tiny_folder)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("capture", "text.txt", "nowhere/out.safetensors", "-m", "no-model"),
+        ("capture", "text.txt", "out.safetensors", "--json", "nowhere/table.json", "-m", "no-model"),
+        ("score", "text.txt", "--json", "nowhere/table.json", "-m", "no-model"),
+        ("faults", "--json", "nowhere/verdicts.json", "--only", "no-fault"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(arguments: tuple[str, ...]) -> None:
+    """Whatever else is wrong would come later: the model, the text, the faults are not looked for yet."""
+    assert "there is no folder 'nowhere'" in refused(*arguments)
+
+
+def test_a_script_of_one_command_refuses_in_one_line(text_file: Path) -> None:
+    pytest.importorskip("matplotlib")
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-P", "bench/calibration.py", text_file]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.startswith(f"error: '{text_file}' is no report")
+    assert len(ran.stderr.splitlines()) == 1
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, book: Path) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a defect")

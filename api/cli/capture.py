@@ -11,7 +11,7 @@ from lyra.spec.storage import Storage
 
 from .inspect import context_tables
 from .options import BackendName, Dtype, JsonPath, ModelName, SplitFile, load_model, numbers, read_text
-from .output import show
+from .output import refuse_missing_folder, show
 
 
 def capture(
@@ -30,6 +30,8 @@ def capture(
     """Run a model over a text once and keep its keys and values as a context."""
     from lyra.progress import steps
 
+    for path in (output, json_path):
+        refuse_missing_folder(path)
     words = read_text(text)
     loaded = load_model(model, backend, dtype)
     with steps("Capturing") as move:

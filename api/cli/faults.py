@@ -18,6 +18,7 @@ from lyra.backends.protocol import import_extra
 from lyra.spec.base import write_atomically
 
 from .conform import ProfileName
+from .output import refuse_missing_folder
 
 if TYPE_CHECKING:
     from lyra.conformance.faults.catalogue import Fault
@@ -53,6 +54,7 @@ def faults(
 
     Exit code 0: the suite killed all of them; 1: a fault survived; 2: usage, or a fault that cannot be made.
     """
+    refuse_missing_folder(json_path)
     import_extra("hypothesis", "conformance")
     import_extra("pytest", "conformance")
     from lyra.conformance.faults.catalogue import select

@@ -28,7 +28,7 @@ from .options import (
     load_model,
     read_text,
 )
-from .output import show
+from .output import refuse_missing_folder, show
 
 
 def score(
@@ -51,6 +51,7 @@ def score(
     """Show the likelihood of a text's tokens; with a context, both without and with it."""
     from lyra.progress import steps
 
+    refuse_missing_folder(json_path)
     words = read_text(text)
     loaded = load_model(model, backend, dtype, mode)
     asked = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
