@@ -8,7 +8,8 @@ in mutants.toml, beside this file; a survivor without an explanation is a hole i
     python bench/mutants.py --profile ci --json build/mutants.json
 
 A run goes on from its JSON file: what was noticed is not tried again, so that the larger profile, which takes minutes
-for each survivor, meets only what the smaller one left.
+for each survivor, meets only what the smaller one left. A mutant of a function that the profile never calls survives
+without a try.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import parso.python.tree  # noqa: F401 (before Cosmic Ray, which imports parso's modules in an order that fails)
@@ -35,6 +38,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from lyra.backends.protocol import get_backend
 from lyra.cli.app import run_script
 from lyra.cli.conform import ProfileName
 from lyra.cli.faults import FaultyBackend
@@ -42,7 +46,8 @@ from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch, ba
 from lyra.conformance.faults.crew import TURN
 from lyra.conformance.faults.kill import kill
 from lyra.conformance.launch import prepare_environment
-from lyra.conformance.session import PROFILES
+from lyra.conformance.runner import run
+from lyra.conformance.session import PROFILES, Session
 from lyra.spec.base import write_atomically
 from lyra.spec.clauses import statements
 
@@ -111,12 +116,17 @@ class Mutant:
         return Fault(id=self.name, breaks=breaks, does=self.after, backends={self.backend: patch})
 
 
-def source_of(backend: str, file: str) -> str:
-    """The text of a module of a backend; empty where the backend has no such module."""
+def folder_of(backend: str) -> Path:
+    """Where the modules of a backend are."""
     package = find_spec(backend_package(backend))
     assert package is not None
     assert package.origin is not None
-    path = Path(package.origin).parent / file
+    return Path(package.origin).parent
+
+
+def source_of(backend: str, file: str) -> str:
+    """The text of a module of a backend; empty where the backend has no such module."""
+    path = folder_of(backend) / file
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
@@ -161,6 +171,40 @@ def first_difference(source: str, changed: str) -> tuple[int, str, str]:
         if tag != "equal":
             return a + 1, " ".join(line.strip() for line in old[a:b]), " ".join(line.strip() for line in new[c:d])
     raise ValueError("the sources are equal")
+
+
+Function = tuple[str, int]
+"""A function of a backend: its file and its first line, that of a decorator where it has one."""
+
+
+def called(backend: str, profile: str) -> set[Function]:
+    """The functions of a backend that the suite calls, from a run of it on the unchanged backend."""
+    prepare_environment()
+    session = Session(backends=[get_backend(backend)], profile=PROFILES[profile])
+    folder, found = str(folder_of(backend)), set()
+
+    def see(frame: FrameType, event: str, value: object) -> None:
+        code = frame.f_code
+        if code.co_filename.startswith(folder):
+            found.add((Path(code.co_filename).name, code.co_firstlineno))
+
+    sys.settrace(see)
+    try:
+        run(session)
+    finally:
+        sys.settrace(None)
+    if not session.record.ok:
+        raise FaultError(f"the unchanged backend {backend!r} fails: see `lyra conform --backend {backend}`")
+    return found
+
+
+def home(mutant: Mutant) -> Function | None:
+    """The function in whose body a mutant is, the innermost; None outside all."""
+    found: Function | None = None
+    for node in ast.walk(ast.parse(source_of(mutant.backend, mutant.file))):
+        if isinstance(node, ast.FunctionDef) and node.body[0].lineno <= mutant.line <= (node.end_lineno or 0):
+            found = (mutant.file, min(line.lineno for line in (node, *node.decorator_list)))
+    return found
 
 
 def outcome(mutant: Mutant, profile: str) -> tuple[Outcome, str]:
@@ -339,7 +383,12 @@ def main(
         return
     json_path.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(json_path)
-    try_all([one for one in work if not ledger.done(one, profile.value)], workers, profile.value, ledger)
+    rest = [one for one in work if not ledger.done(one, profile.value)]
+    reached = {name: called(name, profile.value) for name in dict.fromkeys(one.backend for one in rest)}
+    idle = [one for one in rest if (place := home(one)) is not None and place not in reached[one.backend]]
+    for one in idle:
+        ledger.enter(one, "survived", profile.value)
+    try_all([one for one in rest if one not in idle], workers, profile.value, ledger)
     wanted = {key(vars(one)) for one in work}
     raise typer.Exit(1 if report(console, [one for one in ledger.entries if key(one) in wanted]) else 0)
 

@@ -140,15 +140,18 @@ def cases(
     min_calls: int = 1,
     min_tokens: int = 1,
     min_context: int = 0,
+    frames: int | None = None,
     dtype: Dtype = "float32",
 ) -> Case:
-    """Cases of the current run's frames. `context` True, False, or None for either; the rest narrows what is drawn."""
+    """Cases of the current run's frames, or of the first so many of them, the smallest being the first. `context` True,
+    False, or None for either; the rest narrows what is drawn.
+    """
 
     def fits(frame: Frame) -> bool:
         enough_calls = len(frame.calls) >= min_calls and sum(frame.calls) >= min_tokens
         return enough_calls and (frame.context_tokens >= min_context or context is False)
 
-    pool = tuple(frame for frame in current().frames if fits(frame))
+    pool = tuple(frame for frame in current().frames[:frames] if fits(frame))
     if not pool:
         raise ValueError(
             f"no frame of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens"
