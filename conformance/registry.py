@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
 from lyra.spec.clauses import statements as known_statements
@@ -61,7 +61,7 @@ def prop(
                 database=session.examples_database(),
                 print_blob=False,
                 report_multiple_bugs=False,
-                phases=[phase for phase in Phase if phase is not Phase.explain],
+                phases=session.phases,
                 suppress_health_check=[
                     HealthCheck.function_scoped_fixture,
                     HealthCheck.too_slow,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hypothesis import Phase
 from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 
 from lyra.backends.protocol import Backend
@@ -62,6 +63,7 @@ class Session:
     asked     how a backend was asked for, where that is not its name
     shard     the part of the suite that is run; None means all of it
     database  the folder where Hypothesis keeps failing examples, to try them first next time; None keeps nothing
+    shrink    whether a failing case is made as small as it gets, which takes many times what finding it did
     """
 
     backends: Sequence[Backend] = ()
@@ -74,6 +76,7 @@ class Session:
     asked: Mapping[str, str] = field(default_factory=dict)
     shard: Shard | None = None
     database: Path | None = None
+    shrink: bool = True
 
     def __post_init__(self) -> None:
         if not self.frames:
@@ -88,6 +91,11 @@ class Session:
             size = self.scope.hidden_size * self.scope.head_dim * self.scope.num_attention_heads
             count *= min(1.0, max(0.01, 4 * toy / size))
         return max(2, round(count))
+
+    @property
+    def phases(self) -> list[Phase]:
+        """What Hypothesis does with a property. It explains nothing: the first diverging stage says more."""
+        return [phase for phase in Phase if phase is not Phase.explain and (self.shrink or phase is not Phase.shrink)]
 
     def examples_database(self) -> ExampleDatabase | None:
         """What a property keeps its failing examples in."""

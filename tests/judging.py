@@ -10,6 +10,8 @@ from lyra.conformance.session import Profile, Session
 FEW = Profile("smoke", examples=2, frames=3)
 
 
-def judged(*backends: Any, only: str | None = None, seed: int = 0, replay: str | None = None) -> Run:
+def judged(
+    *backends: Any, only: str | None = None, seed: int = 0, replay: str | None = None, shrink: bool = True
+) -> Run:
     """What came of the properties that `only` selects, or of a replayed case."""
-    return run(Session(backends=backends, profile=FEW, seed=seed), only=only, replay=replay)
+    return run(Session(backends=backends, profile=FEW, seed=seed, shrink=shrink), only=only, replay=replay)

@@ -38,7 +38,7 @@ def statuses(outcome: Run, backend: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("null", [NullZeros(), NullInput(), NullNoise(), WrongShape()], ids=lambda b: b.name)
 def test_a_null_backend_passes_no_property(null: NullBackend) -> None:
-    outcome = judged(null)
+    outcome = judged(null, shrink=False)
     assert outcome.exit_code == 1
     assert not outcome.record.ok
     assert len(outcome.record.properties) == outcome.record.planned == outcome.record.finished
@@ -49,7 +49,7 @@ def test_a_null_backend_passes_no_property(null: NullBackend) -> None:
 
 
 def test_a_backend_that_raises_is_errored_and_never_failed() -> None:
-    outcome = judged(Raises())
+    outcome = judged(Raises(), shrink=False)
     assert set(statuses(outcome, "raises").values()) == {"errored"}
     assert outcome.exit_code == 1
     assert {failure.kind for failure in outcome.record.failures.values()} == {"errored"}
