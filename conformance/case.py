@@ -229,8 +229,8 @@ class Problem:
         static = {} if self.static is None else {f"static {name}": a for name, a in self.static._asdict().items()}
         return {"x": self.x, "positions": self.positions, "mask": self.mask, **static, **self.weights}
 
-    def part(self, tokens: slice, calls: tuple[int, ...]) -> Problem:
-        """Some of the live tokens, cut into `calls`."""
+    def part(self, tokens: slice | list[int], calls: tuple[int, ...]) -> Problem:
+        """Some of the live tokens, a slice or their numbers, cut into `calls`."""
         return self.replace(
             x=self.x[:, tokens],
             positions=self.positions[:, tokens],

@@ -209,6 +209,26 @@ def test_shared_cache_of_a_window(case: Case, judge: Judge) -> None:
     judge.oracle(case)
 
 
+@prop(
+    "SEQUENTIAL-5",
+    "BATCH-5",
+    case=block_cases(source="own", min_tokens=4, padding=False),
+    needs=(*NEEDS, "crop"),
+    weight=0.5,
+)
+def test_a_shared_cache_may_be_cropped(case: Case, judge: Judge) -> None:
+    """Tokens taken back from a layer's cache are gone for the block that shares it, also where fewer come instead."""
+    problem, kept = case.problem(), case.tokens // 2
+    assert problem.own is not None
+    own, short = problem.own, problem.part([*range(kept), case.tokens - 1], (kept, 1))
+
+    def check(subject: Subject) -> None:
+        cropped = subject.layer(own).crop(subject.run(problem).cache, kept)  # type: ignore[attr-defined]
+        subject.expect_last(short, subject.run(short.part([kept], (1,)), cache=cropped).output)
+
+    judge.each(case, check)
+
+
 @prop("SEQUENTIAL-5", "LIVE-4", case=block_cases(source="own", min_tokens=2), needs=NEEDS, weight=0.5)
 def test_calls_on_a_shared_cache_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     """How the tokens of layer and block are cut into calls has no effect."""
