@@ -107,7 +107,7 @@ def write(slots: LiveKeys, new: LiveKeys, start: int | Array) -> LiveKeys:
 
 def bucket(length: int) -> int:
     """The capacity for `length` tokens: the next power of two, at least 16."""
-    return max(SMALLEST, 1 << (length - 1).bit_length()) if length > 0 else SMALLEST
+    return max(SMALLEST, 1 << (length - 1).bit_length())
 
 
 def empty_keys(
