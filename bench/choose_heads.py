@@ -111,8 +111,7 @@ def main(
     if any(len(topics.get(name, "")) < 1000 for name in HELD_OUT):
         typer.echo(f"Python {platform.python_version()} has other documents than 3.11; use Python 3.11", err=True)
         raise typer.Exit(2)
-    for path in (json_path, presets and presets / "any", *(plot or ())):
-        refuse_missing_folder(path)
+    refuse_missing_folder(json_path, presets and presets / "any", *(plot or ()))
     loaded = load_model(model, backend, "float32")
     started = time.perf_counter()
     with steps("Choosing heads") as move:

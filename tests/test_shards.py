@@ -31,11 +31,9 @@ SLOWLY_DIFFERENT = {"started", "seconds", "property_seconds", "cases_per_second"
 
 
 @pytest.fixture(autouse=True)
-def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replay files go where nothing was before; what runs in this process takes few examples."""
+def _few_examples(empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder; what runs in this process takes few examples."""
     monkeypatch.setitem(PROFILES, "smoke", Profile("smoke", examples=4, frames=2))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def lyra(*arguments: object) -> Result:

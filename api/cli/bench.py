@@ -52,8 +52,7 @@ def bench(
     if listed:
         typer.echo("\n".join(f"{row.name}: {row.what}" for row in rows))
         return
-    for path in (json_path, page):
-        refuse_missing_folder(path)
+    refuse_missing_folder(json_path, page)
     cores = threads or os.cpu_count() or 1
     data = joined(measured) if measured else measure_rows(rows, quick, cores, json_path)
     results = [from_data(one) for one in data["results"]]

@@ -30,8 +30,7 @@ def capture(
     """Run a model over a text once and keep its keys and values as a context."""
     from lyra.progress import steps
 
-    for path in (output, json_path):
-        refuse_missing_folder(path)
+    refuse_missing_folder(output, json_path)
     words = read_text(text)
     loaded = load_model(model, backend, dtype)
     with steps("Capturing") as move:

@@ -68,8 +68,7 @@ def choose(
     """
     from lyra.progress import steps
 
-    for path in (output, json_path, *(plot or ())):
-        refuse_missing_folder(path)
+    refuse_missing_folder(output, json_path, *(plot or ()))
     wrong = [str(path) for path in plot or () if path.suffix not in FORMATS]
     if wrong or (output is not None and output.suffix != ".toml"):
         raise InputError(

@@ -65,8 +65,7 @@ def conform(
     from lyra.conformance.runner import run
 
     console = Console()
-    for path in (json_path, junit, report):
-        refuse_missing_folder(path)
+    refuse_missing_folder(json_path, junit, report)
     if replay is not None:
         Replay.read(str(replay))
     session = make_session(backend or [], profile=profile.value, seed=seed, spec=spec, shard=shard, database=database)

@@ -27,8 +27,7 @@ def merge(
     from lyra.conformance.report.table import print_report
     from lyra.conformance.report.write import write_report
 
-    for path in (json_path, report):
-        refuse_missing_folder(path)
+    refuse_missing_folder(json_path, report)
     found = merged({str(path): read_report(path) for path in dict.fromkeys(reports)})
     print_report(Console(), found)
     write_report(found, json_path, report)

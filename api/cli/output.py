@@ -59,7 +59,8 @@ def head_list(heads: tuple[int, ...] | list[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "none"
 
 
-def refuse_missing_folder(path: Path | None) -> None:
-    """A file that cannot be written is refused before the work, not after it. Raises InputError."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+def refuse_missing_folder(*paths: Path | None) -> None:
+    """Files that cannot be written are refused before the work, not after it. Raises InputError for the first."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")

@@ -75,8 +75,7 @@ def perplexity(
     An interrupted run goes on where it stopped when the same command is given again; models that are trained already
     are read.
     """
-    for path in (json_path, plot, curves):
-        refuse_missing_folder(path)
+    refuse_missing_folder(json_path, plot, curves)
     recipe = Recipe(steps=steps, rows=rows, window=window)
     corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
     chosen = groupings(heads) if kv_heads is None else numbers(kv_heads)

@@ -41,8 +41,7 @@ def speed(
     The floor is the time in which this machine can read the weights, keys and values and multiply what must be
     multiplied, both as measured in the same run.
     """
-    for path in (json_path, plot):
-        refuse_missing_folder(path)
+    refuse_missing_folder(json_path, plot)
     chosen = groupings(heads) if kv_heads is None else numbers(kv_heads)
     spec = grouped(width, heads, rope=RopeSpec(theta=10_000.0))
     for number in chosen:

@@ -73,8 +73,7 @@ def uptrain(
     The MHA models are those of `lyra gqa perplexity` with the same options; they are trained where there are none. An
     interrupted run goes on where it stopped when the same command is given again.
     """
-    for path in (json_path, plot):
-        refuse_missing_folder(path)
+    refuse_missing_folder(json_path, plot)
     recipe = Recipe(steps=steps, rows=rows, window=window)
     corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
     chosen = groupings(heads)[1:] if kv_heads is None else numbers(kv_heads)
