@@ -45,7 +45,11 @@ def closing_lines() -> list[str]:
     record = current().record
     if not record.cases:
         return []
-    lines = [f"lyra: {record.cases} compared cases, {record.cases / max(record.seconds, 1e-9):.0f} a second"]
+    seconds = max(record.seconds, 1e-9)
+    lines = [
+        f"lyra: {record.cases} compared cases, {record.calls} calls: {record.cases / seconds:.0f} cases, "
+        f"{record.calls / seconds:.0f} calls a second"
+    ]
     if record.shard is not None:
         lines.append(f"lyra: shard {record.shard} of the suite; the others are needed for a verdict")
     return lines

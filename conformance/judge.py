@@ -46,12 +46,14 @@ class Judge:
         try:
             caught = [error for subject in self.subjects if (error := self._caught(case, subject, check, inputs))]
         finally:
-            self.record.cases += max(1, len(inputs.compared(names)))
+            compared = inputs.compared(names)
+            self.record.cases += max(1, len(compared))
+            self.record.calls += max(1, sum(len(one.calls) for one in compared))
         if caught:
             for other in caught[1:]:
                 caught[0].add_note(f"{other.backend}: {other}")
             raise caught[0]
-        for one in inputs.compared(names):
+        for one in compared:
             self.agree_on(case, one.problem, "output", one.outputs, expected(one.problem)["output"], one.problem.real)
 
     def _caught(

@@ -62,14 +62,15 @@ class Property:
 class Record:
     """Everything a run saw. `distances` are the largest |Δ|/σ of single comparisons, by backend and stage.
 
-    planned and finished count properties: a run that ended before all were done was cut short. `shard` is the part of
-    the suite that ran, if not all of it.
+    calls are those that the cases are cut into. planned and finished count properties: a run that ended before all were
+    done was cut short. `shard` is the part of the suite that ran, if not all of it.
     """
 
     properties: dict[str, Property] = field(default_factory=dict)
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
     distances: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     cases: int = 0
+    calls: int = 0
     seconds: float = 0.0
     planned: int = 0
     finished: int = 0
@@ -109,6 +110,7 @@ class Record:
         for key, ratios in other.distances.items():
             self.distances.setdefault(key, []).extend(ratios)
         self.cases += other.cases
+        self.calls += other.calls
         self.seconds += other.seconds
         self.planned = max(self.planned, other.planned)
         self.finished += other.finished

@@ -51,7 +51,7 @@ class Profile:
 PROFILES: dict[str, Profile] = {
     "smoke": Profile("smoke", examples=12, frames=4, data=4),
     "ci": Profile("ci", examples=60, frames=7, data=2),
-    "thorough": Profile("thorough", examples=240, frames=32, data=2),
+    "thorough": Profile("thorough", examples=120, frames=32, data=2),
 }
 
 

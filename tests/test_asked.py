@@ -104,11 +104,13 @@ def test_inputs_are_counted_once_each_and_only_where_all_backends_were_asked() -
     assert judge.record.cases == 3
     judge.each(CASE, lambda subject: [subject.run(PROBLEM), subject.run(PROBLEM, (1,) * CASE.tokens)])
     assert judge.record.cases == 5
+    assert judge.record.calls == 4 * len(CASE.calls) + CASE.tokens
     judge.each(CASE, lambda subject: [subject.run(PROBLEM), subject.run(OTHER) if subject.name == "torch" else 0])
     assert judge.record.cases == 6
     assert [judge.property.tally(name).cases for name in ("torch", "wrapped")] == [7, 6]
     judge.each(CASE, lambda subject: subject.expect(None, True, "a fact"))
     assert judge.record.cases == 7
+    assert judge.record.calls == 5 * len(CASE.calls) + CASE.tokens + 1
 
 
 def test_backends_are_held_to_each_other_on_every_input() -> None:

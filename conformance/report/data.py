@@ -132,10 +132,12 @@ class Report(Part):
     tolerance: float = Field(description="K of SPEC.md, TOLERANCE")
     backends: list[BackendPart]
     cases: int
+    calls: int = Field(description="that the cases are cut into")
     started: str = Field(description="ISO 8601, UTC")
     seconds: float
     property_seconds: float = Field(description="spent within properties")
     cases_per_second: float = Field(description="within properties")
+    calls_per_second: float = Field(description="within properties")
     versions: dict[str, str]
     machine: dict[str, str]
     clauses: list[ClausePart]
@@ -166,10 +168,12 @@ def report_data(session: Session, seconds: float) -> Report:
             for one in session.backends
         ],
         cases=record.cases,
+        calls=record.calls,
         started=datetime.fromtimestamp(datetime.now(UTC).timestamp() - seconds, UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
         property_seconds=round(record.seconds, 3),
         cases_per_second=rate(record.cases, record.seconds),
+        calls_per_second=rate(record.calls, record.seconds),
         versions=versions(),
         machine={"platform": platform.platform(), "processor": platform.machine(), "byteorder": sys.byteorder},
         clauses=by_clause(parts, names),
@@ -180,9 +184,9 @@ def report_data(session: Session, seconds: float) -> Report:
     )
 
 
-def rate(cases: int, seconds: float) -> float:
-    """Cases a second."""
-    return round(cases / max(seconds, 1e-3), 1)
+def rate(count: int, seconds: float) -> float:
+    """So many a second."""
+    return round(count / max(seconds, 1e-3), 1)
 
 
 def backend_part(

@@ -41,7 +41,8 @@ def merged(reports: Mapping[str, Report]) -> Report:
     backends = [
         backend_part(one.name, one.capabilities, properties, complete=complete, whole=True) for one in first.backends
     ]
-    cases, within = sum(one.cases for one in found), sum(one.property_seconds for one in found)
+    cases, calls = sum(one.cases for one in found), sum(one.calls for one in found)
+    within = sum(one.property_seconds for one in found)
     return first.model_copy(
         update={
             "ok": all(one.verdict == "conforms" for one in backends),
@@ -51,10 +52,12 @@ def merged(reports: Mapping[str, Report]) -> Report:
             "finished": sum(one.finished for one in found),
             "backends": backends,
             "cases": cases,
+            "calls": calls,
             "started": min(one.started for one in found),
             "seconds": round(sum(one.seconds for one in found), 3),
             "property_seconds": round(within, 3),
             "cases_per_second": rate(cases, within),
+            "calls_per_second": rate(calls, within),
             "machine": _joined([one.machine for one in found]),
             "clauses": by_clause(properties, names),
             "properties": properties,

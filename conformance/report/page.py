@@ -225,12 +225,13 @@ def _properties(report: Report) -> str:
 
 
 def _run(report: Report) -> str:
+    rates = f"{report.cases_per_second:,.0f} cases, {report.calls_per_second:,.0f} calls"
     rows = [
         ("profile", report.profile),
         ("seed", str(report.seed)),
         *([("shards", _shards(report.shards))] if report.shards else []),
         ("started", report.started),
-        ("duration", f"{report.seconds:,.1f} s, {report.cases_per_second:,.0f} cases a second within properties"),
+        ("duration", f"{report.seconds:,.1f} s, {rates} a second within properties"),
         ("machine", f"{report.machine['platform']}, {report.machine['processor']}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
         *(

@@ -69,8 +69,9 @@ def closing(report: Report) -> RenderableType:
     """How much was compared, how far the values were, and the verdicts."""
     lines = [
         Text(
-            f"{report.cases:,} compared cases in {report.seconds:.0f} s "
-            f"({report.cases_per_second:.0f} a second within properties), profile {report.profile}"
+            f"{report.cases:,} compared cases, {report.calls:,} calls, in {report.seconds:.0f} s "
+            f"({report.cases_per_second:.0f} cases, {report.calls_per_second:.0f} calls a second within properties), "
+            f"profile {report.profile}"
         )
     ]
     largest = {part.backend: part for part in report.distances if part.compared == "output" and part.percentiles}
