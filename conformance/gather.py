@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from .record import Record
+from .record import Record, rate
 from .session import current
 
 
@@ -45,10 +45,9 @@ def closing_lines() -> list[str]:
     record = current().record
     if not record.cases:
         return []
-    seconds = max(record.seconds, 1e-9)
+    cases, calls = rate(record.cases, record.seconds), rate(record.calls, record.seconds)
     lines = [
-        f"lyra: {record.cases} compared cases, {record.calls} calls: {record.cases / seconds:.0f} cases, "
-        f"{record.calls / seconds:.0f} calls a second"
+        f"lyra: {record.cases} compared cases, {record.calls} calls: {cases:.0f} cases, {calls:.0f} calls a second"
     ]
     if record.shard is not None:
         lines.append(f"lyra: shard {record.shard} of the suite; the others are needed for a verdict")

@@ -138,3 +138,8 @@ class Record:
             for name, tally in prop.tallies.items()
             if backend in (None, name)
         )
+
+
+def rate(count: int, seconds: float) -> float:
+    """So many a second."""
+    return round(count / max(seconds, 1e-3), 1)

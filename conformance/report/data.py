@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from lyra.conformance.case import Case
-from lyra.conformance.record import NARROW, SEVERITY, Failure, Property, Status
+from lyra.conformance.record import NARROW, SEVERITY, Failure, Property, Status, rate
 from lyra.conformance.replay import command
 from lyra.conformance.session import ProfileName, Session
 from lyra.conformance.tolerance import K_PAIR, K
@@ -182,11 +182,6 @@ def report_data(session: Session, seconds: float) -> Report:
         distances=[_distances(*key, ratios) for key, ratios in sorted(record.distances.items())],
         failures=[_failure(failure) for _, failure in sorted(record.failures.items())],
     )
-
-
-def rate(count: int, seconds: float) -> float:
-    """So many a second."""
-    return round(count / max(seconds, 1e-3), 1)
 
 
 def backend_part(

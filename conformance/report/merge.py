@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lyra.conformance.record import rate
 from lyra.spec.errors import InputError
 
-from .data import DistancePart, Report, ShardsPart, backend_part, by_clause, percentiles, rate
+from .data import DistancePart, Report, ShardsPart, backend_part, by_clause, percentiles
 
 SAME = ("format", "profile", "seed", "spec", "tolerance", "histogram_edges", "versions")
 """What the shards of one run have in common."""
