@@ -25,7 +25,7 @@ from lyra.conformance.shard import FIXED_COST, Shard, places
 from lyra.spec.errors import InputError
 
 HERE = Path(__file__).parent
-ONLY = "order or identity and not model"
+ONLY = "order or sliding_layer_equals_hugging_face"
 SLOWLY_DIFFERENT = {"started", "seconds", "property_seconds", "cases_per_second", "calls_per_second", "shards"}
 """What two runs of the same suite need not agree in."""
 
