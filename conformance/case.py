@@ -248,6 +248,16 @@ class Problem:
         return self.replace(weights=weights, x=to_bfloat16(self.x), static=static)
 
     @property
+    def entered(self) -> Problem:
+        """What a layer computes with: in bfloat16 the nearest values of that type to what comes in (DTYPE-1)."""
+        if self.dtype == "float32":
+            return self
+        if "entered" not in self.memo:
+            self.memo["entered"] = self.rounded()
+        found: Problem = self.memo["entered"]
+        return found
+
+    @property
     def described(self) -> AttentionSpec | SequentialSpec:
         """What a backend makes of it: an attention, or the block around it."""
         return described(self.spec, self.block)

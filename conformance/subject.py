@@ -53,13 +53,14 @@ def expected(problem: Problem) -> dict[str, Uncertain]:
     if "oracle" not in problem.memo and problem.block is not None:
         problem.memo["oracle"] = expected_of_block(problem)
     elif "oracle" not in problem.memo:
+        entered = problem.entered
         problem.memo["oracle"] = reference(
             problem.spec,
-            problem.weights,
-            problem.x,
+            entered.weights,
+            entered.x,
             positions=problem.positions,
             mask=problem.mask,
-            static=problem.static,
+            static=entered.static,
             dtype=problem.dtype,
         )
     found: dict[str, Uncertain] = problem.memo["oracle"]
@@ -79,15 +80,16 @@ def stage_alone(problem: Problem, name: str, trace: Mapping[str, np.ndarray], *,
     """
     if problem.block is not None:
         return stage_of_block(problem, name, trace)
+    entered = problem.entered
     return stage_from_trace(
         problem.spec,
-        problem.weights,
+        entered.weights,
         name,
         trace,
-        problem.x,
+        entered.x,
         positions=problem.positions,
         mask=problem.mask,
-        static=problem.static,
+        static=entered.static,
         dtype=problem.dtype,
         moved=moved and problem.dtype != "float32",
     )

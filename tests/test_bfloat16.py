@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from naive_layer import Naive
 from test_oracle_sigma import LARGER, simulated, stages_of
 
+from lyra.backends.jax_impl import dtype as jax_dtype
 from lyra.backends.protocol import Bfloat16Backend, get_backend
+from lyra.backends.torch_impl import dtype as torch_dtype
 from lyra.conformance.case import Case, Context, Problem
 from lyra.conformance.check import check_case
 from lyra.conformance.report.data import limit
-from lyra.conformance.subject import stage_alone
+from lyra.conformance.subject import expected, stage_alone
 from lyra.conformance.tolerance import K_PAIR, K, distance, stored_distance
 from lyra.spec.bfloat16 import beyond, to_bfloat16
 from lyra.spec.errors import InputError
@@ -126,6 +129,30 @@ def test_what_is_no_bfloat16_is_infinitely_far() -> None:
 def a_case() -> Case:
     spec = LARGER.replace(split=HeadSplit.last_kv(LARGER, 1))
     return Case(spec, calls=(4, 2), context=Context(5), seed=3, dtype="bfloat16")
+
+
+def test_the_oracle_rounds_what_comes_in_as_a_layer_does() -> None:
+    rounded_before = a_case().problem()
+    fine = a_case().replace(dtype="float32").problem().replace(dtype="bfloat16")
+    assert (fine.x != rounded_before.x).any()
+    for name, wanted in expected(rounded_before).items():
+        np.testing.assert_array_equal(expected(fine)[name].value, wanted.value)
+    trace = {name: to_bfloat16(stage.value) for name, stage in expected(fine).items()}
+    for name in trace:
+        alone, wanted = (stage_alone(problem, name, trace) for problem in (fine, rounded_before))
+        np.testing.assert_array_equal(alone.value, wanted.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounding_is_the_same_in_every_range(backend: str) -> None:
+    """From the smallest normal numbers to the largest, as a stage of either backend rounds what it has made."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=10_000).astype(np.float32) * 2.0 ** rng.integers(-120, 125, 10_000).astype(np.float32)
+    if backend == "torch":
+        found = torch_dtype.store(torch.from_numpy(values), torch.bfloat16).float().numpy()
+    else:
+        found = np.asarray(jax_dtype.store(jnp.asarray(values), jax_dtype.DTYPES["bfloat16"])).astype(np.float32)
+    np.testing.assert_array_equal(found, to_bfloat16(values))
 
 
 def layer(backend: str, problem: Problem) -> Any:
