@@ -249,18 +249,26 @@ class Worker:
             self.line.send(None)
             self.start()
         self.tried += 1
-        self.since = monotonic()
+        self.mutant, self.since = mutant, monotonic()
         self.line.send(mutant)
 
     def take(self) -> tuple[Outcome, str] | None:
-        """The outcome, if there is one by now."""
+        """The outcome, if there is one by now.
+
+        A process that ends has perhaps only met its limit of what can stay mapped, sooner where mutants survive and all
+        of the suite is compiled for them: its mutant is tried again in a fresh one.
+        """
         if self.line.poll():
             try:
                 found: tuple[Outcome, str] = self.line.recv()
                 return found
             except EOFError:
+                fresh, mutant = self.tried == 1, self.mutant
                 self.start()
-                return "raised", "the process ended"
+                if fresh:
+                    return "raised", "the process ended"
+                self.give(mutant)
+                return None
         if monotonic() - self.since > TIMEOUT:
             self.process.kill()
             self.start()
