@@ -78,7 +78,8 @@ def pull_back(
     def output(x: Array, weights: Mapping[str, Array], kv: tuple[Array, Array] | None) -> Array:
         rotated = None
         if static is not None and kv is not None:
-            k, v = (part if static.mask is None else jnp.where(static.mask[:, None, :, None], part, 0.0) for part in kv)
+            assert static.mask is not None  # pad_slots gives every context one
+            k, v = (jnp.where(static.mask[:, None, :, None], part, 0.0) for part in kv)
             rotated = rotate_static(static._replace(k=k, v=v), constants.frequencies)
         call = Call(positions, mask, rotated, cache, first=True)
         return run_layer(x, Layer(weights, constants, shape), call)[0]

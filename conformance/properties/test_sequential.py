@@ -20,6 +20,8 @@ from lyra.spec.split import HeadSplit
 from lyra.spec.uncertain import exact, rms_norm
 
 NEEDS = ("sequential", "static", "cache")
+LONG = (5, 11, 1, 17)
+"""Calls past 16 live tokens with one token, and past 32 with many: where caches that grow in steps take a step."""
 
 
 def block_of(case: Case) -> Block:
@@ -156,6 +158,18 @@ def hold_cuts(case: Case, judge: Judge) -> None:
 def test_calls_of_a_block_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     """How the tokens of a block are cut into calls has no effect: its own cache serves it as a layer's does."""
     hold_cuts(case, judge)
+
+
+@prop(
+    "SEQUENTIAL-4",
+    "LIVE-4",
+    case=block_cases(context=True, live=("self", "causal"), frames=1).map(lambda case: case.replace(calls=LONG)),
+    needs=NEEDS,
+    weight=0.25,
+)
+def test_a_cache_of_a_block_grows_with_its_tokens(case: Case, judge: Judge) -> None:
+    """Dozens of live tokens, a few at a time: a block's own cache makes room for them as a layer's does."""
+    judge.oracle(case)
 
 
 @prop(
