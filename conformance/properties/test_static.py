@@ -104,7 +104,7 @@ def test_every_static_token_counts(case: Case, judge: Judge) -> None:
     slots = static.mask.shape[1]
     slot = case.seed % slots
     v = static.v.copy()
-    v[:, :, slot] += 100.0 * slots
+    v[:, :, slot] += slots  # adds 1 to every Lyra head: like the others in size, as σ takes what is summed to be
     problem = problem.replace(static=static._replace(k=np.zeros_like(static.k)))
     changed = problem.replace(static=static._replace(k=np.zeros_like(static.k), v=v))
     turned = changed.replace(static=with_score_added(changed, slot, 1.0))
