@@ -73,7 +73,11 @@ def rounded(y: Uncertain) -> Uncertain:
 
 
 def sum_error(n: int) -> float:
-    """c(n): relative error of a sum of n products, whatever order it is summed in."""
+    """c(n): relative error of a sum of n products of about one size, whatever order it is summed in.
+
+    Where some large products are followed by hundreds of small ones, each of these rounds a large partial sum: a sum of
+    1,024 products, 144 of them hundreds of times larger than the others, has been seen at 9 σ in XLA.
+    """
     return float(U * (np.sqrt(n) / 4 + 2))
 
 
