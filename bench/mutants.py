@@ -263,11 +263,11 @@ class Worker:
                 found: tuple[Outcome, str] = self.line.recv()
                 return found
             except EOFError:
-                fresh, mutant = self.tried == 1, self.mutant
+                fresh = self.tried == 1
                 self.start()
                 if fresh:
                     return "raised", "the process ended"
-                self.give(mutant)
+                self.give(self.mutant)
                 return None
         if monotonic() - self.since > TIMEOUT:
             self.process.kill()

@@ -198,6 +198,15 @@ def blocks(
     )
 
 
+LONG = ((15, 1, 1, 1), (5, 28, 1))
+"""Calls past 16 live tokens one by one, and past 16 and 32 at once: where caches that grow in steps take a step."""
+
+
+def in_long_calls(some: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
+    """The same cases with dozens of live tokens; take them of the smallest frame."""
+    return st.builds(lambda case, calls: case.replace(calls=calls), some, st.sampled_from(LONG))
+
+
 def block_cases(
     *, source: Source = "external", residual: Sequence[bool] = (True, False), output_norm: bool = True, **rest: Any
 ) -> st.SearchStrategy[Case]:

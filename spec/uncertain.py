@@ -21,8 +21,9 @@ BFLOAT16 = 2.0**-9
 K = 8.0
 """A backend passes where |Δ| ≤ K·σ at every element; two backends may differ by K·√2·σ (TOLERANCE-1).
 
-The largest |Δ|/σ seen of correct code is below 6, in PyTorch, in XLA, whose matrix products sum with one accumulator,
-and on the real weights of Gemma-3 270M (docs/calibration.md); theta off by 0.01% gives 14 to 110.
+But for the sums that `sum_error` names, the largest |Δ|/σ seen of correct code is below 6, in PyTorch, in XLA, whose
+matrix products sum with one accumulator, and on the real weights of Gemma-3 270M (docs/calibration.md); theta off by
+0.01% gives 14 to 110.
 """
 
 STEEPEST = 500.0

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import strategies as st
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
 from lyra.conformance.registry import prop
-from lyra.conformance.strategies import cases
+from lyra.conformance.strategies import cases, in_long_calls
 from lyra.conformance.subject import Subject, expected
-
-LONG = ((15, 1, 1, 1), (5, 28, 1))
-"""Calls past 16 live tokens one by one, and past 16 and 32 at once: where caches that grow in steps take a step."""
 
 
 @prop("LIVE-1", case=cases(context=True, live=("causal",), min_tokens=2), needs=("static", "cache"))
@@ -51,7 +47,7 @@ def test_calls_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
 
 @prop(
     "LIVE-4",
-    case=st.builds(lambda case, calls: case.replace(calls=calls), cases(context=True, frames=1), st.sampled_from(LONG)),
+    case=in_long_calls(cases(context=True, frames=1)),
     needs=("static", "cache"),
     weight=0.5,
 )

@@ -11,7 +11,7 @@ from lyra.conformance.case import Block, Case, Problem
 from lyra.conformance.judge import Judge
 from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
 from lyra.conformance.registry import prop
-from lyra.conformance.strategies import block_cases
+from lyra.conformance.strategies import block_cases, in_long_calls
 from lyra.conformance.subject import BackendError, Subject
 from lyra.spec.attention import QKNormSpec, RopeSpec
 from lyra.spec.errors import InputError, SpecError
@@ -20,8 +20,6 @@ from lyra.spec.split import HeadSplit
 from lyra.spec.uncertain import exact, rms_norm
 
 NEEDS = ("sequential", "static", "cache")
-LONG = (5, 11, 1, 17)
-"""Calls past 16 live tokens with one token, and past 32 with many: where caches that grow in steps take a step."""
 
 
 def block_of(case: Case) -> Block:
@@ -163,7 +161,7 @@ def test_calls_of_a_block_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
 @prop(
     "SEQUENTIAL-4",
     "LIVE-4",
-    case=block_cases(context=True, live=("self", "causal"), frames=1).map(lambda case: case.replace(calls=LONG)),
+    case=in_long_calls(block_cases(context=True, live=("self", "causal"), frames=1)),
     needs=NEEDS,
     weight=0.25,
 )
