@@ -19,8 +19,9 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 	--config-settings editable_mode=strict --editable
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -q -p no:cacheprovider --durations=10
 
-# The harness's own tests ask what the harness does, not how fast or to which last bit JAX computes: XLA compiles for
-# them in a fraction of the time, without its optimisations. The suite, models and benchmarks are compiled as users' are.
+# The harness's own tests ask what the harness does, and faults and mutants are compiled once each to be found wrong: not
+# how fast or to which last bit JAX computes. XLA compiles for them in a fraction of the time, without its optimisations.
+# The suite, models and benchmarks are compiled as users' are.
 QUICK_XLA := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 
 # What depends on transformers, for the oldest version that is supported and the newest that there is. The tests above
@@ -40,7 +41,7 @@ test: $(INSTALLED)  ## the conformance suite's ci profile and the harness's own 
 test-suite: $(INSTALLED)
 	$(BIN)/lyra conform --profile ci --json build/conformance.json --report build/conformance.html
 
-test-harness: export XLA_FLAGS := $(QUICK_XLA)
+test-harness faults mutants: export XLA_FLAGS := $(QUICK_XLA)
 test-harness: $(INSTALLED)
 	$(PYTEST) $(OTHER_TESTS)
 
