@@ -7,6 +7,7 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+from threadpoolctl import threadpool_limits
 
 from lyra.backends.protocol import Backend, BackendNotFound, get_backend, known_backends
 from lyra.spec.attention import AttentionSpec
@@ -19,6 +20,9 @@ from .replay import Replay
 from .selection import selects
 from .session import PROFILES, Session, UsageError, start
 from .shard import Shard
+
+THREADS = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}
+"""What a user sets to choose the threads of NumPy's linear algebra."""
 
 REPLAY = pytest.StashKey[Replay | None]()
 
@@ -67,6 +71,7 @@ def make_session(
     database: Path | None = None,
 ) -> Session:
     """A session for backends by name, all installed ones if none is named. Raises InputError."""
+    keep_numpy_to_one_thread()
     prepare_environment()
     try:
         backends = load_backends(names)
@@ -109,6 +114,16 @@ def read_scope(source: str) -> tuple[AttentionSpec, tuple[HeadSplit, ...]]:
         return spec, ()
     splits = tuple(dict.fromkeys(item.split for item in spec.splits if item.split.lyra_q_heads))
     return (spec.attention.replace(split=splits[0]), splits) if splits else (spec.attention, ())
+
+
+def keep_numpy_to_one_thread() -> None:
+    """Leave the oracle one thread, unless the user has decided otherwise.
+
+    NumPy has read its variables by now, so that its linear algebra has to be told. Of two threads one spins while it
+    waits, beside whatever else the machine does.
+    """
+    if not THREADS & os.environ.keys():
+        threadpool_limits(1, user_api="blas")
 
 
 def prepare_environment() -> None:
