@@ -222,10 +222,15 @@ def test_what_changes_nothing_survives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict.cases > 50
 
 
-def test_a_suite_that_compares_nothing_lets_nothing_survive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lyra.conformance.faults.kill.stages_of", lambda fault: ["no_property_has_this_name"])
+def test_only_the_properties_that_are_named_are_asked() -> None:
+    verdict = kill(catalogue()["captured-keys-and-values-exchanged"], "torch", only="norm::")
+    assert verdict.status == "survived"
+    assert verdict.cases > 0
+
+
+def test_a_suite_that_compares_nothing_lets_nothing_survive() -> None:
     with pytest.raises(FaultError, match="the suite compared nothing"):
-        kill(catalogue()["weight-without-one"], "torch")
+        kill(catalogue()["weight-without-one"], "torch", only="no_property_has_this_name")
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -61,9 +61,10 @@ class FirstFailure(Record):
         pytest.exit(f"{failure.property} failed", returncode=pytest.ExitCode.TESTS_FAILED)
 
 
-def kill(fault: Fault, backend: str, profile: str = "smoke", seed: int = 0) -> Verdict:
+def kill(fault: Fault, backend: str, profile: str = "smoke", seed: int = 0, only: str = "test") -> Verdict:
     """Run the suite against one faulty backend, at most until the first failure.
 
+    `only` names the properties to run, all of them by default, as --only does.
     Raises FaultError for a dead anchor, for a suite that cannot run, and where the property that fails does so on the
     unchanged backend too.
     """
@@ -71,8 +72,8 @@ def kill(fault: Fault, backend: str, profile: str = "smoke", seed: int = 0) -> V
     record = FirstFailure()
     started = time.perf_counter()
     with injected(fault, backend) as faulty:
-        for only in stages_of(fault):
-            _run(faulty, profile, seed, only, record)
+        for stage in stages_of(fault):
+            _run(faulty, profile, seed, f"({stage}) and ({only})", record)
             if record.failures:
                 break
     seconds = time.perf_counter() - started
