@@ -8,8 +8,8 @@ in mutants.toml, beside this file; a survivor without an explanation is a hole i
     python bench/mutants.py --profile ci --json build/mutants.json
 
 A run goes on from its JSON file: what was noticed is not tried again, so that the larger profile, which takes minutes
-for each survivor, meets only what the smaller one left. A mutant of a function that the profile never calls survives
-without a try.
+for each survivor, meets only what the smaller one left. A mutant is tried on the properties that call its function;
+where none does it survives without a try.
 """
 
 from __future__ import annotations
@@ -17,37 +17,33 @@ from __future__ import annotations
 import ast
 import difflib
 import json
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import parso.python.tree  # noqa: F401 (before Cosmic Ray, which imports parso's modules in an order that fails)
 import typer
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
+from reach import Function, callers, home, source_of
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lyra.backends.protocol import get_backend
 from lyra.cli.app import run_script
 from lyra.cli.conform import ProfileName
 from lyra.cli.faults import FaultyBackend
-from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch, backend_package
+from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch
 from lyra.conformance.faults.crew import TURN
 from lyra.conformance.faults.kill import kill
 from lyra.conformance.launch import prepare_environment
-from lyra.conformance.runner import run
-from lyra.conformance.session import PROFILES, Session
+from lyra.conformance.session import PROFILES
 from lyra.spec.base import write_atomically
 from lyra.spec.clauses import statements
 
@@ -116,20 +112,6 @@ class Mutant:
         return Fault(id=self.name, breaks=breaks, does=self.after, backends={self.backend: patch})
 
 
-def folder_of(backend: str) -> Path:
-    """Where the modules of a backend are."""
-    package = find_spec(backend_package(backend))
-    assert package is not None
-    assert package.origin is not None
-    return Path(package.origin).parent
-
-
-def source_of(backend: str, file: str) -> str:
-    """The text of a module of a backend; empty where the backend has no such module."""
-    path = folder_of(backend) / file
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
 def mutants(backend: str, file: str) -> Iterator[Mutant]:
     """Every mutant of a module that is another program: changes of annotations and of texts are left out."""
     source = source_of(backend, file)
@@ -173,44 +155,16 @@ def first_difference(source: str, changed: str) -> tuple[int, str, str]:
     raise ValueError("the sources are equal")
 
 
-Function = tuple[str, int]
-"""A function of a backend: its file and its first line, that of a decorator where it has one."""
+def asked(mutant: Mutant, known: dict[Function, set[str]]) -> str:
+    """The properties that can notice a mutant, as an --only expression: those that call its function; "" for none."""
+    place = home(mutant.backend, mutant.file, mutant.line)
+    return "test" if place is None else " or ".join(sorted(known.get(place, ())))
 
 
-def called(backend: str, profile: str) -> set[Function]:
-    """The functions of a backend that the suite calls, from a run of it on the unchanged backend."""
-    prepare_environment()
-    session = Session(backends=[get_backend(backend)], profile=PROFILES[profile])
-    folder, found = str(folder_of(backend)), set()
-
-    def see(frame: FrameType, event: str, value: object) -> None:
-        code = frame.f_code
-        if code.co_filename.startswith(folder):
-            found.add((Path(code.co_filename).name, code.co_firstlineno))
-
-    sys.settrace(see)
+def outcome(mutant: Mutant, profile: str, only: str) -> tuple[Outcome, str]:
+    """What becomes of a mutant, and by which property of those that `only` names."""
     try:
-        run(session)
-    finally:
-        sys.settrace(None)
-    if not session.record.ok:
-        raise FaultError(f"the unchanged backend {backend!r} fails: see `lyra conform --backend {backend}`")
-    return found
-
-
-def home(mutant: Mutant) -> Function | None:
-    """The function in whose body a mutant is, the innermost; None outside all."""
-    found: Function | None = None
-    for node in ast.walk(ast.parse(source_of(mutant.backend, mutant.file))):
-        if isinstance(node, ast.FunctionDef) and node.body[0].lineno <= mutant.line <= (node.end_lineno or 0):
-            found = (mutant.file, min(line.lineno for line in (node, *node.decorator_list)))
-    return found
-
-
-def outcome(mutant: Mutant, profile: str) -> tuple[Outcome, str]:
-    """What becomes of a mutant, and by which property."""
-    try:
-        verdict = kill(mutant.fault(), mutant.backend, profile)
+        verdict = kill(mutant.fault(), mutant.backend, profile, only=only)
     except FaultError as error:
         if "cannot be imported" in str(error):
             return "raised", "import"
@@ -220,11 +174,16 @@ def outcome(mutant: Mutant, profile: str) -> tuple[Outcome, str]:
     return ("killed" if verdict.status == "killed" else "raised"), verdict.property or ""
 
 
+Task = tuple[Mutant, str]
+"""A mutant and the properties to ask about it, as an --only expression."""
+
+
 def worker(line: Connection, profile: str) -> None:
     """Take mutants from the other end until there are none."""
     prepare_environment()
-    while (mutant := line.recv()) is not None:
-        line.send(outcome(mutant, profile))
+    while (task := line.recv()) is not None:
+        mutant, only = task
+        line.send(outcome(mutant, profile, only))
 
 
 class Worker:
@@ -243,14 +202,14 @@ class Worker:
         self.process.start()
         other.close()
 
-    def give(self, mutant: Mutant | None) -> None:
+    def give(self, task: Task | None) -> None:
         """The next mutant, or None to end."""
         if self.tried == TURN:
             self.line.send(None)
             self.start()
         self.tried += 1
-        self.mutant, self.since = mutant, monotonic()
-        self.line.send(mutant)
+        self.task, self.since = task, monotonic()
+        self.line.send(task)
 
     def take(self) -> tuple[Outcome, str] | None:
         """The outcome, if there is one by now.
@@ -267,7 +226,7 @@ class Worker:
                 self.start()
                 if fresh:
                     return "raised", "the process ended"
-                self.give(self.mutant)
+                self.give(self.task)
                 return None
         if monotonic() - self.since > TIMEOUT:
             self.process.kill()
@@ -276,7 +235,7 @@ class Worker:
         return None
 
 
-def try_all(work: list[Mutant], workers: int, profile: str, ledger: Ledger) -> None:
+def try_all(work: list[Task], workers: int, profile: str, ledger: Ledger) -> None:
     """Try every mutant and enter its outcome in the ledger."""
     waiting = iter(work)
     busy: list[tuple[Mutant, Worker]] = []
@@ -284,10 +243,10 @@ def try_all(work: list[Mutant], workers: int, profile: str, ledger: Ledger) -> N
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("mutants", total=len(work))
         while True:
-            while idle and (mutant := next(waiting, None)) is not None:
+            while idle and (item := next(waiting, None)) is not None:
                 one = idle.pop()
-                one.give(mutant)
-                busy.append((mutant, one))
+                one.give(item)
+                busy.append((item[0], one))
             if not busy:
                 break
             wait([one.line for _, one in busy], timeout=1.0)
@@ -392,11 +351,12 @@ def main(
     json_path.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(json_path)
     rest = [one for one in work if not ledger.done(one, profile.value)]
-    reached = {name: called(name, profile.value) for name in dict.fromkeys(one.backend for one in rest)}
-    idle = [one for one in rest if (place := home(one)) is not None and place not in reached[one.backend]]
-    for one in idle:
-        ledger.enter(one, "survived", profile.value)
-    try_all([one for one in rest if one not in idle], workers, profile.value, ledger)
+    known = {name: callers(name, profile.value) for name in dict.fromkeys(one.backend for one in rest)}
+    tasks = [(one, asked(one, known[one.backend])) for one in rest]
+    for one, only in tasks:
+        if not only:
+            ledger.enter(one, "survived", profile.value)
+    try_all([task for task in tasks if task[1]], workers, profile.value, ledger)
     wanted = {key(vars(one)) for one in work}
     raise typer.Exit(1 if report(console, [one for one in ledger.entries if key(one) in wanted]) else 0)
 
