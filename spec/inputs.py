@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
@@ -119,6 +119,25 @@ def check_own_cache(
             f"the cache, of {mask.shape[1]} tokens, does not end with the {tokens} tokens of this call; call the "
             f"layer's own attention with them first and give the block the cache that it returned"
         )
+
+
+def check_rows(rows: Sequence[int] | np.ndarray, batch: int) -> np.ndarray:
+    """The rows to select of a cache of `batch` rows, repeats allowed, as int64 [rows]. Raises InputError."""
+    chosen = np.asarray(rows)
+    if chosen.ndim != 1 or not chosen.size or not np.issubdtype(chosen.dtype, np.integer):
+        raise InputError(
+            f"reorder: rows has shape {chosen.shape} and dtype {chosen.dtype}; give a list of integers, one a row"
+        )
+    if chosen.min() < 0 or chosen.max() >= batch:
+        raise InputError(f"reorder: rows are {chosen.tolist()}; the cache has rows 0 to {batch - 1}")
+    return chosen.astype(np.int64)
+
+
+def check_length(length: int, tokens: int) -> int:
+    """How many of a cache's `tokens` to keep. Raises InputError."""
+    if not isinstance(length, (int, np.integer)) or not 0 <= length <= tokens:
+        raise InputError(f"crop: length is {length!r}; the cache holds {tokens} tokens, so give 0 to {tokens}")
+    return int(length)
 
 
 def check_static(spec: AttentionSpec, static: StaticLayer, batch: int) -> StaticLayer:

@@ -12,7 +12,7 @@ from lyra.spec import (
     HeadSplit,
     InputError,
 )
-from lyra.spec.inputs import StaticLayer, check_call, check_weights
+from lyra.spec.inputs import StaticLayer, check_call, check_length, check_rows, check_weights
 
 
 def call(**changes: Any) -> Any:
@@ -82,3 +82,34 @@ def test_weights_are_checked() -> None:
         check_weights(spec, weights | {"q_proj.bias": np.zeros(48)})
     with pytest.raises(InputError, match=r"\(24, 48\); the spec says \(48, 24\)"):
         check_weights(spec, weights | {"q_proj.weight": np.zeros((24, 48))})
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 1], (2,), np.array([0, 2], np.uint8)])
+def test_rows_of_a_cache_may_be_repeated_and_left_out(rows: Any) -> None:
+    assert check_rows(rows, 3).dtype == np.int64
+    assert check_rows(rows, 3).tolist() == list(rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([0, 3], "rows are [0, 3]; the cache has rows 0 to 2"),
+        ([-1, 0], "rows are [-1, 0]; the cache has rows 0 to 2"),
+        ([0.5], "shape (1,) and dtype float64; give a list of integers"),
+        ([True, False], "dtype bool"),
+        ([[0, 1]], "shape (1, 2)"),
+        (1, "shape ()"),
+        (np.zeros(0, int), "shape (0,)"),
+    ],
+)
+def test_rows_that_a_cache_does_not_have_are_refused(rows: Any, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_rows(rows, 3)
+    assert words in str(caught.value)
+
+
+def test_a_cache_is_cropped_to_no_more_than_it_has() -> None:
+    assert [check_length(length, 5) for length in (0, np.int32(3), 5)] == [0, 3, 5]
+    for length in (-1, 6, 2.0, None):
+        with pytest.raises(InputError, match=f"length is {length}; the cache holds 5 tokens, so give 0 to 5"):
+            check_length(length, 5)  # type: ignore[arg-type]

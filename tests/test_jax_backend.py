@@ -307,6 +307,10 @@ def test_refusals() -> None:
         layer.crop(cache, 7)
     with pytest.raises(InputError, match=r"rows are \[0, 2\]; the cache has rows 0 to 1"):
         layer.reorder(cache, [0, 2])
+    with pytest.raises(InputError, match="cache is a dict"):
+        layer.reorder({}, [0])
+    with pytest.raises(InputError, match="cache is a dict"):
+        layer.crop({}, 0)
     with pytest.raises(InputError, match="missing"):
         JaxBackend().attention(spec, {})
 

@@ -282,6 +282,12 @@ def test_bad_inputs_are_named():
         layer(x[:1], positions=positions[:1], cache=cache)
     with pytest.raises(InputError, match="length is 9; the cache holds 3"):
         layer.crop(cache, 9)
+    with pytest.raises(InputError, match=r"rows are \[0, 2\]; the cache has rows 0 to 1"):
+        layer.reorder(cache, [0, 2])
+    with pytest.raises(InputError, match="cache is a dict"):
+        layer.reorder({}, [0])
+    with pytest.raises(InputError, match="cache is a dict"):
+        layer.crop({}, 0)
     with pytest.raises(InputError, match="weights: missing"):
         TorchBackend().attention(spec, {})
 

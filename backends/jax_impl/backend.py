@@ -20,6 +20,8 @@ from lyra.spec.inputs import (
     check_cotangent,
     check_differentiable,
     check_dtype,
+    check_length,
+    check_rows,
     check_weights,
 )
 from lyra.spec.sequential import SequentialSpec
@@ -136,12 +138,14 @@ class JaxAttention:
         return complete(found, static)
 
     def reorder(self, cache: object, rows: Sequence[int] | np.ndarray) -> LiveCache:
-        """The given rows of a live cache, repeats allowed. Raises InputError."""
-        return live.reorder(_live_cache(cache), np.asarray(rows))
+        """A new cache whose row i is row rows[i] of `cache` (beam search), repeats allowed. Raises InputError."""
+        own = _live_cache(cache)
+        return live.reorder(own, check_rows(rows, own.batch))
 
     def crop(self, cache: object, length: int) -> LiveCache:
-        """The first `length` tokens of a live cache. Raises InputError."""
-        return live.crop(_live_cache(cache), length)
+        """A new cache with the first `length` tokens of `cache`, padding included. Raises InputError."""
+        own = _live_cache(cache)
+        return live.crop(own, check_length(length, int(own.length)))
 
     def _empty_cache(self, batch: int, tokens: int) -> LiveCache:
         return live.empty_cache(batch, self._shape.kv_heads, self._shape.head_dim, live.bucket(tokens), self._stored)

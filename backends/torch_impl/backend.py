@@ -19,6 +19,8 @@ from lyra.spec.inputs import (
     check_cotangent,
     check_differentiable,
     check_dtype,
+    check_length,
+    check_rows,
     check_weights,
 )
 from lyra.spec.sequential import SequentialSpec
@@ -106,17 +108,16 @@ class TorchAttention:
             found = layer_gradients(self.spec, self.weights, self.lyra, inputs, check_cotangent(cotangent, inputs))
         return complete(found, static)
 
-    def reorder(self, cache: object, rows: Sequence[int]) -> LiveCache:
-        """A new cache whose row i is row rows[i] of `cache` (beam search). Raises InputError for a foreign cache."""
+    def reorder(self, cache: object, rows: Sequence[int] | np.ndarray) -> LiveCache:
+        """A new cache whose row i is row rows[i] of `cache` (beam search), repeats allowed. Raises InputError."""
+        own = self._own(cache)
         with on(self.device):
-            return self._own(cache).reorder([int(row) for row in rows])
+            return own.reorder(check_rows(rows, len(own.mask)))
 
     def crop(self, cache: object, length: int) -> LiveCache:
         """A new cache with the first `length` tokens of `cache`, padding included. Raises InputError."""
         own = self._own(cache)
-        if not 0 <= length <= own.mask.shape[1]:
-            raise InputError(f"crop: length is {length}; the cache holds {own.mask.shape[1]} tokens")
-        return own.crop(int(length))
+        return own.crop(check_length(length, own.mask.shape[1]))
 
     @staticmethod
     def _own(cache: object) -> LiveCache:

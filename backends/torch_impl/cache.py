@@ -6,7 +6,6 @@ What a cache shows is never written again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from threading import Lock
 from typing import NamedTuple
 
@@ -49,9 +48,9 @@ class LiveCache(NamedTuple):
         )
         return slots.crop(end)._replace(room=Room(slots, end) if in_place else None)
 
-    def reorder(self, rows: Sequence[int]) -> LiveCache:
+    def reorder(self, rows: np.ndarray) -> LiveCache:
         """A new cache whose row i is row rows[i] of this one."""
-        index = torch.tensor(rows, dtype=torch.long)
+        index = torch.tensor(rows)
         k, v, mask, positions = (part.index_select(0, index) for part in self[:4])
         return LiveCache(k, v, mask, positions)
 
