@@ -238,25 +238,25 @@ class Worker:
 def try_all(work: list[Task], workers: int, profile: str, ledger: Ledger) -> None:
     """Try every mutant and enter its outcome in the ledger."""
     waiting = iter(work)
-    busy: list[tuple[Mutant, Worker]] = []
+    busy: list[Worker] = []
     idle = [Worker(profile) for _ in range(workers)]
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("mutants", total=len(work))
+        bar = progress.add_task("mutants", total=len(work))
         while True:
-            while idle and (item := next(waiting, None)) is not None:
+            while idle and (task := next(waiting, None)) is not None:
                 one = idle.pop()
-                one.give(item)
-                busy.append((item[0], one))
+                one.give(task)
+                busy.append(one)
             if not busy:
                 break
-            wait([one.line for _, one in busy], timeout=1.0)
-            for mutant, one in list(busy):
+            wait([one.line for one in busy], timeout=1.0)
+            for one in list(busy):
                 result = one.take()
                 if result is not None:
-                    ledger.enter(mutant, *result)
-                    busy.remove((mutant, one))
+                    ledger.enter(one.task[0], *result)
+                    busy.remove(one)
                     idle.append(one)
-                    progress.advance(task)
+                    progress.advance(bar)
     for one in idle:
         one.give(None)
 

@@ -301,16 +301,6 @@ def test_refusals() -> None:
     cache = layer(case.x, positions=case.positions).cache
     with pytest.raises(InputError, match="the cache has 2 rows, x has 1"):
         layer(case.x[:1], positions=case.positions[:1], cache=cache)
-    with pytest.raises(InputError, match="cache is a dict"):
-        layer(case.x, positions=case.positions, cache={})
-    with pytest.raises(InputError, match="length is 7; the cache holds 6"):
-        layer.crop(cache, 7)
-    with pytest.raises(InputError, match=r"rows are \[0, 2\]; the cache has rows 0 to 1"):
-        layer.reorder(cache, [0, 2])
-    with pytest.raises(InputError, match="cache is a dict"):
-        layer.reorder({}, [0])
-    with pytest.raises(InputError, match="cache is a dict"):
-        layer.crop({}, 0)
     with pytest.raises(InputError, match="missing"):
         JaxBackend().attention(spec, {})
 

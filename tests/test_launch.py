@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from lyra.conformance.launch import THREADS
+
 ASK = """
 from threadpoolctl import threadpool_info
 from lyra.conformance.launch import make_session
@@ -21,7 +23,6 @@ print(*{pool["num_threads"] for pool in threadpool_info() if pool["user_api"] ==
     ("given", "used"), [({}, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2"), ({"OMP_NUM_THREADS": "2"}, "2")]
 )
 def test_the_oracle_has_one_thread_unless_the_user_gives_it_more(given: dict[str, str], used: str) -> None:
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    environment = {name: value for name, value in os.environ.items() if name not in THREADS} | given
     asked = subprocess.run([sys.executable, "-P", "-c", ASK], env=environment, capture_output=True, text=True)
     assert asked.stdout.strip() == used, asked.stderr
