@@ -20,6 +20,7 @@ from lyra.conformance.frames import LARGE
 from lyra.spec import AttentionSpec, HeadSplit, QKNormSpec, RopeSpec, StaticSpec
 
 QUERIES, KEYS, WIDTH = 10, 12, 8
+CUBLAS_WORKSPACE = 2**25  # bytes, which XLA sets aside on a GPU whatever is multiplied
 SHAPES = {"none": None, "by key": (2, 1, 1, KEYS), "by query": (2, 1, QUERIES, KEYS)}
 
 
@@ -92,7 +93,7 @@ def test_a_step_writes_to_its_cache_in_place(shape: tuple[int, int]) -> None:
     compiled = step.lower(random(*shape, 2, WIDTH), new, cache).compile()
     memory, held = compiled.memory_analysis(), cache.keys.nbytes + cache.values.nbytes
     assert memory.alias_size_in_bytes >= held
-    assert memory.temp_size_in_bytes < held / 2
+    assert memory.temp_size_in_bytes < held / 2 + CUBLAS_WORKSPACE * (jax.default_backend() == "gpu")
     output, after = compiled(random(*shape, 2, WIDTH), new, jax.device_put(cache))
     np.testing.assert_array_equal(output[:, :, 0], np.asarray(new.values)[:, :, 0])
     assert after.length == 1

@@ -32,7 +32,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 64}
     layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "vocab_size": 96}
     make_model(**sizes, **layers).save_pretrained(folder)
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
+    virtual = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
+    environment = {**os.environ, **virtual}
     command = [sys.executable, "-P", str(SCRIPT), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
