@@ -36,6 +36,7 @@ __all__ = [
     "Gradients",
     "MeshBackend",
     "ModelBackend",
+    "PlacedBackend",
     "Result",
     "Sampling",
     "SequentialBackend",
@@ -134,6 +135,16 @@ class Backend(Protocol):
     capabilities: frozenset[str]
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> Attention: ...
+
+
+@runtime_checkable
+class PlacedBackend(Backend, Protocol):
+    """A backend that says what it computes on; reports name it, for the same code rounds otherwise elsewhere."""
+
+    @property
+    def hardware(self) -> str:
+        """In a few words, such as "CPU" or "NVIDIA H200"."""
+        ...
 
 
 class Bfloat16Backend(Backend, Protocol):

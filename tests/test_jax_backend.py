@@ -17,7 +17,7 @@ import pytest
 jax = pytest.importorskip("jax")
 
 from lyra.backends.jax_impl import JaxBackend  # noqa: E402
-from lyra.backends.protocol import Attention, Backend, StaticLayer, get_backend  # noqa: E402
+from lyra.backends.protocol import Attention, Backend, PlacedBackend, StaticLayer, get_backend  # noqa: E402
 from lyra.spec import AttentionSpec, HeadSplit, InputError, QKNormSpec, RopeSpec, StaticSpec  # noqa: E402
 
 E, HQ, HKV, D = 12, 4, 2, 4
@@ -311,6 +311,12 @@ def test_the_backend_is_found_by_name() -> None:
     assert backend.name == "jax"
     spec = make_spec()
     assert isinstance(backend.attention(spec, make_weights(spec)), Attention)
+
+
+def test_it_says_what_it_computes_on() -> None:
+    backend = get_backend("jax")
+    assert isinstance(backend, PlacedBackend)
+    assert backend.hardware == ("CPU" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind)
 
 
 @pytest.fixture

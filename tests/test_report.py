@@ -101,6 +101,30 @@ def test_the_replay_command_says_the_backend_as_it_was_asked_for(session: Sessio
     assert command == "lyra conform --backend my.package:Wrong --replay cases/one.json"
 
 
+class Placed(Named):
+    """A backend that says what it computes on."""
+
+    hardware = "Abacus <2>"
+
+
+class Lost(Named):
+    """A backend that fails to."""
+
+    @property
+    def hardware(self) -> str:
+        raise RuntimeError("no device")
+
+
+def test_a_backend_that_says_what_it_computes_on_is_quoted(session: Session) -> None:
+    assert {one.hardware for one in report_data(session, 1.0).backends} == {None}
+    assert " ran on" not in html(report_data(session, 1.0))
+    session.backends = [Placed("right"), Lost("wrong")]  # type: ignore[list-item]
+    report = report_data(session, 1.0)
+    assert [one.hardware for one in report.backends] == ["Abacus <2>", None]
+    assert "<dt>right ran on</dt><dd>Abacus &lt;2&gt;</dd>" in html(report)
+    assert "wrong ran on" not in html(report)
+
+
 def test_verdicts(session: Session) -> None:
     session.record.planned = 9
     assert [one.verdict for one in report_data(session, 1.0).backends] == ["cut short", "does not conform"]

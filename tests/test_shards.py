@@ -149,6 +149,19 @@ def test_reports_that_are_not_of_one_run_are_refused(tmp_path: Path) -> None:
     assert "is no report of this version of Lyra" in refused.stderr
 
 
+def test_shards_may_have_run_on_different_hardware(tmp_path: Path) -> None:
+    first, second = (
+        run_of(tmp_path / f"{index}.json", "--shard", f"{index}/2", backend="backends_for_tests:Wrapped")[1]
+        for index in (1, 2)
+    )
+    for said, expected in (("GPU", "CPU; GPU"), ("CPU", "CPU"), (None, "CPU")):
+        one, other = (
+            report.model_copy(update={"backends": [report.backends[0].model_copy(update={"hardware": hardware})]})
+            for report, hardware in ((first, "CPU"), (second, said))
+        )
+        assert merged({"a": one, "b": other}).backends[0].hardware == expected
+
+
 def test_a_shard_with_nothing_to_run_is_refused_with_the_reason() -> None:
     done = lyra("conform", "--only", "every_stage", "--backend", "backends_for_tests:Wrapped", "--shard", "99/99")
     assert done.exit_code == 2

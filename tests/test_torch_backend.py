@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lyra.backends.protocol import get_backend
+from lyra.backends.protocol import PlacedBackend, get_backend
 from lyra.backends.torch_impl import TorchBackend, partial
 from lyra.spec import AttentionSpec, HeadSplit, InputError, QKNormSpec, RopeSpec, StaticSpec
 from lyra.spec.inputs import StaticLayer
@@ -280,6 +280,12 @@ def test_bad_inputs_are_named():
         layer(x[:1], positions=positions[:1], cache=cache)
     with pytest.raises(InputError, match="weights: missing"):
         TorchBackend().attention(spec, {})
+
+
+def test_says_what_it_computes_on():
+    backend = get_backend("torch")
+    assert isinstance(backend, PlacedBackend)
+    assert backend.hardware == "CPU"
 
 
 def test_found_by_name_and_imports_no_transformers():

@@ -13,6 +13,7 @@ from lyra import HeadSplit
 from lyra.backends.protocol import get_backend
 from lyra.conformance import runner
 from lyra.conformance.launch import make_session
+from lyra.conformance.report.data import report_data
 
 CUDA = "lyra.backends.torch_impl:CudaBackend"
 TEXT = "and the note of a hand, then that of the other; and the end of it"
@@ -34,6 +35,7 @@ def test_the_suite_passes_on_the_device() -> None:
     run = runner.run(session, only="not (real_size or real_weights)")
     assert run.exit_code == 0, run.log
     assert session.record.cases > 1000
+    assert report_data(session, 1.0).backends[0].hardware == torch.cuda.get_device_name()
 
 
 @needs_cuda

@@ -159,6 +159,12 @@ class JaxBackend:
         {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "mesh", "inject", "gates"}
     )
 
+    @property
+    def hardware(self) -> str:
+        """What it computes on (protocol `PlacedBackend`): JAX's default device."""
+        (device,) = to_device(np.zeros(())).devices()
+        return "CPU" if device.platform == "cpu" else str(device.device_kind)
+
     def attention(
         self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
     ) -> JaxAttention:

@@ -137,6 +137,11 @@ class TorchBackend:
         {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "inject", "gates"}
     )
 
+    @property
+    def hardware(self) -> str:
+        """What it computes on (protocol `PlacedBackend`)."""
+        return "CPU" if self.device == "cpu" else torch.cuda.get_device_name(self.device)
+
     def attention(
         self, spec: AttentionSpec, weights: Mapping[str, np.ndarray], *, dtype: str = "float32"
     ) -> TorchAttention:

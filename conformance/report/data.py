@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from lyra.backends.protocol import Backend, PlacedBackend
 from lyra.conformance.case import Case
 from lyra.conformance.record import NARROW, SEVERITY, Failure, Property, Status, rate
 from lyra.conformance.replay import command
@@ -46,6 +47,7 @@ class BackendPart(Part):
     """A backend under test."""
 
     name: str
+    hardware: str | None = Field(None, description="what it computed on; null where it does not say")
     capabilities: list[str]
     verdict: Verdict
     counts: dict[Status, int] = Field(description="properties by status")
@@ -164,7 +166,9 @@ def report_data(session: Session, seconds: float) -> Report:
         spec=session.scope.to_dict() if session.scope else None,
         tolerance=K,
         backends=[
-            backend_part(one.name, one.capabilities, parts, complete=record.complete, whole=shard is None)
+            backend_part(
+                one.name, hardware_of(one), one.capabilities, parts, complete=record.complete, whole=shard is None
+            )
             for one in session.backends
         ],
         cases=record.cases,
@@ -184,8 +188,22 @@ def report_data(session: Session, seconds: float) -> Report:
     )
 
 
+def hardware_of(backend: Backend) -> str | None:
+    """What a backend says that it computes on, if it does."""
+    try:
+        return str(backend.hardware) if isinstance(backend, PlacedBackend) else None
+    except Exception:  # whatever a backend raises here, what the run found is worth more
+        return None
+
+
 def backend_part(
-    name: str, capabilities: Iterable[str], properties: Sequence[PropertyPart], *, complete: bool, whole: bool
+    name: str,
+    hardware: str | None,
+    capabilities: Iterable[str],
+    properties: Sequence[PropertyPart],
+    *,
+    complete: bool,
+    whole: bool,
 ) -> BackendPart:
     """What became of one backend. A failure weighs more than the end of the run before its time."""
     found = Counter(prop.backends[name].status for prop in properties if name in prop.backends)
@@ -197,7 +215,7 @@ def backend_part(
         verdict = "cut short"
     elif not counts["passed"]:
         verdict = "nothing compared"
-    return BackendPart(name=name, capabilities=sorted(capabilities), verdict=verdict, counts=counts)
+    return BackendPart(name=name, hardware=hardware, capabilities=sorted(capabilities), verdict=verdict, counts=counts)
 
 
 def versions() -> dict[str, str]:

@@ -40,7 +40,8 @@ def merged(reports: Mapping[str, Report]) -> Report:
     properties = sorted((prop for one in found for prop in one.properties), key=lambda prop: prop.name)
     complete = all(one.complete for one in found) and len(shards.present) == shards.count
     backends = [
-        backend_part(one.name, one.capabilities, properties, complete=complete, whole=True) for one in first.backends
+        backend_part(one.name, _hardware(one.name, found), one.capabilities, properties, complete=complete, whole=True)
+        for one in first.backends
     ]
     cases, calls = sum(one.cases for one in found), sum(one.calls for one in found)
     within = sum(one.property_seconds for one in found)
@@ -114,6 +115,12 @@ def _add(one: DistancePart, other: DistancePart) -> DistancePart:
         "histogram": [a + b for a, b in zip(one.histogram, other.histogram, strict=True)],
     }
     return one.model_copy(update=changes)
+
+
+def _hardware(name: str, reports: Sequence[Report]) -> str | None:
+    """What a backend computed on in any of the shards, each thing once."""
+    said = (one.hardware for report in reports for one in report.backends if one.name == name)
+    return "; ".join(dict.fromkeys(filter(None, said))) or None
 
 
 def _joined(machines: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -234,6 +234,7 @@ def _run(report: Report) -> str:
         ("duration", f"{report.seconds:,.1f} s, {rates} a second within properties"),
         ("machine", f"{report.machine['platform']}, {report.machine['processor']}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
+        *((f"{one.name} ran on", one.hardware) for one in report.backends if one.hardware),
         *(
             (f"{one.name} can", ", ".join(one.capabilities) or "nothing beyond the plain layer")
             for one in report.backends
