@@ -98,6 +98,21 @@ class NullAttention:
         return cache
 
 
+class NullText:
+    """A text under gates whose NLL is what `make` makes."""
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+
+    def nll(self, gates: np.ndarray) -> np.ndarray:
+        """[C]."""
+        return self.make(gates, gates.shape[:1])
+
+    def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
+        """A number, and [L,Hq]."""
+        return float(self.make(gates, ())), self.make(gates, gates.shape)
+
+
 class NullEngine:
     """A whole model that answers with what `make` makes, in the right shapes."""
 
@@ -127,6 +142,16 @@ class NullEngine:
 
     def attach(self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec) -> None:
         """Accepts any context."""
+
+    def inject(self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]) -> None:
+        """Accepts any blocks."""
+
+    def set_gates(self, gates: Mapping[int, float]) -> None:
+        """Accepts any gates."""
+
+    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> NullText:
+        """A text that nobody reads."""
+        return NullText(self.make)
 
     def detach(self) -> None:
         """Has nothing attached."""

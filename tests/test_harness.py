@@ -20,8 +20,9 @@ from backends_for_tests import (
 from hypothesis import HealthCheck, given, settings
 from judging import judged
 
-from lyra.backends.protocol import Backend, get_backend
+from lyra.backends.protocol import CAPABILITIES, Backend, get_backend
 from lyra.conformance.case import Case
+from lyra.conformance.declared import declared
 from lyra.conformance.judge import has
 from lyra.conformance.runner import Run
 from lyra.conformance.selection import selects
@@ -54,6 +55,12 @@ def test_a_backend_that_raises_is_errored_and_never_failed() -> None:
     assert outcome.exit_code == 1
     assert {failure.kind for failure in outcome.record.failures.values()} == {"errored"}
     assert all("RuntimeError: out of order" in failure.message for failure in outcome.record.failures.values())
+
+
+def test_every_capability_that_a_backend_may_claim_is_asked_for() -> None:
+    """All but "mesh": its devices are an object of one framework's."""
+    asked = {need for declaration in declared().values() for need in declaration.needs}
+    assert asked == CAPABILITIES.keys() - {"mesh"} | {"model"}
 
 
 def test_a_lacking_capability_is_counted_apart() -> None:

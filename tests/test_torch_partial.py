@@ -55,6 +55,15 @@ def test_keys_at_either_end_that_nobody_sees_are_left_out(seen: slice, monkeypat
     torch.testing.assert_close(finish(partial_attention(q, k, v, visible, scale=0.4)), at_once)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_all_queries_see_alike_serves_every_block(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = causal_inputs()
+    visible = (torch.arange(TOKENS) % 3 > 0)[None, None, None, None] if masked else None
+    at_once = finish(partial_attention(q, k, v, visible, scale=0.4))
+    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", 3 * 2 * 3 * TOKENS)
+    torch.testing.assert_close(finish(partial_attention(q, k, v, visible, scale=0.4)), at_once)
+
+
 def test_blocks_are_compiled_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which keys a block sees is not asked in compiled code: an answer would end the graph."""
     at_once = finish(causal_attention())

@@ -62,7 +62,7 @@ def pad_slots(static: PlacedStatic) -> PlacedStatic:
     return _with_slots(static, max(SMALLEST_SLOTS, round_up(slots, SMALLEST_SLOTS)))
 
 
-def pad_context(static: PlacedStatic, parts: int = 1) -> PlacedStatic:
+def pad_context(static: PlacedStatic, parts: int) -> PlacedStatic:
     """The same for the context of a whole model, in slots that can be spread over so many devices: another one of about
     its length compiles nothing.
     """

@@ -21,9 +21,11 @@ from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
 from lyra.spec.reference import reference
+from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from .hf_real import load_model, model_spec
+from .hf_sequential import InjectedLayer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 101,
@@ -106,6 +108,20 @@ class ModelOracle:
         """Logits, float32 [B,T,V], with the oracle's own attention in every layer that has a split."""
         with self._replaced(static, splits, mode):
             return self.logits(ids)
+
+    def logits_injected(
+        self, ids: np.ndarray, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]
+    ) -> np.ndarray:
+        """Logits, float32 [B,T,V], with the oracle's block behind self-attention in every layer of `blocks`."""
+        layers = self.module.model.layers
+        originals = {index: layers[index] for index in blocks}
+        try:
+            for index, original in originals.items():
+                layers[index] = InjectedLayer(original, blocks[index], static.get(index))
+            return self.logits(ids)
+        finally:
+            for index, original in originals.items():
+                layers[index] = original
 
     @contextmanager
     def _replaced(

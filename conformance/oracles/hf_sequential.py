@@ -1,4 +1,4 @@
-"""Hugging Face's Gemma3DecoderLayer around an injected block: its two halves, and the place between them.
+"""Hugging Face's Gemma3DecoderLayer around an injected block: its two halves, and the oracle's block between them.
 
 Every number is made by the layer's own, unmodified modules; this module only says in which order, as the layer's
 `forward` does: behind self-attention's residual add stands the block, and then comes the feed-forward half.
@@ -7,13 +7,18 @@ Every number is made by the layer's own, unmodified modules; this module only sa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RotaryEmbedding
 
 from lyra.spec.attention import AttentionSpec
+from lyra.spec.inputs import StaticLayer
+from lyra.spec.reference_sequential import own_keys, reference_sequential
+from lyra.spec.sequential import SequentialSpec
 
 from .hf_modules import config_of
 
@@ -67,16 +72,49 @@ class DecoderLayerOracle:
     @torch.inference_mode()
     def attention_half(self, x: np.ndarray) -> np.ndarray:
         """x [B,T,E] to the residual stream h [B,T,E] behind self-attention's residual add: where a block stands."""
-        layer, residual = self.module, torch.tensor(x)
-        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(residual), **self._around)
-        return (residual + layer.post_attention_layernorm(attended)).numpy()
+        return attention_half(self.module, torch.tensor(x), self._around).numpy()
 
     @torch.inference_mode()
     def feed_forward_half(self, h: np.ndarray) -> np.ndarray:
         """h [B,T,E] to the layer's output [B,T,E]: the pre-feed-forward norm and what follows it."""
-        layer, residual = self.module, torch.tensor(h)
-        fed = layer.mlp(layer.pre_feedforward_layernorm(residual))
-        return (residual + layer.post_feedforward_layernorm(fed)).numpy()
+        return feed_forward_half(self.module, torch.tensor(h)).numpy()
+
+
+def attention_half(layer: Gemma3DecoderLayer, x: torch.Tensor, around: Mapping[str, Any]) -> torch.Tensor:
+    """A decoder layer's first half: x [B,T,E] and what its attention is given beside it, to h [B,T,E]."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **around)
+    return x + layer.post_attention_layernorm(attended)
+
+
+def feed_forward_half(layer: Gemma3DecoderLayer, h: torch.Tensor) -> torch.Tensor:
+    """Its second half: h [B,T,E] to the layer's output [B,T,E]."""
+    return h + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h)))
+
+
+class InjectedLayer(nn.Module):
+    """A decoder layer with the oracle's block between its halves, for one call over all live tokens, without padding.
+
+    The block's weights are the layer's own (SEQUENTIAL-7).
+    """
+
+    def __init__(self, layer: Gemma3DecoderLayer, block: SequentialSpec, static: StaticLayer | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.block = block
+        self.static = static
+
+    def forward(self, hidden_states: torch.Tensor, **around: Any) -> torch.Tensor:
+        """hidden_states [B,T,E] -> [B,T,E]."""
+        state = {name: tensor.detach().numpy() for name, tensor in self.layer.state_dict().items()}
+        batch, tokens = hidden_states.shape[:2]
+        positions = np.broadcast_to(np.arange(tokens), (batch, tokens))
+        weights, own = self.block.weights_of(state), None
+        if self.block.source == "own":
+            entering = self.layer.input_layernorm(hidden_states).numpy()
+            own = own_keys(self.block.attention, weights, entering, positions=positions)
+        h = attention_half(self.layer, hidden_states, around).numpy()
+        stages = reference_sequential(self.block, weights, h, positions=positions, static=self.static, own=own)
+        return feed_forward_half(self.layer, torch.from_numpy(stages["output"].value.astype(np.float32)))
 
 
 def layer_weights(spec: AttentionSpec, weights: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:

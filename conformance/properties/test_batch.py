@@ -115,19 +115,23 @@ def test_reordering_the_cache(case: Case, judge: Judge) -> None:
 
 @prop("BATCH-5", case=cases(context=True, min_context=1, min_calls=2, padding=False), needs=("static", "cache", "crop"))
 def test_cropping_the_cache(case: Case, judge: Judge) -> None:
-    """Cropping a live cache takes tokens back, none where it has as many: going on is going on from the shorter one."""
+    """Cropping takes tokens back, or none: going on is going on from the shorter cache, and the longer one stays."""
     problem = case.problem()
-    first = case.calls[0]
+    first, end = case.calls[0], case.tokens - 1
+    rest, last = problem.part(slice(first, None), case.calls[1:]), problem.part(slice(end, None), (1,))
+    before = problem.part(slice(0, end), (first, end - first) if first < end else (end,))
 
     def check(subject: Subject) -> None:
         layer = subject.layer(problem)
         long = subject.run(problem)
         whole = layer.crop(long.cache, problem.x.shape[1])  # type: ignore[attr-defined]
         cropped = layer.crop(whole, first)  # type: ignore[attr-defined]
-        rest = problem.part(slice(first, None), case.calls[1:])
         again = subject.run(rest, cache=cropped).output
         subject.expect_close(
             problem, np.concatenate([long.output[:, :first], again], axis=1), long.output, "the first continuation"
         )
+        longer = subject.run(before).cache
+        subject.run(rest.replace(x=-rest.x), cache=layer.crop(longer, first))  # type: ignore[attr-defined]
+        subject.expect_last(problem, subject.run(last, cache=longer).output)
 
     judge.each(case, check)

@@ -79,7 +79,7 @@ def context(spec: AttentionSpec, contexts: int, static: int) -> StaticKV:
     layer = StaticLayer(_random(*shape), _random(*shape), np.ones_like(slots, dtype=bool), slots)
     placed = place_static(spec, layer)
     assert placed is not None
-    ready: StaticKV = prepare_static(pad_context(placed), inverse_frequencies(spec), shape_of(spec).sharding)
+    ready: StaticKV = prepare_static(pad_context(placed, 1), inverse_frequencies(spec), shape_of(spec).sharding)
     return ready
 
 

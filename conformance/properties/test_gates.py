@@ -1,0 +1,55 @@
+"""Clause SPLIT in whole models whose heads have gates: what `lyra choose` measures is what a split gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lyra.backends.protocol import GatedEngine
+from lyra.conformance.judge import Judge
+from lyra.conformance.oracles.hf_model import ModelOracle
+from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
+from lyra.conformance.registry import prop
+from lyra.conformance.subject import Subject
+from lyra.spec.attention import StaticSpec
+from lyra.spec.split import HeadSplit
+
+SLOTS, TEXT, SCORED = 13, 17, 6
+
+
+def nll_of_split(judged: ModelOracle, ids: np.ndarray, captured: Any, chosen: np.ndarray) -> float:
+    """Mean NLL in nats of the last SCORED of ids [1,T], the heads in `chosen`, bool [L,Hq], being Lyra heads."""
+    splits = {
+        layer: HeadSplit.from_q_heads(judged.spec.attention, tuple(np.flatnonzero(heads).tolist()), share_kv=None)
+        for layer, heads in zip(judged.spec.global_layers, chosen, strict=True)
+        if heads.any()
+    }
+    static = {layer: static_of(captured, layer, split.lyra_kv_heads) for layer, split in splits.items()}
+    scores = judged.logits_with(ids, static, splits, StaticSpec())[0, -SCORED - 1 : -1].astype(np.float64)
+    log_sum = np.log(np.exp(scores - scores.max(axis=1, keepdims=True)).sum(axis=1)) + scores.max(axis=1)
+    return float((log_sum - scores[np.arange(SCORED), ids[0, -SCORED:]]).mean())
+
+
+@prop("SPLIT-2", "SPLIT-4", "STATIC-1", needs=("model", "gates"))
+def test_gates_of_one_and_zero_are_a_split(judge: Judge) -> None:
+    """A gate of 1 makes a Lyra head, one of 0 a vanilla head: the NLL of a text is the oracle's for any such heads."""
+    judged, ids = oracle(small_folder()), tokens(TEXT, seed=3)
+    layers, query_heads = judged.spec.global_layers, judged.spec.num_attention_heads
+    captured = judged.capture(tokens(SLOTS), layers)
+    static = {layer: static_of(captured, layer, tuple(range(judged.spec.num_key_value_heads))) for layer in layers}
+    chosen = np.random.default_rng(0).integers(0, 2, (6, len(layers), query_heads)).astype(bool)
+    chosen[0], chosen[1] = False, True
+    wanted = np.array([nll_of_split(judged, ids, captured, heads) for heads in chosen])
+
+    def check(subject: Subject) -> None:
+        loaded = engine(subject, small_folder())
+        subject.expect(None, isinstance(loaded, GatedEngine), "its engine is no GatedEngine")
+        text = subject.attempt(lambda: loaded.gated(ids, SCORED, static))
+        got = subject.attempt(lambda: text.nll(chosen.astype(np.float32)))
+        subject.expect_model(got, wanted, "NLL of a text", "the oracle's model with these heads")
+        value, slope = subject.attempt(lambda: text.gradient(chosen[2].astype(np.float32)))
+        subject.expect_model(np.array(value), wanted[2], "NLL beside its gradient", "the oracle's model")
+        subject.expect(None, slope.shape == chosen[2].shape, f"the gradient has shape {slope.shape}")
+
+    judge.each(f"heads {chosen.astype(int).tolist()}", check)
