@@ -160,7 +160,7 @@ def test_a_trainable_context_gives_what_it_gives_as_it_is() -> None:
         for trainable in (False, True):
             injector.enable(context, split, live=mode.live, positions=mode.positions, trainable=trainable)
             found.append(model(ids).logits)
-        assert torch.equal(*found)
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)  # its keys are rotated at every call: other rounding
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
@@ -192,7 +192,7 @@ def test_the_trainer_tunes_a_context_and_nothing_else(tmp_path: Path, again: boo
     for name, value in again.state_dict().items():
         assert torch.equal(value, before[name]), name
     GemmaInjector(again).enable(StaticContext.load(tmp_path / "tuned.safetensors"), ALIGNED)
-    assert torch.equal(again(torch.tensor(random_ids(2, 9))).logits, trained)
+    torch.testing.assert_close(again(torch.tensor(random_ids(2, 9))).logits, trained, rtol=1e-5, atol=1e-5)
 
 
 def test_hidden_slots_are_not_tuned_and_rows_are() -> None:
