@@ -106,7 +106,11 @@ class ModelOracle:
         mode: StaticSpec,
     ) -> np.ndarray:
         """Logits, float32 [B,T,V], with the oracle's own attention in every layer that has a split."""
-        with self._replaced(static, splits, mode):
+        layers, attentions = self.module.model.layers, {}
+        for index, split in splits.items():
+            spec = self.spec.layer(index).replace(split=split, static=mode)
+            attentions[layers[index], "self_attn"] = OracleAttention(layers[index].self_attn, spec, static.get(index))
+        with replaced(attentions):
             return self.logits(ids)
 
     def logits_injected(
@@ -114,29 +118,25 @@ class ModelOracle:
     ) -> np.ndarray:
         """Logits, float32 [B,T,V], with the oracle's block behind self-attention in every layer of `blocks`."""
         layers = self.module.model.layers
-        originals = {index: layers[index] for index in blocks}
-        try:
-            for index, original in originals.items():
-                layers[index] = InjectedLayer(original, blocks[index], static.get(index))
+        injected = {
+            (layers, str(index)): InjectedLayer(layers[index], block, static.get(index))
+            for index, block in blocks.items()
+        }
+        with replaced(injected):
             return self.logits(ids)
-        finally:
-            for index, original in originals.items():
-                layers[index] = original
 
-    @contextmanager
-    def _replaced(
-        self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec
-    ) -> Iterator[None]:
-        layers = self.module.model.layers
-        originals = {index: layers[index].self_attn for index in splits}
-        try:
-            for index, original in originals.items():
-                spec = self.spec.layer(index).replace(split=splits[index], static=mode)
-                layers[index].self_attn = OracleAttention(original, spec, static.get(index))
-            yield
-        finally:
-            for index, original in originals.items():
-                layers[index].self_attn = original
+
+@contextmanager
+def replaced(modules: Mapping[tuple[nn.Module, str], nn.Module]) -> Iterator[None]:
+    """Other modules in the place of a module's children, by parent and name, while the block runs."""
+    originals = {place: getattr(*place) for place in modules}
+    try:
+        for place, module in modules.items():
+            setattr(*place, module)
+        yield
+    finally:
+        for place, original in originals.items():
+            setattr(*place, original)
 
 
 class OracleAttention(nn.Module):

@@ -27,8 +27,7 @@ def nll_of_split(judged: ModelOracle, ids: np.ndarray, captured: Any, chosen: np
     }
     static = {layer: static_of(captured, layer, split.lyra_kv_heads) for layer, split in splits.items()}
     scores = judged.logits_with(ids, static, splits, StaticSpec())[0, -SCORED - 1 : -1].astype(np.float64)
-    log_sum = np.log(np.exp(scores - scores.max(axis=1, keepdims=True)).sum(axis=1)) + scores.max(axis=1)
-    return float((log_sum - scores[np.arange(SCORED), ids[0, -SCORED:]]).mean())
+    return float((np.logaddexp.reduce(scores, axis=1) - scores[np.arange(SCORED), ids[0, -SCORED:]]).mean())
 
 
 @prop("SPLIT-2", "SPLIT-4", "STATIC-1", needs=("model", "gates"))

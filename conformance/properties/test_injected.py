@@ -63,6 +63,7 @@ def test_model_with_blocks_equals_oracle(judge: Judge, kind: str) -> None:
     ids, judged = tokens(11, seed=1, rows=2), oracle(small_folder())
     static, blocks = blocks_for(judged, **KINDS[kind])
     other = {layer: block.replace(gate=block.gate / 2) for layer, block in blocks.items()}
+    wanted, regated = (judged.logits_injected(ids, static, given) for given in (blocks, other))
 
     def check(subject: Subject) -> None:
         loaded = engine(subject, small_folder())
@@ -70,9 +71,7 @@ def test_model_with_blocks_equals_oracle(judge: Judge, kind: str) -> None:
         plain = subject.attempt(lambda: loaded.logits(ids))
         subject.attempt(lambda: loaded.inject(static, blocks))
         got = subject.attempt(lambda: loaded.logits(ids))
-        subject.expect_model(
-            got, judged.logits_injected(ids, static, blocks), "logits with blocks", "the oracle's model"
-        )
+        subject.expect_model(got, wanted, "logits with blocks", "the oracle's model")
         new = subject.attempt(lambda: loaded.generate(ids, max_new_tokens=NEW))
         subject.expect(None, new.shape == (len(ids), NEW), f"{new.shape} tokens, asked for {NEW} in {len(ids)} rows")
         whole = np.concatenate([ids, new], axis=1)
@@ -82,9 +81,7 @@ def test_model_with_blocks_equals_oracle(judge: Judge, kind: str) -> None:
         subject.expect(None, best, f"greedy tokens {new.tolist()} are not the most likely ones")
         subject.attempt(lambda: loaded.set_gates({layer: block.gate for layer, block in other.items()}))
         got = subject.attempt(lambda: loaded.logits(ids))
-        subject.expect_model(
-            got, judged.logits_injected(ids, static, other), "logits with other gates", "the oracle's model"
-        )
+        subject.expect_model(got, regated, "logits with other gates", "the oracle's model")
         subject.attempt(loaded.detach)
         after = subject.attempt(lambda: loaded.logits(ids))
         subject.expect(None, bool((after == plain).all()), "taking the blocks out does not give the model back")

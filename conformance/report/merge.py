@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,13 @@ def _add(one: DistancePart, other: DistancePart) -> DistancePart:
 def _hardware(name: str, reports: Sequence[Report]) -> str | None:
     """What a backend computed on in any of the shards, each thing once."""
     said = (one.hardware for report in reports for one in report.backends if one.name == name)
-    return "; ".join(dict.fromkeys(filter(None, said))) or None
+    return _once(filter(None, said)) or None
 
 
 def _joined(machines: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """What was said of the machines, each thing once."""
-    return {key: "; ".join(dict.fromkeys(machine[key] for machine in machines)) for key in machines[0]}
+    return {key: _once(machine[key] for machine in machines) for key in machines[0]}
+
+
+def _once(said: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(said))
