@@ -13,13 +13,14 @@ from .case import Problem
 class Input:
     """One input, cut into `calls`, and what each backend answered: all live tokens, the first time it was asked.
 
-    `held` names the backends whose answers were compared with the oracle's.
+    `held` names the backends whose answers were compared with the oracle's; `facts` is what is known of premises.
     """
 
     problem: Problem
     calls: tuple[int, ...]
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
+    facts: dict[str, bool] = field(default_factory=dict)
 
 
 class Inputs:

@@ -62,8 +62,10 @@ def judge(request: pytest.FixtureRequest) -> Judge:
         raise pytest.UsageError(f"{request.node.name}: only a property, declared with @prop, can ask for a judge")
     session = sessions.current()
     summary = (declaration.check.__doc__ or "").strip().splitlines()[0]
-    prop = session.record.register(property_name(request.node), declaration.statements, summary)
-    made = Judge(session.backends, session.record, prop, declaration.needs)
+    premises = declaration.premises if request.config.stash[REPLAY] is None else ()  # one case, whatever it meets
+    names = [premise.name for premise in premises]
+    prop = session.record.register(property_name(request.node), declaration.statements, summary, names)
+    made = Judge(session.backends, session.record, prop, declaration.needs, premises)
     if not made.subjects:
         pytest.skip("unsupported: " + "; ".join(f"{name} {t.why_unsupported}" for name, t in prop.tallies.items()))
     return made

@@ -44,6 +44,7 @@ def wanted_gradients(problem: Problem, cotangent: np.ndarray) -> dict[str, Uncer
 def ask(subject: Subject, problem: Problem, cotangent: np.ndarray) -> dict[str, np.ndarray]:
     """A backend's gradients by name. Raises BackendError, and Divergence where an answer is missing or too much."""
     layer = subject.layer(problem)
+    subject.note(problem, (problem.x.shape[1],))
     if not isinstance(layer, DifferentiableAttention):
         raise Divergence(subject.name, 'the backend claims "grad", but its layer has no vjp', problem)
     found: Gradients = subject.attempt(

@@ -13,6 +13,7 @@ from lyra.spec.uncertain import Uncertain
 
 from .asked import Inputs
 from .case import Case, Problem
+from .premises import Premise
 from .record import Failure, Property, Record
 from .subject import BackendError, Divergence, Subject, expected, label
 from .tolerance import K_PAIR, distance
@@ -21,9 +22,17 @@ from .tolerance import K_PAIR, distance
 class Judge:
     """What a property is given: the backends that have the capabilities it needs, and the ways to hold them to it."""
 
-    def __init__(self, backends: Sequence[Backend], record: Record, prop: Property, needs: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        record: Record,
+        prop: Property,
+        needs: Sequence[str] = (),
+        premises: Sequence[Premise] = (),
+    ) -> None:
         self.record = record
         self.property = prop
+        self.premises = premises
         self.subjects: list[Subject] = []
         for backend in backends:
             missing = [need for need in needs if not has(backend, need)]
@@ -75,9 +84,18 @@ class Judge:
             found = BackendError(subject.name, error)
             found.__cause__ = error
         tally.cases += max(1, len(inputs.compared([subject.name])))
-        if found is not None:
+        if found is None:
+            for premise in self.premises:
+                tally.met[premise.name] += any(premise.met_by(one) for one in subject.asked)
+        else:
             self._keep(case, subject, found)
         return found
+
+    def meet(self, premise: Premise, holds: bool) -> None:
+        """Say of a premise that no single input shows whether it is met now, by every backend."""
+        if premise in self.premises:
+            for subject in self.subjects:
+                self.property.tally(subject.name).met[premise.name] += bool(holds)
 
     def oracle(self, case: Case) -> None:
         """Every backend, run as the case says, agrees with the oracle and with every other backend (TOLERANCE-1)."""

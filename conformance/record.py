@@ -8,8 +8,8 @@ from typing import Literal
 
 from .shard import Shard
 
-Status = Literal["passed", "failed", "errored", "unsupported"]
-SEVERITY: tuple[Status, ...] = ("unsupported", "passed", "failed", "errored")
+Status = Literal["passed", "failed", "errored", "vacuous", "unsupported"]
+SEVERITY: tuple[Status, ...] = ("unsupported", "passed", "vacuous", "failed", "errored")
 
 NARROW = ", bfloat16"
 """Ends the name of what was compared in bfloat16, where σ is another one (TOLERANCE-4)."""
@@ -31,31 +31,42 @@ class Failure:
 
 @dataclass
 class Tally:
-    """What one backend did in one property."""
+    """What one backend did in one property. `met` counts the checks in which each of its premises was met."""
 
     cases: int = 0
-    status: Status = "unsupported"
-    worst: float = 0.0
+    marked: Status = "unsupported"
     why_unsupported: str = ""
+    met: dict[str, int] = field(default_factory=dict)
 
     def mark(self, status: Status) -> None:
-        """Keep the graver of the old and the new status."""
-        if SEVERITY.index(status) > SEVERITY.index(self.status):
-            self.status = status
+        """Keep the graver of the old and the new mark."""
+        if SEVERITY.index(status) > SEVERITY.index(self.marked):
+            self.marked = status
+
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """The premises that never came up."""
+        return tuple(name for name, count in self.met.items() if not count)
+
+    @property
+    def status(self) -> Status:
+        """What became of the property: it was marked so; without what it is about nothing has passed."""
+        return "vacuous" if self.marked == "passed" and self.unmet else self.marked
 
 
 @dataclass
 class Property:
-    """A property of the suite, as registered by its decorator."""
+    """A property of the suite, as registered by its decorator. `premises` are the names of its premises."""
 
     name: str
     statements: tuple[str, ...]
     summary: str
+    premises: tuple[str, ...] = ()
     tallies: dict[str, Tally] = field(default_factory=dict)
 
     def tally(self, backend: str) -> Tally:
         """The tally of a backend, made on first use."""
-        return self.tallies.setdefault(backend, Tally())
+        return self.tallies.setdefault(backend, Tally(met=dict.fromkeys(self.premises, 0)))
 
 
 @dataclass
@@ -76,9 +87,9 @@ class Record:
     finished: int = 0
     shard: Shard | None = None
 
-    def register(self, name: str, statements: Iterable[str], summary: str) -> Property:
+    def register(self, name: str, statements: Iterable[str], summary: str, premises: Iterable[str] = ()) -> Property:
         """The record of a property, made on first use."""
-        return self.properties.setdefault(name, Property(name, tuple(statements), summary))
+        return self.properties.setdefault(name, Property(name, tuple(statements), summary, tuple(premises)))
 
     def fail(self, failure: Failure) -> None:
         """Keep the latest failure of a property on a backend: while Hypothesis shrinks, the latest is the smallest."""

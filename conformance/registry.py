@@ -15,6 +15,7 @@ from hypothesis.strategies import SearchStrategy
 from lyra.spec.clauses import statements as known_statements
 
 from .case import Case
+from .premises import Premise
 from .session import current
 
 
@@ -26,11 +27,13 @@ class Declaration:
     needs: tuple[str, ...]
     profile: str
     check: Callable[..., None]
+    premises: tuple[Premise, ...]
     weight: float = 1.0
 
 
 def prop(
     *statements: str,
+    premise: Premise | tuple[Premise, ...] = (),
     case: SearchStrategy[Case] | None = None,
     needs: tuple[str, ...] = (),
     weight: float = 1.0,
@@ -39,6 +42,7 @@ def prop(
     """Declare a property: `@prop("STATIC-2", case=cases(context=True), needs=("static",))`.
 
     statements  the statements of SPEC.md it holds; the first is the one a failure is reported under
+    premise     what has to come up in its cases, all of it if several: where it never does, nothing has passed
     case        a strategy; the property then takes `case` and `judge`. Without one it is an ordinary pytest function
     needs       capabilities; a backend without them is unsupported, not failed
     weight      multiplies the profile's number of examples; what a property costs, where shards are balanced
@@ -48,6 +52,8 @@ def prop(
     unknown = [one for one in statements if one not in known_statements()]
     if unknown or not statements:
         raise ValueError(f"a property must cite statements of SPEC.md; unknown: {unknown}")
+
+    premises = (premise,) if isinstance(premise, Premise) else tuple(premise)
 
     def declare(function: Callable[..., None]) -> Any:
         if not inspect.getdoc(function):
@@ -69,7 +75,7 @@ def prop(
                     HealthCheck.large_base_example,
                 ],
             )(seed(session.seed)(given(case=case)(with_data(function, session.profile.data))))
-        return pytest.mark.lyra(Declaration(tuple(statements), tuple(needs), profile, function, weight))(test)
+        return pytest.mark.lyra(Declaration(tuple(statements), tuple(needs), profile, function, premises, weight))(test)
 
     return declare
 

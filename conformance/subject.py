@@ -113,8 +113,14 @@ class Subject:
     def begin(self, inputs: Inputs) -> None:
         """A check begins: forget what this backend was asked in the one before."""
         self.inputs = inputs
+        self.asked: list[Input] = []
         self._answers: list[tuple[Input, Problem, Outcome]] = []
         self._held: set[tuple[int, int]] = set()
+
+    def note(self, problem: Problem, calls: tuple[int, ...]) -> Input:
+        """The input that this backend is asked: what premises are looked for in."""
+        self.asked.append(found := self.inputs.note(problem, calls))
+        return found
 
     def can(self, capability: str) -> bool:
         """Whether the backend claims a capability."""
@@ -144,7 +150,7 @@ class Subject:
         calls = calls if calls is not None else problem.calls
         if not self.can("cache"):
             calls = (sum(calls),)
-        whole = self.inputs.note(problem, calls) if cache is None else None
+        whole = self.note(problem, calls) if cache is None else None
         layer = layer if layer is not None else self.layer(problem)
         owner = None if problem.own is None else self.layer(problem.own)
         outputs: list[np.ndarray] = []

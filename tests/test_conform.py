@@ -32,7 +32,7 @@ MINE = "backends_for_tests"
 def test_exit_codes() -> None:
     right = conform(*QUICK, f"{MINE}:Wrapped")
     assert right.exit_code == 0, right.stdout
-    assert "wrapped: conforms. 1 passed, 0 failed, 0 errored, 0 unsupported" in right.stdout
+    assert "wrapped: conforms. 1 passed, 0 failed, 0 errored, 0 vacuous, 0 unsupported" in right.stdout
     wrong = conform(*QUICK, f"{MINE}:NullZeros")
     assert wrong.exit_code == 1
     assert "zeros: does not conform. 0 passed, 1 failed" in wrong.stdout

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from lyra.cli import application
 from lyra.conformance.case import Case, Context
 from lyra.conformance.declared import declared
+from lyra.conformance.gather import handed_over, take_in
 from lyra.conformance.record import Failure, Record
 from lyra.conformance.registry import prop
 from lyra.conformance.report.charts import head_map, histogram_chart
@@ -78,14 +79,14 @@ def test_the_numbers(session: Session) -> None:
     report = report_data(session, 5.0)
     assert not report.ok
     assert [one.verdict for one in report.backends] == ["conforms", "does not conform"]
-    assert report.backends[0].counts == {"passed": 3, "failed": 0, "errored": 0, "unsupported": 0}
-    assert report.backends[1].counts == {"passed": 0, "failed": 1, "errored": 1, "unsupported": 1}
+    assert report.backends[0].counts == {"passed": 3, "failed": 0, "errored": 0, "vacuous": 0, "unsupported": 0}
+    assert report.backends[1].counts == {"passed": 0, "failed": 1, "errored": 1, "vacuous": 0, "unsupported": 1}
     assert report.cases_per_second == 250.5
     assert [clause.name for clause in report.clauses] == ["ORDER", "STATIC", "LIVE", "TOLERANCE"]
     last = report.clauses[-1]
     assert last.properties == 3
     assert last.status == {"right": "passed", "wrong": "errored"}
-    assert last.counts["wrong"] == {"passed": 0, "failed": 1, "errored": 1, "unsupported": 1}
+    assert last.counts["wrong"] == {"passed": 0, "failed": 1, "errored": 1, "vacuous": 0, "unsupported": 1}
     assert last.cases == {"right": 3000, "wrong": 4}
     errored, failed = report.failures
     assert isinstance(failed.case, dict)
@@ -140,6 +141,61 @@ def test_one_idle_backend_is_no_pass() -> None:
     assert record.ok
     prop.tally("idle").why_unsupported = "lacks static"
     assert not record.ok
+
+
+@pytest.fixture
+def vacuous(session: Session) -> Session:
+    """The same run with a property more, of two premises: one backend met both, the other one of them."""
+    made = session.record.register("scale::huge", ("SCALE-3",), "Huge scores.", ["a score above 10,000", "<padding>"])
+    for name, met in (("right", (3, 0)), ("wrong", (3, 2))):
+        made.tally(name).mark("passed")
+        made.tally(name).met.update(zip(made.premises, met, strict=True))
+    return session
+
+
+def test_what_never_met_its_premise_has_not_passed(vacuous: Session) -> None:
+    report = report_data(vacuous, 1.0)
+    right, wrong = report.backends
+    assert (right.verdict, right.counts["passed"], right.counts["vacuous"]) == ("conforms", 3, 1)
+    assert (wrong.counts["passed"], wrong.counts["vacuous"]) == (1, 0)
+    (tallies,) = (one.backends for one in report.properties if one.name == "scale::huge")
+    assert tallies["right"].premises == {"a score above 10,000": 3, "<padding>": 0}
+    assert (tallies["right"].status, tallies["wrong"].status) == ("vacuous", "passed")
+    assert next(one.status for one in report.clauses if one.name == "SCALE") == {"right": "vacuous", "wrong": "passed"}
+    told = "Vacuous, since this never came up: scale::huge (<padding>)"
+    page = Reader(html(report)).text
+    for text in (markdown(report), page, shown(report)):
+        assert told in text
+        assert "1 vacuous" in text
+    assert "○ vacuous never met: <padding>" in page
+    assert "premise: a score above 10,000; <padding>" in page
+
+
+def test_a_failure_weighs_more_than_an_unmet_premise(vacuous: Session) -> None:
+    vacuous.record.fail(Failure("scale::huge", "right", ("SCALE-3",), "failed", "off", None, None))
+    assert vacuous.record.properties["scale::huge"].tally("right").status == "failed"
+
+
+def test_nothing_was_compared_where_every_premise_was_missed(vacuous: Session) -> None:
+    record = vacuous.record
+    record.failures.clear()
+    record.properties = {"scale::huge": record.properties["scale::huge"]}
+    assert [one.verdict for one in report_data(vacuous, 1.0).backends] == ["nothing compared", "conforms"]
+    assert not record.ok
+
+
+def test_a_worker_hands_over_what_was_met(vacuous: Session) -> None:
+    before = report_data(vacuous, 1.0).properties
+    seen = handed_over()
+    vacuous.record = Record()
+    take_in(seen)
+    assert report_data(vacuous, 1.0).properties == before
+
+
+def shown(report: Report) -> str:
+    console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_report(console, report)
+    return console.export_text()
 
 
 def test_the_report_keeps_its_schema(session: Session) -> None:
@@ -282,7 +338,7 @@ def test_charts() -> None:
 def test_the_markdown(session: Session) -> None:
     report = report_data(session, 5.0)
     text = markdown(report)
-    assert "- **right: conforms.** 3 passed, 0 failed, 0 errored, 0 unsupported" in text
+    assert "- **right: conforms.** 3 passed, 0 failed, 0 errored, 0 vacuous, 0 unsupported" in text
     assert "| ORDER | the stages of a layer | ✓ 1 passed | ✗ 1 failed |" in text
     assert "lyra conform --backend wrong --replay cases/one.json" in text
     widths = {line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("| ")}
@@ -301,15 +357,13 @@ def test_the_job_summary_is_appended_where_there_is_one(session: Session, tmp_pa
 
 
 def test_the_table_shows_the_same_numbers(session: Session) -> None:
-    console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     report = report_data(session, 5.0)
-    print_report(console, report)
-    text = console.export_text()
+    text = shown(report)
     for clause in report.clauses:
         row = next(line for line in text.splitlines() if line.startswith(f"│ {clause.name} "))
         assert f"passed {clause.cases['right']:,}" in re.sub(" +", " ", row)
-    assert "right: conforms. 3 passed, 0 failed, 0 errored, 0 unsupported" in text
-    assert "wrong: does not conform. 0 passed, 1 failed, 1 errored, 1 unsupported" in text
+    assert "right: conforms. 3 passed, 0 failed, 0 errored, 0 vacuous, 0 unsupported" in text
+    assert "wrong: does not conform. 0 passed, 1 failed, 1 errored, 0 vacuous, 1 unsupported" in text
 
 
 def test_every_must_is_held_by_a_property_or_listed_with_its_reason() -> None:

@@ -29,7 +29,7 @@ FORMAT: Literal[1] = 1
 PACKAGES = ("lyra", "numpy", "torch", "transformers", "jax", "flax", "hypothesis", "pytest")
 AGAINST_ORACLE = frozenset(name for names in TRACES.values() for name in names) | {"gradients"}
 WHOLE_MODEL = ", whole model"
-STATUSES: tuple[Status, ...] = ("passed", "failed", "errored", "unsupported")
+STATUSES: tuple[Status, ...] = ("passed", "failed", "errored", "vacuous", "unsupported")
 PERCENTILES = (50, 90, 99, 99.9, 100)
 EDGES = tuple(K * 2.0 ** (i / 2) for i in range(-18, 7))
 """Edges of the bins that |Δ|/σ is counted in: half octaves from K/512 to 8·K, K on one of them."""
@@ -56,9 +56,17 @@ class BackendPart(Part):
 class TallyPart(Part):
     """What one backend did in one property."""
 
-    status: Status
+    status: Status = Field(description="vacuous: nothing was wrong, but a premise was never met")
     cases: int = Field(description="compared cases")
     why_unsupported: str | None
+    premises: dict[str, int] = Field(
+        default_factory=dict, description="in how many checks each premise of the property was met"
+    )
+
+    @property
+    def unmet(self) -> list[str]:
+        """The premises that were never met."""
+        return [name for name, count in self.premises.items() if not count]
 
 
 class PropertyPart(Part):
@@ -67,6 +75,7 @@ class PropertyPart(Part):
     name: str
     summary: str
     statements: list[str]
+    premises: list[str] = Field(default_factory=list, description="what has to come up in its cases")
     backends: dict[str, TallyPart]
 
 
@@ -276,8 +285,14 @@ def _property(prop: Property) -> PropertyPart:
         name=prop.name,
         summary=prop.summary,
         statements=list(prop.statements),
+        premises=list(prop.premises),
         backends={
-            backend: TallyPart(status=tally.status, cases=tally.cases, why_unsupported=tally.why_unsupported or None)
+            backend: TallyPart(
+                status=tally.status,
+                cases=tally.cases,
+                why_unsupported=tally.why_unsupported or None,
+                premises=tally.met,
+            )
             for backend, tally in prop.tallies.items()
         },
     )
@@ -310,6 +325,16 @@ def percentiles(values: Mapping[str, int], largest: float) -> dict[str, float]:
 def report_schema() -> dict[str, Any]:
     """The JSON Schema of a report, which schema.json beside this file holds."""
     return {"$schema": DIALECT, **Report.model_json_schema()}
+
+
+def vacuous(report: Report, backend: str) -> str | None:
+    """The properties whose premise a backend's cases never met, each with the premise, in a sentence; None without."""
+    found = [
+        f"{prop.name} ({'; '.join(prop.backends[backend].unmet)})"
+        for prop in report.properties
+        if backend in prop.backends and prop.backends[backend].status == "vacuous"
+    ]
+    return f"Vacuous, since this never came up: {', '.join(found)}" if found else None
 
 
 def shortfall(report: Report) -> str | None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from .data import STATUSES, Report, part_of, shortfall
+from .data import STATUSES, Report, part_of, shortfall, vacuous
 from .page import SIGN
 from .table import counted
 
@@ -18,7 +18,10 @@ SHOWN = 20
 def markdown(report: Report) -> str:
     """Verdicts, clause × backend table and the first failures."""
     lines = ["### Lyra conformance", ""]
-    lines += [f"- **{one.name}: {one.verdict}.** {counted(one.counts)}" for one in report.backends]
+    for one in report.backends:
+        lines.append(f"- **{one.name}: {one.verdict}.** {counted(one.counts)}")
+        if empty := vacuous(report, one.name):
+            lines.append(f"  {empty}")
     lines += [""]
     if lacking := shortfall(report):
         lines += [f"**Cut short: {lacking}.**", ""]

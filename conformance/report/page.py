@@ -15,9 +15,21 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.clauses import statements
 
 from .charts import head_map, histogram_chart, small_histogram
-from .data import STATUSES, DistancePart, FailurePart, Report, ShardsPart, TallyPart, Verdict, part_of, shortfall
+from .data import (
+    STATUSES,
+    DistancePart,
+    FailurePart,
+    PropertyPart,
+    Report,
+    ShardsPart,
+    TallyPart,
+    Verdict,
+    part_of,
+    shortfall,
+    vacuous,
+)
 
-SIGN: dict[Status, str] = {"passed": "✓", "failed": "✗", "errored": "!", "unsupported": "–"}
+SIGN: dict[Status, str] = {"passed": "✓", "failed": "✗", "errored": "!", "vacuous": "○", "unsupported": "–"}
 COLOUR: dict[Verdict, Status] = {
     "conforms": "passed",
     "passed in this shard": "passed",
@@ -71,6 +83,8 @@ def _head(report: Report) -> str:
             f'<div class="verdict {COLOUR[backend.verdict]}"><strong>{escape(backend.name)}: {backend.verdict}</strong>'
             f"{said(backend.counts)}</div>"
         )
+        if empty := vacuous(report, backend.name):
+            parts.append(f'<div class="verdict vacuous"><strong>{escape(backend.name)}</strong> {escape(empty)}</div>')
     if lacking := shortfall(report):
         parts.append(
             f'<div class="verdict unsupported"><strong>The run was cut short</strong><span>{escape(lacking)}; of the '
@@ -96,7 +110,8 @@ def _matrix(report: Report) -> str:
         rows.append(f'<tr><th scope="row">{clause.name}</th><td class="says">{escape(clause.title)}</td>{cells}</tr>')
     return (
         "<h2>Clause by clause</h2>\n<p class='dim'>A count is of properties; one that cites several clauses counts in "
-        "each. Unsupported: the backend lacks a capability that the property needs.</p>\n"
+        "each. Unsupported: the backend lacks a capability that the property needs. Vacuous: what the property is "
+        "about never came up in its cases, so that nothing has passed.</p>\n"
         f'<div class="scroll"><table><thead><tr><th scope="col">clause</th><th scope="col">says</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -210,18 +225,25 @@ def _properties(report: Report) -> str:
         for backend in report.backends:
             tally = prop.backends.get(backend.name, NOTHING)
             why = escape(tally.why_unsupported or "") or _cases(tally.cases)
+            if tally.status == "vacuous":
+                why += f"<br>never met: {escape('; '.join(tally.unmet))}"
             cells += (
                 f'<td class="{tally.status}">{SIGN[tally.status]} {tally.status} <span class="cases">{why}</span></td>'
             )
         rows.append(
             f'<tr><th scope="row"><code>{escape(prop.name)}</code></th><td>{escape(prop.summary)}<br>'
-            f'<span class="dim">{", ".join(prop.statements)}</span></td>{cells}</tr>'
+            f'<span class="dim">{", ".join(prop.statements)}{_premises(prop)}</span></td>{cells}</tr>'
         )
     return (
         f"<h2>Properties</h2>\n<details><summary>All {len(rows)} properties</summary><div class='scroll'><table><thead>"
         f'<tr><th scope="col">property</th><th scope="col">says, and holds</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
+
+
+def _premises(prop: PropertyPart) -> str:
+    """What the property is about: its cases have to meet it."""
+    return f"; premise: {escape('; '.join(prop.premises))}" if prop.premises else ""
 
 
 def _run(report: Report) -> str:

@@ -12,9 +12,15 @@ from rich.text import Text
 from lyra.conformance.record import Failure, Status
 from lyra.conformance.replay import describe
 
-from .data import STATUSES, FailurePart, Report, part_of, shortfall
+from .data import STATUSES, FailurePart, Report, part_of, shortfall, vacuous
 
-STYLE: dict[Status, str] = {"passed": "green", "failed": "bold red", "errored": "bold magenta", "unsupported": "yellow"}
+STYLE: dict[Status, str] = {
+    "passed": "green",
+    "failed": "bold red",
+    "errored": "bold magenta",
+    "vacuous": "bold yellow",
+    "unsupported": "yellow",
+}
 
 
 def conformance_table(report: Report, width: int = 100) -> Table:
@@ -61,7 +67,7 @@ def _failure(part: FailurePart) -> Failure:
 
 
 def counted(counts: dict[Status, int]) -> str:
-    """All four counts in words, zeros too."""
+    """All counts in words, zeros too."""
     return ", ".join(f"{counts[status]} {status}" for status in STATUSES)
 
 
@@ -86,4 +92,6 @@ def closing(report: Report) -> RenderableType:
     for one in report.backends:
         style = "bold green" if one.verdict in ("conforms", "passed in this shard") else "bold red"
         lines.append(Text(f"{one.name}: {one.verdict}. {counted(one.counts)}", style=style))
+        if empty := vacuous(report, one.name):
+            lines.append(Text(f"  {empty}", style=STYLE["vacuous"]))
     return Group(*lines)

@@ -22,10 +22,13 @@ NOT_HELD = {
 
 
 class HoldingPart(Part):
-    """A property: its name in reports, what must hold, the capabilities it needs, the smallest profile it runs in."""
+    """A property: its name in reports, what must hold, what has to come up in its cases, the capabilities it needs,
+    the smallest profile it runs in.
+    """
 
     name: str
     summary: str
+    premises: list[str]
     needs: list[str]
     profile: str
 
@@ -68,7 +71,13 @@ def listing() -> Listing:
     holding: dict[str, list[HoldingPart]] = {}
     for name, declaration in declared().items():
         summary = (inspect.getdoc(declaration.check) or "").splitlines()[0]
-        part = HoldingPart(name=name, summary=summary, needs=list(declaration.needs), profile=declaration.profile)
+        part = HoldingPart(
+            name=name,
+            summary=summary,
+            premises=[premise.name for premise in declaration.premises],
+            needs=list(declaration.needs),
+            profile=declaration.profile,
+        )
         for statement in declaration.statements:
             holding.setdefault(statement, []).append(part)
     breaking: dict[str, list[FaultPart]] = {}
@@ -106,7 +115,10 @@ def listing_table(found: Listing) -> Table:
     for clause in found.clauses:
         for one in clause.statements:
             name = Text(f"{one.id}\n", style="bold").append(one.level, style="not bold dim")
-            held = Text("\n".join(part.name for part in one.properties))
+            held = Text()
+            for part in one.properties:
+                held.append("\n" if held else "").append(part.name)
+                held.append(f"\n  premise: {'; '.join(part.premises)}" if part.premises else "", style="dim")
             if not one.properties:
                 held = Text(f"none: {one.not_held}", style="yellow")
             table.add_row(name, Text(one.text), held, Text("\n".join(part.id for part in one.faults)))
