@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import SpecError
+from .text_file import parse_json, parse_toml, read_toml
 
 
 class SpecModel(BaseModel):
@@ -54,11 +54,7 @@ class SpecModel(BaseModel):
     @classmethod
     def from_json(cls, text: str) -> Self:
         """The spec a JSON text describes. Raises SpecError."""
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SpecError(f"{cls.__name__}: not JSON ({error})") from None
-        return cls.from_dict(fields)
+        return cls.from_dict(parse_json(text, f"{cls.__name__}: the text", what="its fields"))
 
     def to_toml(self, path: str | os.PathLike[str] | None = None) -> str:
         """The spec as TOML text, also written to `path` (through a temporary name) if one is given."""
@@ -73,12 +69,8 @@ class SpecModel(BaseModel):
     def from_toml(cls, source: str | os.PathLike[str]) -> Self:
         """The spec of a TOML file (a path ending in .toml) or a TOML text. Raises SpecError, FileNotFoundError."""
         is_file = isinstance(source, os.PathLike) or ("\n" not in source and source.endswith(".toml"))
-        text = Path(source).read_text() if is_file else str(source)
-        try:
-            fields = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise SpecError(f"{cls.__name__}: {source if is_file else 'the text'} is not TOML ({error})") from None
-        return cls.from_dict(fields)
+        what = f"the fields of {cls.__name__}"
+        return cls.from_dict(read_toml(source, what=what) if is_file else parse_toml(str(source), what=what))
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:

@@ -38,7 +38,7 @@ _STATEMENT = re.compile(r"^- \*\*([A-Z]+-\d+)\*\* \((MUST|SHOULD)\) (.+)$")
 @cache
 def clauses() -> dict[str, Clause]:
     """Every clause of SPEC.md by name, in the order of the page."""
-    return parse((files("lyra.spec") / "SPEC.md").read_text())
+    return parse((files("lyra.spec") / "SPEC.md").read_text(encoding="utf-8"))
 
 
 @cache

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
+
 from pydantic import ValidationError
+
+SHOWN = 8
+"""Problems of one spec that a message tells."""
 
 
 class SpecError(ValueError):
@@ -12,15 +17,18 @@ class SpecError(ValueError):
     def from_validation(cls, owner: str, error: ValidationError) -> SpecError:
         """Flatten pydantic's report into one line per problem, without its links and input dumps."""
         lines = []
-        for item in error.errors(include_url=False, include_context=False):
+        problems = error.errors(include_url=False, include_context=False)
+        for item in problems[:SHOWN]:
             where = ".".join(str(part) for part in item["loc"])
             message = item["msg"].removeprefix("Value error, ")
             speaks = item["type"] in {"value_error", "missing", "extra_forbidden"}
-            got = "" if speaks else f", got {item['input']!r}"
+            got = "" if speaks else f", got {reprlib.repr(item['input'])}"
             if item["type"] == "value_error" and message.startswith(owner):
                 lines.append(message)
             else:
                 lines.append(f"{owner}{'.' + where if where else ''}: {message}{got}")
+        if len(problems) > SHOWN:
+            lines.append(f"{len(problems) - SHOWN} more of the kind")
         return cls("\n".join(lines))
 
 

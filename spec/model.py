@@ -14,6 +14,7 @@ from .attention import AttentionSpec, Positive, QKNormSpec, RopeSpec, Size, Stat
 from .base import SpecModel
 from .errors import SpecError
 from .split import HeadSplit
+from .text_file import read_toml
 
 LayerType = Literal["sliding", "global"]
 
@@ -181,7 +182,7 @@ class ModelSpec(SpecModel):
         """A model the package knows by name. Raises SpecError with the known names."""
         if name not in presets():
             raise SpecError(f"unknown preset {name!r}; known: {', '.join(presets())}")
-        return cls.from_toml((files("lyra.spec") / "presets" / f"{name}.toml").read_text())
+        return cls.from_toml((files("lyra.spec") / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def presets() -> tuple[str, ...]:
@@ -192,18 +193,14 @@ def presets() -> tuple[str, ...]:
 
 def load_spec(source: str | os.PathLike[str]) -> ModelSpec | AttentionSpec:
     """A preset's name or a TOML file; the file describes a model or a single attention layer. Raises SpecError."""
+    if not isinstance(source, str | os.PathLike):
+        raise SpecError(f"a spec is named by a text or a path, not by {source!r:.200}")
     text = os.fspath(source)
     if text in presets():
         return ModelSpec.preset(text)
     if not text.endswith(".toml") or not os.path.isfile(text):
         raise SpecError(f"{text!r} is neither a .toml file nor a preset; presets: {', '.join(presets())}")
-    import tomllib
-
-    with open(text, "rb") as file:
-        try:
-            fields = tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
-            raise SpecError(f"{text} is not TOML ({error})") from None
+    fields = read_toml(text, what="the fields of a model or of an attention layer")
     return ModelSpec.from_dict(fields) if "pattern" in fields else AttentionSpec.from_dict(fields)
 
 

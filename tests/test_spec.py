@@ -131,7 +131,7 @@ def test_toml_files(tmp_path: Path) -> None:
         AttentionSpec.from_toml("hidden_size = \n")
     with pytest.raises(SpecError, match="not JSON"):
         AttentionSpec.from_json("{")
-    with pytest.raises(SpecError, match="expected a table"):
+    with pytest.raises(SpecError, match="holds a list; expected JSON"):
         AttentionSpec.from_json("[1]")
     with pytest.raises(FileNotFoundError):
         AttentionSpec.from_toml(str(tmp_path / "none.toml"))
