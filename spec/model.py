@@ -10,33 +10,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .attention import AttentionSpec, Positive, QKNormSpec, RopeSpec, Size, StaticSpec
+from .attention import AttentionSpec, Positive, Size, StaticSpec
 from .base import SpecModel
 from .errors import SpecError
+from .hf_config import spec_fields
 from .split import HeadSplit
 from .text_file import read_toml
 
 LayerType = Literal["sliding", "global"]
-
-GEMMA3_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 262_208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000.0,
-    "rope_local_base_freq": 10_000.0,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "sliding_window_pattern": 6,
-    "attention_bias": False,
-    "tie_word_embeddings": True,
-}
-"""What a Gemma-3 config.json leaves out means these values (the defaults of Hugging Face's Gemma3TextConfig)."""
 
 
 class LayerSplit(SpecModel):
@@ -136,46 +117,10 @@ class ModelSpec(SpecModel):
     def from_hf_config(cls, config: Mapping[str, Any], name: str | None = None) -> Self:
         """The spec of a Gemma-3 config.json, old or new style, text-only or multimodal.
 
-        Raises SpecError for another architecture or a feature the spec does not have.
+        What the file leaves out means what transformers fills in (`Gemma3TextConfig`), RoPE included. Raises SpecError
+        for another architecture, for what transformers itself refuses, and for a feature the spec does not have.
         """
-        if "text_config" in config:
-            outer = config
-            config = {**config["text_config"], "model_type": "gemma3_text"}
-            config.setdefault("tie_word_embeddings", outer.get("tie_word_embeddings", True))
-        kind = config.get("model_type")
-        if kind != "gemma3_text":
-            raise SpecError(f"ModelSpec.from_hf_config: model_type is {kind!r}; this reads 'gemma3' and 'gemma3_text'")
-        if config.get("use_bidirectional_attention"):
-            raise SpecError("ModelSpec.from_hf_config: use_bidirectional_attention is set; the spec is causal")
-        values = GEMMA3_DEFAULTS | {key: value for key, value in config.items() if value is not None}
-        ropes = _rope_by_kind(values)
-        common: dict[str, Any] = {
-            "hidden_size": values["hidden_size"],
-            "num_attention_heads": values["num_attention_heads"],
-            "num_key_value_heads": values["num_key_value_heads"],
-            "head_dim": values["head_dim"],
-            "scale": values["query_pre_attn_scalar"] ** -0.5,
-            "softcap": values.get("attn_logit_softcapping"),
-            "bias": values["attention_bias"],
-            "qk_norm": QKNormSpec(eps=values["rms_norm_eps"]),
-        }
-        pattern = _pattern(values)
-        return cls(
-            name=name or values.get("_name_or_path") or "gemma-3",
-            vocab_size=values["vocab_size"],
-            intermediate_size=values["intermediate_size"],
-            pattern=pattern,
-            attention=AttentionSpec(**common, rope=ropes["global"]),
-            sliding=(
-                AttentionSpec(**common, rope=ropes["sliding"], sliding_window=values["sliding_window"])
-                if "sliding" in pattern
-                else None
-            ),
-            rms_norm_eps=values["rms_norm_eps"],
-            hidden_activation=values["hidden_activation"],
-            tie_word_embeddings=values["tie_word_embeddings"],
-            final_softcap=values.get("final_logit_softcapping"),
-        )
+        return cls(**spec_fields(config, name))
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -202,33 +147,3 @@ def load_spec(source: str | os.PathLike[str]) -> ModelSpec | AttentionSpec:
         raise SpecError(f"{text!r} is neither a .toml file nor a preset; presets: {', '.join(presets())}")
     fields = read_toml(text, what="the fields of a model or of an attention layer")
     return ModelSpec.from_dict(fields) if "pattern" in fields else AttentionSpec.from_dict(fields)
-
-
-def _pattern(values: Mapping[str, Any]) -> tuple[LayerType, ...]:
-    kinds: dict[str, LayerType] = {"sliding_attention": "sliding", "full_attention": "global"}
-    if "layer_types" in values:
-        unknown = sorted(set(values["layer_types"]) - set(kinds))
-        if unknown:
-            raise SpecError(f"ModelSpec.from_hf_config: unknown layer_types {unknown}; known: {list(kinds)}")
-        return tuple(kinds[kind] for kind in values["layer_types"])
-    every = values.get("_sliding_window_pattern", values["sliding_window_pattern"])
-    return tuple("sliding" if (i + 1) % every else "global" for i in range(values["num_hidden_layers"]))
-
-
-def _rope_by_kind(values: Mapping[str, Any]) -> dict[str, RopeSpec]:
-    """RoPE of both layer kinds: new configs keep it per layer type, old ones in three separate fields."""
-    if "rope_parameters" in values:
-        new = values["rope_parameters"]
-        return {"global": _rope(new["full_attention"]), "sliding": _rope(new.get("sliding_attention") or {})}
-    return {
-        "global": _rope({**(values.get("rope_scaling") or {}), "rope_theta": values["rope_theta"]}),
-        "sliding": _rope({"rope_theta": values["rope_local_base_freq"]}),
-    }
-
-
-def _rope(fields: Mapping[str, Any]) -> RopeSpec:
-    kind = fields.get("rope_type", fields.get("type", "default"))
-    if kind not in {"default", "linear"}:
-        raise SpecError(f"ModelSpec.from_hf_config: rope_type is {kind!r}; the spec has 'default' and 'linear'")
-    factor = fields.get("factor", 1.0) if kind == "linear" else 1.0
-    return RopeSpec(theta=fields.get("rope_theta", 10_000.0), factor=factor)
