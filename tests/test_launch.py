@@ -26,3 +26,16 @@ def test_the_oracle_has_one_thread_unless_the_user_gives_it_more(given: dict[str
     environment = {name: value for name, value in os.environ.items() if name not in THREADS} | given
     asked = subprocess.run([sys.executable, "-P", "-c", ASK], env=environment, capture_output=True, text=True)
     assert asked.stdout.strip() == used, asked.stderr
+
+LIST = """
+import sys
+from lyra.conformance.declared import declared
+assert len(declared()) > 100
+print(*sorted({"torch", "transformers", "jax"} & sys.modules.keys()))
+"""
+
+
+def test_the_properties_are_found_without_a_framework() -> None:
+    """A run that asks Hugging Face nothing, of a backend without PyTorch, does not wait for either."""
+    found = subprocess.run([sys.executable, "-P", "-c", LIST], capture_output=True, text=True)
+    assert found.stdout == "\n", found.stdout + found.stderr

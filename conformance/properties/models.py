@@ -1,4 +1,7 @@
-"""Whole models that properties share: made or found once a run, with an engine of each backend."""
+"""Whole models that properties share: made or found once a run, with an engine of each backend.
+
+Hugging Face's models, and PyTorch with them, take seconds to import: a run without such a property does without.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,24 @@ import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from lyra.backends.protocol import Backend, Engine
-from lyra.conformance.oracles.hf_model import SMALL, ModelOracle, save_small_model
 from lyra.conformance.subject import Subject
 from lyra.spec.inputs import StaticLayer
+
+if TYPE_CHECKING:
+    from lyra.conformance.oracles.hf_model import ModelOracle
 
 
 @cache
 def small_folder(seed: int = 0) -> str:
     """A small random Gemma-3, its weights drawn from `seed`, in a folder that goes with the process."""
+    from lyra.conformance.oracles.hf_model import save_small_model
+
     folder = _folder()
     save_small_model(folder, seed)
     return folder
@@ -50,6 +58,8 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 @cache
 def oracle(folder: str) -> ModelOracle:
     """The oracle of a folder, loaded once."""
+    from lyra.conformance.oracles.hf_model import ModelOracle
+
     return ModelOracle(folder)
 
 
@@ -67,6 +77,8 @@ _engines: dict[tuple[Backend, str], Engine] = {}
 
 def tokens(count: int, seed: int = 0, rows: int = 1) -> np.ndarray:
     """Random ids [rows, count] for the small model, BOS in front."""
+    from lyra.conformance.oracles.hf_model import SMALL
+
     ids = np.random.default_rng(seed).integers(4, SMALL["vocab_size"], (rows, count))
     ids[:, 0] = 2
     return ids.astype(np.int64)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lyra.backends.protocol import GatedEngine
 from lyra.conformance.judge import Judge
-from lyra.conformance.oracles.hf_model import ModelOracle
 from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
 from lyra.conformance.registry import prop
 from lyra.conformance.subject import Subject
 from lyra.spec.attention import StaticSpec
 from lyra.spec.split import HeadSplit
+
+if TYPE_CHECKING:
+    from lyra.conformance.oracles.hf_model import ModelOracle
 
 SLOTS, TEXT, SCORED = 13, 17, 6
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING
+
 from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
-from lyra.conformance.oracles.hf import HuggingFaceOracle
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 from lyra.spec.attention import QKNormSpec, RopeSpec
 
-HUGGING_FACE = HuggingFaceOracle()
+if TYPE_CHECKING:
+    from lyra.conformance.oracles.hf import HuggingFaceOracle
+
+
+@cache
+def hugging_face() -> HuggingFaceOracle:
+    """Hugging Face's attention, imported where it is asked for: PyTorch with it takes seconds."""
+    from lyra.conformance.oracles.hf import HuggingFaceOracle
+
+    return HuggingFaceOracle()
 
 
 def gemma(case: Case) -> Case:
@@ -25,7 +36,7 @@ def gemma(case: Case) -> Case:
 def test_equals_hugging_face(case: Case, judge: Judge) -> None:
     """Any split without a context equals the unmodified Gemma3Attention, and Hugging Face equals the oracle."""
     problem = case.problem()
-    theirs = HUGGING_FACE.plain(
+    theirs = hugging_face().plain(
         problem.spec.replace(split=None), problem.weights, problem.x, problem.positions, problem.mask
     )
 
@@ -41,7 +52,7 @@ def test_equals_hugging_face(case: Case, judge: Judge) -> None:
 def test_sliding_layer_equals_hugging_face(case: Case, judge: Judge) -> None:
     """A sliding-window layer equals the unmodified Gemma3Attention with Hugging Face's own sliding mask."""
     problem = case.problem()
-    theirs = HUGGING_FACE.plain(problem.spec, problem.weights, problem.x, problem.positions, problem.mask)
+    theirs = hugging_face().plain(problem.spec, problem.weights, problem.x, problem.positions, problem.mask)
 
     def check(subject: Subject) -> None:
         subject.expect_close(problem, subject.run(problem).output, theirs, "Hugging Face's sliding Gemma3Attention")

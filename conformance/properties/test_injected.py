@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from lyra.backends.protocol import SequentialEngine
 from lyra.conformance.judge import Judge
-from lyra.conformance.oracles.hf_model import ModelOracle
 from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
 from lyra.conformance.registry import prop
 from lyra.conformance.subject import Subject
@@ -18,6 +17,9 @@ from lyra.spec.attention import StaticSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
+
+if TYPE_CHECKING:
+    from lyra.conformance.oracles.hf_model import ModelOracle
 
 SLOTS, NEW, POISON = 13, 5, 1e9
 KINDS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ import pytest
 
 from lyra.conformance.case import Case, Context
 from lyra.conformance.judge import Judge
-from lyra.conformance.properties.test_identity import HUGGING_FACE
+from lyra.conformance.properties.test_identity import hugging_face
 from lyra.conformance.registry import prop
 from lyra.conformance.subject import Subject
 from lyra.spec.model import ModelSpec
@@ -40,7 +40,7 @@ CASES = {
 def test_gemma_3_12b(case: Case, judge: Judge) -> None:
     """hidden 3840, head_dim 256, theta 1e6, factor 8: every backend, Hugging Face and the oracle agree."""
     problem = case.problem()
-    theirs = HUGGING_FACE.attention(problem.spec, problem.weights)(
+    theirs = hugging_face().attention(problem.spec, problem.weights)(
         problem.x, positions=problem.positions, mask=problem.mask, static=problem.static
     ).output
 

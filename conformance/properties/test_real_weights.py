@@ -5,21 +5,24 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from lyra.conformance.case import Problem
 from lyra.conformance.judge import Judge
-from lyra.conformance.oracles.hf_real import RealLayer, real_layers
 from lyra.conformance.properties.models import real_folder
-from lyra.conformance.properties.test_identity import HUGGING_FACE
+from lyra.conformance.properties.test_identity import hugging_face
 from lyra.conformance.registry import prop
 from lyra.conformance.subject import Subject
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.reference import reference
 from lyra.spec.split import HeadSplit
+
+if TYPE_CHECKING:
+    from lyra.conformance.oracles.hf_real import RealLayer
 
 TEXT_TOKENS, CONTEXT_TOKENS = 160, 120
 GLOBAL_LAYERS = (5, 11, 17)
@@ -29,6 +32,7 @@ SPLITS = {"none": (), "last two": (2, 3), "0 and 3": (0, 3), "all": (0, 1, 2, 3)
 @cache
 def layers() -> dict[int, RealLayer]:
     """The layers and what enters them for a text of the standard library."""
+    from lyra.conformance.oracles.hf_real import real_layers
     from lyra.text import Text
 
     folder = real_folder()
@@ -68,7 +72,7 @@ def test_gemma_3_270m(judge: Judge, index: int, split: tuple[int, ...], live: st
         static=layer.spec.static.replace(live=live),
     )
     problem = problem_of(layer, spec)
-    theirs = HUGGING_FACE.attention(spec, problem.weights)(
+    theirs = hugging_face().attention(spec, problem.weights)(
         problem.x, positions=problem.positions, mask=problem.mask, static=problem.static
     ).output
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from lyra.conformance.case import Block, Case, Problem
 from lyra.conformance.judge import Judge
-from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import block_cases, in_long_calls
 from lyra.conformance.subject import BackendError, Subject
@@ -18,6 +18,9 @@ from lyra.spec.errors import InputError, SpecError
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 from lyra.spec.uncertain import exact, rms_norm
+
+if TYPE_CHECKING:
+    from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
 
 NEEDS = ("sequential", "static", "cache")
 
@@ -337,6 +340,8 @@ def decoder_layer(case: Case) -> Case:
 
 def with_its_layer(problem: Problem, seed: int) -> tuple[Problem, DecoderLayerOracle]:
     """The problem with weights taken from a decoder layer, and that layer."""
+    from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
+
     plain = problem.spec.replace(split=None)
     layer = DecoderLayerOracle(plain, problem.weights, problem.positions, problem.mask, seed)
     described = problem.described

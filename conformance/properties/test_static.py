@@ -6,7 +6,7 @@ import numpy as np
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
-from lyra.conformance.properties.test_identity import HUGGING_FACE, gemma
+from lyra.conformance.properties.test_identity import gemma, hugging_face
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import FAR, cases
 from lyra.conformance.subject import Subject, expected
@@ -46,7 +46,7 @@ def test_one_softmax_over_static_and_live(case: Case, judge: Judge) -> None:
 def test_equals_hugging_face_per_head(case: Case, judge: Judge) -> None:
     """Splits with contexts, in every mode, equal Hugging Face's own attention run with a mask per head."""
     problem = case.problem()
-    theirs = HUGGING_FACE.attention(problem.spec, problem.weights)(
+    theirs = hugging_face().attention(problem.spec, problem.weights)(
         problem.x, positions=problem.positions, mask=problem.mask, static=problem.static
     ).output
 

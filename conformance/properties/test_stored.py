@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
@@ -89,6 +88,8 @@ def test_the_file_holds_its_rotation(case: Case, judge: Judge) -> None:
 
 def in_file(path: Path, part: str) -> np.ndarray:
     """What the file of a context stands for, "k" or "v" [Bc,G,S,D] float32, read without Lyra (STORED-4)."""
+    from safetensors.torch import load_file
+
     tensors = load_file(path)
     values = tensors[f"layers.{LAYER}.{part}"].float().numpy()
     if f"layers.{LAYER}.{part}.scales" not in tensors:
