@@ -27,6 +27,7 @@ def test_the_oracle_has_one_thread_unless_the_user_gives_it_more(given: dict[str
     asked = subprocess.run([sys.executable, "-P", "-c", ASK], env=environment, capture_output=True, text=True)
     assert asked.stdout.strip() == used, asked.stderr
 
+
 LIST = """
 import sys
 from lyra.conformance.declared import declared

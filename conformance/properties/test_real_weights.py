@@ -72,9 +72,8 @@ def test_gemma_3_270m(judge: Judge, index: int, split: tuple[int, ...], live: st
         static=layer.spec.static.replace(live=live),
     )
     problem = problem_of(layer, spec)
-    theirs = hugging_face().attention(spec, problem.weights)(
-        problem.x, positions=problem.positions, mask=problem.mask, static=problem.static
-    ).output
+    unmodified = hugging_face().attention(spec, problem.weights)
+    theirs = unmodified(problem.x, positions=problem.positions, mask=problem.mask, static=problem.static).output
 
     def check(subject: Subject) -> None:
         outcome = subject.run(problem, trace=True)

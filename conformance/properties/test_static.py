@@ -46,9 +46,8 @@ def test_one_softmax_over_static_and_live(case: Case, judge: Judge) -> None:
 def test_equals_hugging_face_per_head(case: Case, judge: Judge) -> None:
     """Splits with contexts, in every mode, equal Hugging Face's own attention run with a mask per head."""
     problem = case.problem()
-    theirs = hugging_face().attention(problem.spec, problem.weights)(
-        problem.x, positions=problem.positions, mask=problem.mask, static=problem.static
-    ).output
+    unmodified = hugging_face().attention(problem.spec, problem.weights)
+    theirs = unmodified(problem.x, positions=problem.positions, mask=problem.mask, static=problem.static).output
 
     def check(subject: Subject) -> None:
         outcome = subject.run(problem)
