@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
-from lyra.backends.protocol import DifferentiableAttention, Gradients
+from lyra.backends.protocol import DifferentiableAttention
 from lyra.spec.gradients import OracleGradients, gradients
 from lyra.spec.uncertain import Uncertain
 
+from .answers import OUTPUT, Axes, Malformed, check_array
 from .case import Case, Problem
 from .judge import Judge
 from .subject import Divergence, Subject
@@ -42,28 +46,44 @@ def wanted_gradients(problem: Problem, cotangent: np.ndarray) -> dict[str, Uncer
 
 
 def ask(subject: Subject, problem: Problem, cotangent: np.ndarray) -> dict[str, np.ndarray]:
-    """A backend's gradients by name. Raises BackendError, and Divergence where an answer is missing or too much."""
+    """A backend's gradients by name. Raises BackendError, Divergence where one is missing, too many or misshapen."""
     layer = subject.layer(problem)
     subject.note(problem, (problem.x.shape[1],))
     if not isinstance(layer, DifferentiableAttention):
         raise Divergence(subject.name, 'the backend claims "grad", but its layer has no vjp', problem)
-    found: Gradients = subject.attempt(
+    found = subject.attempt(
         lambda: layer.vjp(cotangent, problem.x, positions=problem.positions, mask=problem.mask, static=problem.static)
     )
-    kv = {"static_k": found.static_k, "static_v": found.static_v}
-    answer = {"x": found.x, **found.weights, **{name: part for name, part in kv.items() if part is not None}}
-    names = {"x", *problem.spec.weight_shapes()} | (set(kv) if problem.static is not None else set())
-    if set(answer) != names:
-        raise Divergence(subject.name, f"gradients of {sorted(answer)}, expected of {sorted(names)}", problem)
-    return {name: np.asarray(part) for name, part in answer.items()}
+    try:
+        return check_gradients(found, problem)
+    except Malformed as error:
+        raise Divergence(subject.name, str(error), problem) from None
+
+
+def check_gradients(found: Any, problem: Problem) -> dict[str, np.ndarray]:
+    """The gradients by name, each in the shape of what it belongs to. Raises Malformed."""
+    if not isinstance(found, tuple) or len(found) != 4 or not isinstance(found[1], Mapping):
+        raise Malformed(f"vjp gave a {type(found).__name__}, expected Gradients(x, weights, static_k, static_v)")
+    of_x, of_weights, of_k, of_v = found
+    kv = {"static_k": of_k, "static_v": of_v}
+    answer = {"x": of_x, **of_weights, **{name: part for name, part in kv.items() if part is not None}}
+    shapes = {"x": problem.x.shape, **problem.spec.weight_shapes()}
+    if problem.static is not None:
+        shapes |= {"static_k": problem.static.k.shape, "static_v": problem.static.v.shape}
+    if answer.keys() != shapes.keys():
+        raise Malformed(f"gradients of {sorted(answer)}, expected of {sorted(shapes)}")
+    return {name: check_array(f"the gradient of {name}", answer[name], *axes_of(name, shapes[name])) for name in shapes}
+
+
+def axes_of(name: str, shape: tuple[int, ...]) -> tuple[Axes, dict[str, int]]:
+    """The axes of what a gradient belongs to, and how long each is."""
+    axes = {3: OUTPUT, 4: ("Bc", "G", "S", "D")}.get(len(shape), ("out", "in")[: len(shape)])
+    return axes, dict(zip(axes, shape, strict=True))
 
 
 def hold(subject: Subject, problem: Problem, got: dict[str, np.ndarray], wanted: dict[str, Uncertain]) -> None:
     """Every gradient is within K·σ of what is wanted, and exactly 0 where σ is 0. Raises Divergence."""
     for name, part in wanted.items():
-        if got[name].shape != part.value.shape:
-            message = f"the gradient of {name} has shape {got[name].shape}, expected {part.value.shape}"
-            raise Divergence(subject.name, message, problem)
         far = distance(got[name], part)
         subject.record.saw(subject.name, "gradients", far.ratio)
         if far.ratio > K:

@@ -125,11 +125,12 @@ class Judge:
                 raise error
 
     def _keep(self, case: Case | str, subject: Subject, error: Divergence | BackendError) -> None:
-        stage = None
+        stage, message = None, str(error)
         if isinstance(error, Divergence):
             stage = error.stage
             if stage is None and error.problem is not None:
-                stage = subject.first_diverging_stage(error.problem)
+                stage, of_trace = subject.first_diverging_stage(error.problem)
+                message += f"; {of_trace}" if of_trace else ""
             error.stage = stage
         self.record.fail(
             Failure(
@@ -137,7 +138,7 @@ class Judge:
                 backend=subject.name,
                 statements=self.property.statements,
                 kind="failed" if isinstance(error, Divergence) else "errored",
-                message=str(error),
+                message=message,
                 stage=stage,
                 case=case.to_json() if isinstance(case, Case) else case,
             )

@@ -12,6 +12,7 @@ from lyra.backends.protocol import Attention, Backend, Bfloat16Backend, Engine, 
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
 
+from .answers import Malformed, check_result, check_values
 from .asked import Input, Inputs
 from .blocks import expected_of_block, make_block, stage_of_block
 from .case import Problem
@@ -159,26 +160,29 @@ class Subject:
         for length in calls:
             part = slice(start, start + length)
             start += length
-            mask = problem.mask[:, part] if not problem.mask.all() else None
-            tokens: dict[str, Any] = {"positions": problem.positions[:, part], "mask": mask}
-            try:
-                if owner is not None and problem.own is not None:
-                    cache = owner(problem.own.x[:, part], static=problem.own.static, cache=cache, **tokens).cache
-                result = layer(problem.x[:, part], static=problem.static, cache=cache, trace=trace, **tokens)
-                output, cache, stages = result
-                outputs.append(np.asarray(output))
-                traces.append({name: np.asarray(value) for name, value in stages.items()})
-            except Exception as error:
-                raise BackendError(self.name, error) from error
-            if outputs[-1].shape != problem.x[:, part].shape:
-                raise Divergence(
-                    self.name, f"output has shape {outputs[-1].shape}, expected {problem.x[:, part].shape}", problem
-                )
+            if owner is not None and problem.own is not None:
+                cache = self._call(owner, problem.own, part, cache)[1]
+            output, cache, stages = self._call(layer, problem, part, cache, trace=trace)
+            outputs.append(output)
+            traces.append(stages)
         joined = {name: np.concatenate([stages[name] for stages in traces], axis=1) for name in traces[0]}
         outcome = Outcome(np.concatenate(outputs, axis=1), joined, cache)
         if whole is not None:
             self._answers.append((whole, problem, outcome))
         return outcome
+
+    def _call(
+        self, layer: Attention, problem: Problem, part: slice, cache: object, *, trace: bool = False
+    ) -> tuple[np.ndarray, object, dict[str, np.ndarray]]:
+        """One call with some tokens of a problem: output, cache and stages. Raises Divergence, BackendError."""
+        x, mask = problem.x[:, part], problem.mask[:, part] if not problem.mask.all() else None
+        given: dict[str, Any] = {"positions": problem.positions[:, part], "mask": mask, "static": problem.static}
+        result = self.attempt(lambda: layer(x, cache=cache, trace=trace, **given))
+        try:
+            return check_result(result, problem.described, x.shape[0], x.shape[1], part.start, traced=trace)
+        except Malformed as error:
+            when = f", in the call behind the first {part.start} tokens" if part.start else ""
+            raise Divergence(self.name, f"{error}{when}", problem, error.stage) from None
 
     def hold_answers(self) -> None:
         """Whatever was asked in this check, from the first token on, is held to the oracle too, unless it has been.
@@ -274,6 +278,10 @@ class Subject:
 
     def expect_model(self, got: np.ndarray, wanted: np.ndarray, what: str, against: str) -> None:
         """Values of a whole model agree within MODEL of the largest. Raises Divergence."""
+        try:
+            check_values(what, got, wanted)
+        except Malformed as error:
+            raise Divergence(self.name, str(error)) from None
         off = model_distance(got, wanted)
         self.record.saw(self.name, f"{what}, whole model", off / MODEL)
         if off > MODEL:
@@ -285,31 +293,28 @@ class Subject:
         """Each traced stage against the oracle run on this backend's own previous stage (TOLERANCE-2)."""
         found = {}
         for name in problem.described.trace_names():
-            if name not in trace:
-                raise Divergence(self.name, f"the trace lacks {name!r}; it has {list(trace)}", problem, name)
             wanted = stage_alone(problem, name, trace)
-            if trace[name].shape != wanted.value.shape:
-                message = f"{name} has shape {trace[name].shape}, expected {wanted.value.shape}"
-                raise Divergence(self.name, message, problem, name)
             found[name] = far = alone_distance(problem, trace[name], wanted)
             if name == "heads" and problem.dtype != "float32" and far.ratio > K:
                 other = alone_distance(problem, trace[name], stage_alone(problem, name, trace, moved=False))
                 found[name] = min(far, other, key=lambda one: one.ratio)
         return found
 
-    def first_diverging_stage(self, problem: Problem) -> str | None:
-        """The first stage that is off by more than K·σ given the backend's own stages before it, or None."""
+    def first_diverging_stage(self, problem: Problem) -> tuple[str | None, str]:
+        """The first stage that is off by more than K·σ given the backend's own stages before it, or None; and what else
+        there is to say of its trace: nothing, why no stage can be named, or what is wrong with a stage's shape.
+        """
         if not self.can("trace"):
-            return None
+            return None, ""
         for calls in dict.fromkeys([problem.calls, (sum(problem.calls),)]):
             try:
                 outcome = self.run(problem, calls, trace=True)
                 distances = self.stage_distances(problem, outcome.trace)
             except Divergence as error:
-                return error.stage
-            except (BackendError, KeyError, ValueError):
-                return None
+                return error.stage, str(error)
+            except BackendError as error:
+                return None, f"asked for a trace it raised {error}"
             for name, far in distances.items():
                 if far.ratio > K:
-                    return name
-        return None
+                    return name, ""
+        return None, ""
