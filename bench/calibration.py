@@ -21,7 +21,7 @@ import typer
 from matplotlib.figure import Figure
 
 from lyra.cli.app import run_script
-from lyra.cli.output import refuse_missing_folder
+from lyra.cli.files import check_files
 from lyra.conformance.report.data import DistancePart, Report, percentiles
 from lyra.conformance.report.merge import read_report
 from lyra.conformance.tolerance import K
@@ -165,7 +165,7 @@ def main(
     """Add up reports; write the page and its picture."""
     mpl.use("agg")
     picture = docs / "images" / "calibration.png"
-    refuse_missing_folder(picture)
+    check_files(picture, docs / "calibration.md", inputs=reports)
     read = [read_report(path) for path in reports]
     failed = [str(path) for path, one in zip(reports, read, strict=True) if not one.ok]
     if failed:

@@ -24,11 +24,13 @@ from lyra.choosing.figures import choice_figure
 from lyra.choosing.ranking import Method
 from lyra.cli.app import run_script
 from lyra.cli.choose import curve_table, heat_map
+from lyra.cli.files import check_files
 from lyra.cli.options import BackendName, JsonPath, load_model
-from lyra.cli.output import refuse_missing_folder, show, size
+from lyra.cli.output import show, size
 from lyra.progress import steps
 from lyra.studies.cache import context_size
 from lyra.studies.figures import save
+from lyra.terminal import new_table
 
 MODEL = "gemma-3-270m"
 COUNTS = (2, 6)
@@ -82,7 +84,7 @@ def verdict(found: list[dict[str, Any]]) -> dict[str, bool]:
 
 def table(found: list[dict[str, Any]]) -> Table:
     """The comparison for people."""
-    made = Table(title=f"{MODEL}: held-out documents, mean NLL per token (nats)", title_justify="left")
+    made = new_table(f"{MODEL}: held-out documents, mean NLL per token (nats)")
     made.add_column("heads to Lyra", style="bold")
     for column in ("heads", "next 128 tokens", "the same text again", "pass keys", "context / 1k tokens"):
         made.add_column(column, justify="right")
@@ -111,7 +113,7 @@ def main(
     if any(len(topics.get(name, "")) < 1000 for name in HELD_OUT):
         typer.echo(f"Python {platform.python_version()} has other documents than 3.11; use Python 3.11", err=True)
         raise typer.Exit(2)
-    refuse_missing_folder(json_path, presets and presets / "any", *(plot or ()))
+    check_files(*(plot or ()), json_path=json_path, inputs=(model,), folders=(presets, progress))
     loaded = load_model(model, backend, "float32")
     started = time.perf_counter()
     with steps("Choosing heads") as move:

@@ -17,13 +17,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 from rich.table import Table
+from rich.text import Text
 
 import lyra
 from lyra.choosing.documents import HELD_OUT
 from lyra.cli.app import run_script
+from lyra.cli.files import check_files
 from lyra.cli.options import BackendName, JsonPath, load_model
-from lyra.cli.output import refuse_missing_folder, show
+from lyra.cli.output import show
 from lyra.progress import steps
+from lyra.terminal import new_table
 
 CONTEXT, NEXT, AGAIN = 512, 256, 255
 TOLERANCE = 0.02
@@ -162,17 +165,17 @@ def report(backend: str, values: np.ndarray, seconds: float) -> dict[str, Any]:
 def table(data: dict[str, Any]) -> Table:
     """The rows: published, measured and the difference, for both columns."""
     title = f"Mean NLL per token (nats) with a context of {CONTEXT} tokens, gemma-3-270m on {data['backend']}"
-    made = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    made = new_table(title, padding=(0, 0, 0, 1))
     made.add_column("heads to Lyra", no_wrap=True)
     for column in ("next", "again"):
         for part in (f"{column}\npubl.", "\nmeasured", "\nΔ"):
             made.add_column(part, justify="right")
     for row in data["rows"]:
-        cells = []
+        cells: list[str | Text] = []
         for column in COLUMNS:
             cell = row[column]
             style = "green" if abs(cell["difference"]) <= TOLERANCE else "bold red"
-            difference = f"[{style}]{cell['difference']:+.4f}[/]"
+            difference = Text(f"{cell['difference']:+.4f}", style)
             cells += [f"{cell['published']:.3f}", f"{cell['measured']:.4f}", difference]
         made.add_row(row["name"], *cells)
     return made
@@ -187,7 +190,7 @@ def main(
     if text_digest() != TEXT_DIGEST:
         typer.echo(f"Python {platform.python_version()} has other documents than 3.11; use Python 3.11", err=True)
         raise typer.Exit(2)
-    refuse_missing_folder(json_path)
+    check_files(json_path=json_path)
     loaded = load_model(model, backend, "float32")
     documents = read_documents(loaded)
     started, values = time.perf_counter(), []

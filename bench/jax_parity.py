@@ -23,9 +23,11 @@ from lyra.backends.jax_impl import forward
 from lyra.backends.jax_impl.tokens import CHUNK, Tokens, pack_left
 from lyra.checkpoint import resolve
 from lyra.cli.app import run_script
+from lyra.cli.files import check_files
 from lyra.cli.options import JsonPath
-from lyra.cli.output import refuse_missing_folder, show
+from lyra.cli.output import show
 from lyra.progress import steps
+from lyra.terminal import new_table
 
 TEXT, PROMPTS = "types", ("formatstrings", "debugger", "attribute-access")
 CONTEXT, PROMPT = 256, 24
@@ -124,7 +126,7 @@ def top_gap(model: lyra.Model, ids: list[int]) -> float:
 
 def table(title: str, rows: list[Any]) -> Table:
     """Dataclasses as a table."""
-    made = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    made = new_table(title, padding=(0, 0, 0, 1))
     for name in asdict(rows[0]):
         made.add_column(name.replace("_", " "))
     for row in rows:
@@ -143,7 +145,7 @@ def main(
     json_path: JsonPath = None,
 ) -> None:
     """Hold the real 270M in JAX to the PyTorch backend and to Hugging Face."""
-    refuse_missing_folder(json_path)
+    check_files(json_path=json_path)
     folder = resolve("gemma-3-270m")
     models = {name: lyra.load(folder, backend=name) for name in ("torch", "jax")}
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

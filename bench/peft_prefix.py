@@ -19,8 +19,6 @@ import torch
 import transformers
 import typer
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
-from rich.markup import escape
-from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -36,10 +34,12 @@ from transformers import (
 
 from lyra.backends.torch_impl.injector import GemmaInjector
 from lyra.cli.app import run_script
+from lyra.cli.files import check_files
 from lyra.cli.options import JsonPath
-from lyra.cli.output import refuse_missing_folder, show
+from lyra.cli.output import show
 from lyra.progress import steps
 from lyra.spec import HeadSplit, StaticContext
+from lyra.terminal import new_table
 
 WORDS, WINDOW, SLOTS, NEW = 97, 8, 20, 6
 KINDS = ["sliding_attention", "full_attention"] * 2
@@ -288,16 +288,16 @@ def tried() -> dict[str, dict[str, str]]:
 
 def main(json_path: JsonPath = None) -> None:
     """Try every feature with Lyra and with prefix tuning, and print what works."""
-    refuse_missing_folder(json_path)
+    check_files(json_path=json_path)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     found = tried()
     versions = {"transformers": transformers.__version__, "peft": peft.__version__}
-    made = Table(title=f"transformers {versions['transformers']}, PEFT {versions['peft']}", title_justify="left")
+    made = new_table(f"transformers {versions['transformers']}, PEFT {versions['peft']}")
     for column in ("feature", *WAYS):
         made.add_column(column)
     for name, cells in found.items():
-        made.add_row(name, *map(escape, cells.values()))
+        made.add_row(name, *cells.values())
     show({"versions": versions, "features": found}, json_path, made)
     raise typer.Exit(0 if all(cells["Lyra"] == "works" for cells in found.values()) else 1)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lyra.backends.protocol import import_extra
 from lyra.spec.base import write_atomically
 from lyra.spec.errors import InputError
+from lyra.terminal import paragraphs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,15 +76,39 @@ def cache_figure(title: str, lengths: Sequence[int], series: Mapping[str, Sequen
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as what its name ends in. Raises InputError for another ending."""
-    if path.suffix not in FORMATS:
-        raise InputError(f"cannot draw {str(path)!r}: the name must end in {' or '.join(FORMATS)}")
+    check_figure(path)
     import matplotlib as mpl
+
+    _take_text_for_text(figure)
 
     file = io.BytesIO()
     kind = path.suffix.removeprefix(".")
     with mpl.rc_context({"svg.hashsalt": "lyra"}):
         figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_atomically(path, file.getvalue())
+
+
+def _take_text_for_text(figure: Figure) -> None:
+    """Names of models and files are no formulas, whatever they hold; what axes write at their ticks may be."""
+    from matplotlib.text import Text
+
+    at_ticks = {id(text) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in axis.findobj(Text)}
+    labels = {id(axis.label) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)}
+    for text in figure.findobj(Text):
+        if id(text) not in at_ticks - labels:
+            text.set_parse_math(False)
+            text.set_text(paragraphs(text.get_text()))
+
+
+def check_figure(*paths: Path | None) -> None:
+    """Refuse a figure that could not be drawn: before the work for it. Raises InputError for another ending, and
+    ImportError with the command that installs matplotlib, where it is not.
+    """
+    for path in paths:
+        if path is not None and path.suffix not in FORMATS:
+            raise InputError(f"cannot draw {str(path)!r}: the name must end in {' or '.join(FORMATS)}")
+        if path is not None:
+            import_extra("matplotlib", "studies")
 
 
 def new_figure() -> tuple[Figure, Axes]:

@@ -14,7 +14,7 @@ def application() -> typer.Typer:
     """The application with every command of this package."""
     import typer
 
-    from .app import app
+    from .app import Command, app
 
     commands = {item.callback for item in app.registered_commands}
     groups = [item.typer_instance for item in app.registered_groups]
@@ -23,9 +23,11 @@ def application() -> typer.Typer:
         if command is None or command is app or command in commands or command in groups:
             continue
         if isinstance(command, typer.Typer):
+            for one in command.registered_commands:
+                one.cls = Command
             app.add_typer(command, name=found.name)
         else:
-            app.command()(command)
+            app.command(cls=Command)(command)
     return app
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError
 from typer.core import TyperCommand, TyperGroup
 
 from lyra.backends.protocol import BackendNotFound
 from lyra.errors import CheckpointError, ModelError
 from lyra.spec.errors import ContextError, InputError, SpecError
+from lyra.terminal import console, prepare_terminal, visible
 
 KNOWN_ERRORS = (
     BackendNotFound,
@@ -23,27 +26,63 @@ KNOWN_ERRORS = (
     ModelError,
     SpecError,
     ImportError,
+    MemoryError,
     NotImplementedError,
     OSError,
+    SafetensorError,
 )
 """What a user can put right: shown as one line. Anything else is a defect of Lyra and keeps its traceback."""
 
 USAGE = 2
 
+PIPE_CLOSED = 141
+"""The exit code where nobody reads the output any more, as `| head` does: that of commands which SIGPIPE ends."""
+
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """A known error becomes one red line on standard error and exit code 2."""
+    """A known error becomes one red line on standard error and exit code 2; behind a closed pipe there is silence."""
     try:
         yield
+        _flush()  # here, where a full disk can still be told
+    except BrokenPipeError:
+        _drop_output()
+        raise typer.Exit(PIPE_CLOSED) from None
     except KNOWN_ERRORS as error:
-        line = "; ".join(str(error).splitlines()) or type(error).__name__
-        Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
+        try:
+            _flush()
+        except OSError:
+            _drop_output()
+        console(stderr=True).print(Text(f"error: {one_line(error)}", style="red"), soft_wrap=True)
         raise typer.Exit(USAGE) from None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, MemoryError):
+        said = f"there is not enough memory{f' ({said})' if said else ''}; ask for less at once"
+    return visible(said or type(error).__name__)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it is None where it was closed from the start
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """What is still to be written to standard output goes nowhere, or it would fail once more when Python ends."""
+    with suppress(OSError, ValueError):  # a stream of a test has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Group(TyperGroup):
     """A group of commands that reports known errors."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """The entry point."""
+        prepare_terminal()
+        return super().main(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -52,12 +91,27 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command by itself that does the same."""
+    """A command that does the same by itself, and takes no option twice unless it is one for several values."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """The entry point."""
+        prepare_terminal()
+        return super().main(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         with errors_in_a_line():
             return super().invoke(ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments. Raises typer.BadParameter for an option whose first value would have no effect."""
+        given = self.make_parser(ctx).parse_args(args=list(args))[-1]
+        for one in given:
+            if one.param_type_name == "option" and not getattr(one, "multiple", False) and given.count(one) > 1:
+                raise typer.BadParameter(
+                    "it is given twice; give it once", ctx=ctx, param_hint=" / ".join(map(repr, one.opts))
+                )
+        return super().parse_args(ctx, args)
 
 
 SETTINGS: dict[str, Any] = {

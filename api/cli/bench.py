@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +20,9 @@ from lyra.speed.rows import all_rows, chosen_rows
 from lyra.speed.show import table
 from lyra.speed.workers import WorkerError, Workers
 
-from .options import JsonPath
-from .output import refuse_missing_folder, show
+from .files import check_files
+from .options import MOST_THREADS, JsonPath, finite
+from .output import show
 
 NEEDED = {"torch": "torch", "transformers": "torch", "jax": "jax", "flax": "jax"}
 """What the contestants import, and the extras that bring it."""
@@ -31,10 +33,13 @@ def bench(
         list[str] | None, typer.Option(help="Rows whose names begin with this; may be given again.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few rows, five rounds each: the report of CI.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contestant; else one a core.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of every contestant; else one a core.")
+    ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Only name the rows.")] = False,
     margin: Annotated[
-        float | None, typer.Option(min=1, help="Exit with 1 where a figure is this many times off its target.")
+        float | None,
+        typer.Option(min=1, callback=finite, help="Exit with 1 where a figure is this many times off its target."),
     ] = None,
     json_path: JsonPath = None,
     page: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the page, and its pictures.")] = None,
@@ -49,10 +54,15 @@ def bench(
     is one.
     """
     rows = chosen_rows(only, quick)
+    beside = {"--json": json_path, "--page": page, "--from": measured, "--margin": margin, "--threads": threads}
     if listed:
+        _refuse_idle("--list only names rows", beside)
         typer.echo("\n".join(f"{row.name}: {row.what}" for row in rows))
         return
-    refuse_missing_folder(json_path, page)
+    if measured:
+        _refuse_idle("--from shows what was measured", {"--only": only, "--quick": quick, "--threads": threads})
+    pictures = None if page is None else page.parent / "images"
+    check_files(page, json_path=json_path, inputs=measured or (), folders=(pictures,))
     cores = threads or os.cpu_count() or 1
     data = joined(measured) if measured else measure_rows(rows, quick, cores, json_path)
     results = [from_data(one) for one in data["results"]]
@@ -68,6 +78,12 @@ def bench(
         if beyond:
             typer.echo(f"more than {margin:g} times off the target: {'; '.join(beyond)}", err=True)
             raise typer.Exit(1)
+
+
+def _refuse_idle(why: str, options: Mapping[str, object]) -> None:
+    idle = [name for name, value in options.items() if value not in (None, False)]
+    if idle:
+        raise InputError(f"{' and '.join(idle)} would have no effect: {why}; leave {'them' if idle[1:] else 'it'} out")
 
 
 def measure_rows(rows: list[Row], quick: bool, threads: int, json_path: Path | None) -> dict[str, Any]:

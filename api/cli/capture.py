@@ -7,11 +7,26 @@ from typing import Annotated
 
 import typer
 
+from lyra.spec.errors import InputError
 from lyra.spec.storage import Storage
 
+from .files import check_files
 from .inspect import context_tables
-from .options import BackendName, Dtype, JsonPath, ModelName, SplitFile, load_model, numbers, read_text
-from .output import refuse_missing_folder, show
+from .options import (
+    MOST_TOKENS,
+    BackendName,
+    Dtype,
+    JsonPath,
+    ModelName,
+    SplitFile,
+    counted_out,
+    load_model,
+    model_source,
+    ranges,
+    read_text,
+    text_source,
+)
+from .output import show
 
 
 def capture(
@@ -22,7 +37,9 @@ def capture(
     layers: Annotated[str | None, typer.Option(help="Global layers to capture, such as 5,11; else all.")] = None,
     kv_heads: Annotated[str | None, typer.Option(help="KV heads to keep, such as 4-7; else all.")] = None,
     split: SplitFile = None,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens in one step; any number gives the same.")] = 512,
+    chunk_size: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens in one step; any number gives the same.")
+    ] = 512,
     dtype: Dtype = "float32",
     store: Annotated[Storage, typer.Option(help="What keys and values are stored as.")] = "float32",
     json_path: JsonPath = None,
@@ -30,14 +47,19 @@ def capture(
     """Run a model over a text once and keep its keys and values as a context."""
     from lyra.progress import steps
 
-    refuse_missing_folder(output, json_path)
+    check_files(json_path=json_path, contexts=(output,), inputs=(text_source(text), model_source(model), split))
+    if split is not None and (layers, kv_heads) != (None, None):
+        raise InputError("--split says which layers and KV heads are kept; leave out --layers and --kv-heads")
+    asked = [None if one is None else ranges(one) for one in (layers, kv_heads)]
     words = read_text(text)
     loaded = load_model(model, backend, dtype)
+    known = ((loaded.spec.num_hidden_layers, "layers"), (loaded.spec.num_key_value_heads, "KV heads"))
+    kept = [None if one is None else counted_out(one, *limit) for one, limit in zip(asked, known, strict=True)]
     with steps("Capturing") as move:
         context = loaded.capture(
             words,
-            layers=None if layers is None else numbers(layers),
-            kv_heads=None if kv_heads is None else numbers(kv_heads),
+            layers=kept[0],
+            kv_heads=kept[1],
             split=split,
             chunk_size=chunk_size,
             on_progress=lambda done, total: move("tokens", done, total),

@@ -17,9 +17,11 @@ from lyra.choosing.objective import Objective
 from lyra.choosing.ranking import Method
 from lyra.spec.errors import InputError
 from lyra.studies.figures import FORMATS, save
+from lyra.terminal import new_table
 
-from .options import BackendName, Dtype, JsonPath, load_model, read_text
-from .output import head_list, refuse_missing_folder, show, size
+from .files import check_files
+from .options import MOST_TOKENS, BackendName, Dtype, JsonPath, load_model, model_source, read_text
+from .output import head_list, show, size
 
 Paths = list[Path] | None
 SUFFIXES = (".txt", ".md", ".rst")
@@ -31,7 +33,7 @@ def choose(
         str | None,
         typer.Argument(help="A folder, a .gguf file, gemma-3-270m or a hub id; else LYRA_MODEL or the extra."),
     ] = None,
-    heads: Annotated[int, typer.Option(metavar="N", help="How many query heads go to Lyra, in all.")] = 2,
+    heads: Annotated[int, typer.Option(metavar="N", min=1, help="How many query heads go to Lyra, in all.")] = 2,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="N heads in every global layer instead.")] = False,
     texts: Annotated[
         Paths,
@@ -45,8 +47,12 @@ def choose(
     kv_aligned: Annotated[
         bool, typer.Option("--kv-aligned", help="Whole GQA groups only: no KV head serves both streams.")
     ] = False,
-    context_tokens: Annotated[int, typer.Option(metavar="N", help="How much of a text is the context.")] = 512,
-    live_tokens: Annotated[int, typer.Option(metavar="N", help="How many tokens are scored behind it.")] = 128,
+    context_tokens: Annotated[
+        int, typer.Option(metavar="N", min=2, max=MOST_TOKENS, help="How much of a text is the context.")
+    ] = 512,
+    live_tokens: Annotated[
+        int, typer.Option(metavar="N", min=2, max=MOST_TOKENS, help="How many tokens are scored behind it.")
+    ] = 128,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE.toml", help="Write the splits, for --split and lyra.load."),
@@ -68,13 +74,16 @@ def choose(
     """
     from lyra.progress import steps
 
-    refuse_missing_folder(output, json_path, *(plot or ()))
+    sides = [None if paths is None else text_files(paths) for paths in (texts, held_out)]
+    read = [file for side in sides for file in side or ()]
+    kept = progress or cache_folder() / "choosing"
+    check_files(output, *(plot or ()), json_path=json_path, inputs=(model_source(model), *read), folders=(kept,))
     wrong = [str(path) for path in plot or () if path.suffix not in FORMATS]
     if wrong or (output is not None and output.suffix != ".toml"):
         raise InputError(
             f"cannot write {wrong or str(output)}: pictures end in {' or '.join(FORMATS)}, splits in .toml"
         )
-    given, apart = (None if paths is None else read_texts(paths) for paths in (texts, held_out))
+    given, apart = (None if side is None else {str(one): read_text(str(one)) for one in side} for side in sides)
     loaded = load_model(model, backend, dtype)
     with steps("Choosing heads") as move:
         chosen = choose_split(
@@ -88,7 +97,7 @@ def choose(
             held_out=apart,
             context_tokens=context_tokens,
             live_tokens=live_tokens,
-            progress=progress or cache_folder() / "choosing",
+            progress=kept,
             on_progress=move,
         )
     report = chosen.report
@@ -99,24 +108,24 @@ def choose(
     show(report.to_dict(), json_path, curve_table(report), heat_map(report), _notes(report))
 
 
-def read_texts(paths: Sequence[Path]) -> dict[str, str]:
-    """The texts of files, and of those of folders that end in .txt, .md or .rst, by name. Raises InputError."""
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """The files that are named, and those of folders that end in .txt, .md or .rst. Raises InputError."""
     files: list[Path] = []
     for path in paths:
         found = sorted(one for one in path.iterdir() if one.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found:
             raise InputError(f"the folder {str(path)!r} has no file that ends in {', '.join(SUFFIXES)}")
         files += found
-    named = {str(file): read_text(str(file)) for file in files}
-    if len(named) < len(files):
-        raise InputError("a text is named twice; name each once")
-    return named
+    twice = sorted({str(file) for file in files if files.count(file) > 1})
+    if twice:
+        raise InputError(f"the text {twice[0]!r} is named twice; name each once")
+    return files
 
 
 def curve_table(report: Report) -> Table:
     """What every number of heads is worth on held-out documents, and what it costs."""
     title = f"{report.choice.model}: what heads are worth on {len(report.documents['held_out'])} held-out documents"
-    table = Table(title=title, title_justify="left", caption=_caption(report), caption_justify="left")
+    table = new_table(title, caption=_caption(report), caption_justify="left")
     table.add_column("heads", justify="right", style="bold")
     table.add_column("next one")
     for kind in report.kinds:

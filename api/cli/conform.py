@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lyra.backends.protocol import import_extra
 from lyra.spec.errors import InputError
+from lyra.terminal import console
 
-from .output import refuse_missing_folder, show
+from .files import check_files
+from .output import show
 
 
 class ProfileName(StrEnum):
@@ -55,6 +56,7 @@ def conform(
     import_extra("hypothesis", "conformance")
     import_extra("pytest", "conformance")
     if list_only:
+        check_files(json_path=json_path)
         _list(json_path)
         return
     from lyra.conformance.launch import make_session
@@ -64,8 +66,8 @@ def conform(
     from lyra.conformance.report.write import write_report
     from lyra.conformance.runner import run
 
-    console = Console()
-    refuse_missing_folder(json_path, junit, report)
+    check_files(json_path, junit, report, inputs=(replay, spec), folders=(database,))
+    printer = console()
     if replay is not None:
         Replay.read(str(replay))
     session = make_session(backend or [], profile=profile.value, seed=seed, spec=spec, shard=shard, database=database)
@@ -78,7 +80,7 @@ def conform(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{' and '.join(names)}, profile {profile.value}", total=None)
         outcome = run(
             session,
@@ -95,10 +97,10 @@ def conform(
     if outcome.refused:
         raise InputError(outcome.refused)
     if outcome.broke:
-        console.print(outcome.log, markup=False, highlight=False)
+        printer.print(outcome.log, highlight=False)
         raise typer.Exit(2)
     found = report_data(session, seconds)
-    print_report(console, found)
+    print_report(printer, found)
     write_report(found, json_path, report)
     raise typer.Exit(0 if session.record.ok and outcome.exit_code == 0 else 1)
 

@@ -13,12 +13,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from lyra.backends.protocol import import_extra
 from lyra.spec.base import write_atomically
+from lyra.terminal import console, new_table, visible
 
 from .conform import ProfileName
-from .output import refuse_missing_folder
+from .files import check_files
 
 if TYPE_CHECKING:
     from lyra.conformance.faults.catalogue import Fault
@@ -54,7 +56,7 @@ def faults(
 
     Exit code 0: the suite killed all of them; 1: a fault survived; 2: usage, or a fault that cannot be made.
     """
-    refuse_missing_folder(json_path)
+    check_files(json_path)
     import_extra("hypothesis", "conformance")
     import_extra("pytest", "conformance")
     from lyra.conformance.faults.catalogue import select
@@ -62,10 +64,10 @@ def faults(
     from lyra.conformance.launch import prepare_environment
 
     prepare_environment()
-    console = Console()
+    printer = console()
     chosen = select(only or [])
     if list_only:
-        console.print(_list(chosen))
+        printer.print(_list(chosen))
         return
     names = [one.value for one in backend or FaultyBackend]
     work = [(fault, name) for name in names for fault in chosen]
@@ -78,14 +80,14 @@ def faults(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(work))
         for place, verdict in kill_all(work, profile.value, seed, workers or min(os.cpu_count() or 1, len(work))):
             found[place] = verdict
             bar.update(task, advance=1, description=f"{verdict.backend}: {verdict.fault} {verdict.status}")
     verdicts = [found[place] for place in sorted(found)]
-    _report(console, chosen, verdicts, names)
-    console.print(f"{len(work)} faults in {time.perf_counter() - started:.0f} s, profile {profile.value}")
+    _report(printer, chosen, verdicts, names)
+    printer.print(f"{len(work)} faults in {time.perf_counter() - started:.0f} s, profile {profile.value}")
     if json_path is not None:
         data = {"format": 1, "profile": profile.value, "seed": seed, "faults": [one.to_dict() for one in verdicts]}
         write_atomically(json_path, json.dumps(data, indent=2, ensure_ascii=False).encode())
@@ -95,7 +97,7 @@ def faults(
 
 
 def _list(chosen: list[Fault]) -> Table:
-    table = Table(title="Catalogue of faults", title_justify="left")
+    table = new_table("Catalogue of faults")
     for name in ("fault", "breaks", "what goes wrong"):
         table.add_column(name, overflow="fold")
     clause = ""
@@ -107,10 +109,10 @@ def _list(chosen: list[Fault]) -> Table:
     return table
 
 
-def _report(console: Console, chosen: list[Fault], verdicts: list[Verdict], names: list[str]) -> None:
+def _report(printer: Console, chosen: list[Fault], verdicts: list[Verdict], names: list[str]) -> None:
     """The kill table, clause by clause, then what survived, then one line per backend."""
     found = {(one.fault, one.backend): one for one in verdicts}
-    table = Table(title="Faults by clause", title_justify="left")
+    table = new_table("Faults by clause")
     table.add_column("fault", overflow="fold")
     for name in names:
         table.add_column(name, overflow="fold")
@@ -118,28 +120,26 @@ def _report(console: Console, chosen: list[Fault], verdicts: list[Verdict], name
     for fault in chosen:
         if fault.clause != clause:
             table.add_section()
-            table.add_row(f"[bold]{fault.clause}[/bold]")
+            table.add_row(Text(fault.clause, style="bold"))
             clause = fault.clause
         table.add_row(fault.id, *(_cell(found[fault.id, name]) for name in names))
-    console.print(table)
+    printer.print(table)
     does = {fault.id: fault.does for fault in chosen}
     for one in verdicts:
         if one.status != "killed":
-            colour = COLOURS[one.status]
-            console.print(f"[{colour}]{one.status}[/{colour}] {one.backend}: {one.fault}: {does[one.fault]}")
+            said = f" {one.backend}: {one.fault}: {does[one.fault]}"
+            printer.print(Text.assemble((one.status, COLOURS[one.status]), said))
             if one.message:
-                console.print(f"  {one.message}", markup=False)
+                printer.print(f"  {one.message}")
     for name in names:
         mine = [one for one in verdicts if one.backend == name]
         killed = sum(one.status == "killed" for one in mine)
-        console.print(f"{name}: {killed} of {len(mine)} killed in {sum(one.seconds for one in mine):.0f} s")
+        printer.print(f"{name}: {killed} of {len(mine)} killed in {sum(one.seconds for one in mine):.0f} s")
 
 
-def _cell(verdict: Verdict) -> str:
+def _cell(verdict: Verdict) -> Text:
     """`killed by static::one_softmax (STATIC-1) at heads, 3 cases, 0.8 s`."""
-    text = f"[{COLOURS[verdict.status]}]{verdict.status}[/]"
-    if verdict.property:
-        text += f" by {verdict.property} ({verdict.statement})".replace("[", r"\[")
-    if verdict.stage:
-        text += f" at {verdict.stage}"
-    return f"{text}, {verdict.cases} cases, {verdict.seconds:.1f} s"
+    text = f" by {verdict.property} ({verdict.statement})" if verdict.property else ""
+    text += f" at {verdict.stage}" if verdict.stage else ""
+    told = visible(f"{text}, {verdict.cases} cases, {verdict.seconds:.1f} s")
+    return Text.assemble((verdict.status, COLOURS[verdict.status]), told)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    MOST_TOKENS,
     BackendName,
     ContextPath,
     Dtype,
@@ -20,7 +21,10 @@ from .options import (
     PositionMode,
     ShareKV,
     SplitFile,
+    check_attaching,
+    check_split_options,
     chosen_split,
+    finite,
     load_model,
 )
 
@@ -31,32 +35,39 @@ def generate(
     model: ModelName = None,
     backend: BackendName = "torch",
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=0, help="At most this many tokens.")
+        int, typer.Option("--max-new-tokens", "-n", min=0, max=MOST_TOKENS, help="At most this many tokens.")
     ] = 64,
     temperature: Annotated[
-        float, typer.Option("--temperature", "-t", min=0, help="Above 0: draw tokens, the higher the freer.")
+        float,
+        typer.Option("--temperature", "-t", min=0, callback=finite, help="Above 0: draw tokens, the higher the freer."),
     ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the K most probable tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Draw from the fewest tokens whose probabilities reach P.")
+    top_k: Annotated[
+        int | None, typer.Option(min=1, max=MOST_TOKENS, help="Draw from the K most probable tokens.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Draw the same text each time.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, callback=finite, help="Draw from the fewest tokens whose probabilities reach P."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Draw the same text each time.")] = None,
     lyra_kv: LyraKV = None,
     lyra_q: LyraQ = None,
     share_kv: ShareKV = False,
     split: SplitFile = None,
     live: LiveMode = None,
-    positions: PositionMode = "continue",
+    positions: PositionMode = None,
     mode: ModeName = "parallel",
     gate: GateOption = None,
     override: Override = False,
     dtype: Dtype = "float32",
 ) -> None:
     """Continue a prompt, printing text as it comes."""
+    check_split_options(lyra_kv, lyra_q, share_kv, split)
+    asks_for = {"lyra-kv": lyra_kv, "lyra-q": lyra_q, "split": split, "live": live, "positions": positions}
+    check_attaching(context, mode, gate, asks_for | {"override": override})
     loaded = load_model(model, backend, dtype, mode)
     asked = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
     if context is not None:
-        loaded.attach(context, asked, live=live, positions=positions, gate=gate, override=override)
+        loaded.attach(context, asked, live=live, positions=positions or "continue", gate=gate, override=override)
     for piece in loaded.stream(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         typer.echo(piece, nl=False)
     typer.echo()

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from lyra.spec.context import StaticContext
 from lyra.spec.storage import Values, widened
+from lyra.terminal import new_table
 
+from .files import check_files
 from .options import JsonPath
 from .output import fields_table, head_list, show, size
 
@@ -21,6 +23,7 @@ def inspect(
     json_path: JsonPath = None,
 ) -> None:
     """Show what a context holds and which model it came from."""
+    check_files(json_path=json_path, inputs=(context,))
     loaded = StaticContext.load(context)
     attention = loaded.fingerprint.attention.to_dict()
     data: dict[str, Any] = {"path": str(context)} | loaded.describe()
@@ -43,7 +46,7 @@ def context_tables(title: str, context: StaticContext) -> tuple[Table, Table]:
             "spec version": found["spec_version"],
         },
     )
-    layers = Table(title="layers", title_justify="left")
+    layers = new_table("layers")
     for name in ("layer", "KV heads", "mean key norm", "mean value norm"):
         layers.add_column(name, justify="right")
     for number, (key, value) in norms(context).items():

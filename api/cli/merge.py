@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lyra.backends.protocol import import_extra
+from lyra.terminal import console
 
-from .output import refuse_missing_folder
+from .files import check_files
 
 
 def merge(
@@ -27,8 +27,8 @@ def merge(
     from lyra.conformance.report.table import print_report
     from lyra.conformance.report.write import write_report
 
-    refuse_missing_folder(json_path, report)
+    check_files(json_path, report, inputs=reports)
     found = merged({str(path): read_report(path) for path in dict.fromkeys(reports)})
-    print_report(Console(), found)
+    print_report(console(), found)
     write_report(found, json_path, report)
     raise typer.Exit(0 if found.ok else 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
-import sys
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +15,28 @@ import typer
 from lyra.errors import ModelError
 from lyra.model import Mode
 from lyra.spec.attention import Live, Positions
-from lyra.spec.errors import SpecError
+from lyra.spec.errors import InputError, SpecError
 from lyra.spec.split import HasHeads, HeadSplit
+from lyra.terminal import console, visible
 
 if TYPE_CHECKING:
     from lyra.model import Model
+
+MOST_TOKENS = 1_000_000
+"""More than any of these models reads or writes at once: where options that count tokens end."""
+
+MOST_THREADS = 4096
+
+PART = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
+"""A number or a range of a list."""
+
+
+def finite(value: float | None) -> float | None:
+    """A number that is one. Raises typer.BadParameter for NaN and infinity, which compare with no limit."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
 
 ModelName = Annotated[
     str | None,
@@ -50,21 +70,41 @@ ModeName = Annotated[
     Mode, typer.Option(help="Who reads the context: heads of the model's own attention, or blocks behind it.")
 ]
 GateOption = Annotated[
-    float | None, typer.Option(metavar="G", help="How far blocks are open, in sequential mode; else 0.25.")
+    float | None,
+    typer.Option(metavar="G", callback=finite, help="How far blocks are open, in sequential mode; else 0.25."),
 ]
-PositionMode = Annotated[Positions, typer.Option(help="Whether live tokens follow the context or lie over it.")]
+PositionMode = Annotated[
+    Positions | None, typer.Option(help="Whether live tokens follow the context or lie over it; else continue.")
+]
 Override = Annotated[bool, typer.Option("--override", help="Attach a context of another model all the same.")]
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """The numbers of a list such as 0,1,8-15. Raises SpecError."""
-    found: list[int] = []
+def ranges(text: str) -> list[range]:
+    """The numbers and ranges of a list such as 0,1,8-15, not yet counted out. Raises SpecError."""
+    found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        read = PART.fullmatch(part)
+        if read is None:
             raise SpecError(f"{part!r} is no number and no range; write a list such as 0,1,8-15")
-        found.extend(range(int(first), int(last if dash else first) + 1))
-    return tuple(found)
+        first, last = int(read[1]), int(read[2] or read[1])
+        if last < first:
+            raise SpecError(f"{part!r} is a range that ends before it begins; write {last}-{first}")
+        found.append(range(first, last + 1))
+    return found
+
+
+def counted_out(found: Iterable[range], below: int, of: str) -> tuple[int, ...]:
+    """Every number of some ranges, all of which are to be less than `below`. Raises SpecError."""
+    found = list(found)
+    beyond = [f"{one[0]}-{one[-1]}" if len(one) > 1 else str(one[0]) for one in found if one[-1] >= below]
+    if beyond:
+        raise SpecError(f"there are no {of} {', '.join(beyond)}; expected 0 to {below - 1}")
+    return tuple(number for one in found for number in one)
+
+
+def numbers(text: str, below: int, of: str = "numbers") -> tuple[int, ...]:
+    """The numbers of a list such as 0,1,8-15, all of them less than `below`. Raises SpecError."""
+    return counted_out(ranges(text), below, of)
 
 
 def chosen_split(
@@ -74,36 +114,71 @@ def chosen_split(
 
     Raises SpecError.
     """
-    if sum(one is not None for one in (lyra_kv, lyra_q, file)) > 1:
-        raise SpecError("--lyra-kv, --lyra-q and --split are ways to say one thing; give one of them")
+    check_split_options(lyra_kv, lyra_q, share_kv, file)
     if file is not None:
         return file
     if lyra_kv is not None:
         return HeadSplit.last_kv(spec, lyra_kv)
     if lyra_q is None:
         return None
+    heads = numbers(lyra_q, spec.num_attention_heads, "query heads")
     try:
-        return HeadSplit(lyra_q_heads=numbers(lyra_q), share_kv=share_kv).bind(spec)
+        return HeadSplit(lyra_q_heads=heads, share_kv=share_kv).bind(spec)
     except SpecError as error:
         raise SpecError(str(error).replace("Set share_kv=True", "Give --share-kv")) from None
+
+
+def check_split_options(lyra_kv: int | None, lyra_q: str | None, share_kv: bool, file: str | None) -> None:
+    """Refuse options that contradict each other or have no effect, before a model is there. Raises SpecError."""
+    if sum(one is not None for one in (lyra_kv, lyra_q, file)) > 1:
+        raise SpecError("--lyra-kv, --lyra-q and --split are ways to say one thing; give one of them")
+    if share_kv and lyra_q is None:
+        raise SpecError("--share-kv would have no effect: it lets the heads of --lyra-q cut a group; leave it out")
+    if lyra_q is not None:
+        ranges(lyra_q)
+
+
+def check_attaching(context: Path | None, mode: Mode, gate: float | None, asks_for: Mapping[str, object]) -> None:
+    """Refuse options that say how a context is attached, by name, where there is none. Raises InputError."""
+    if context is None:
+        given = {**asks_for, "gate": gate, "mode": None if mode == "parallel" else mode}
+        idle = [f"--{name}" for name, value in given.items() if value is not None and value is not False]
+        if idle:
+            raise InputError(
+                f"{' and '.join(idle)} would have no effect: no context is attached; give one with --context"
+            )
+    if gate is not None and mode == "parallel":
+        raise InputError("--gate would have no effect: it is that of blocks; give --mode sequential, or leave it out")
+
+
+def model_source(name: str | None) -> str | None:
+    """What --model stands for: a name, or that of LYRA_MODEL."""
+    return name or os.environ.get("LYRA_MODEL")
+
+
+def text_source(source: str) -> str | None:
+    """The file of a text that is no standard input."""
+    return None if source == "-" else source
 
 
 def read_text(source: str) -> str:
     """The text of a file, or of standard input for "-". Raises ModelError where it is no text."""
     try:
-        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        data = typer.get_binary_stream("stdin").read() if source == "-" else Path(source).read_bytes()
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # with \n for every end of a line
     except UnicodeDecodeError as error:
-        raise ModelError(f"{source} is no UTF-8 text ({error})") from None
+        name = "standard input" if source == "-" else repr(source)
+        raise ModelError(f"{name} is no UTF-8 text ({error})") from None
 
 
 def load_model(name: str | None, backend: str, dtype: str, mode: Mode = "parallel") -> Model:
     """The model of the shared options, with a line on standard error while it loads."""
-    from rich.console import Console
+    from rich.text import Text
 
     from lyra.checkpoint import resolve
     from lyra.loading import load
 
     folder = resolve(name)  # first, because a conversion or a download shows progress of its own
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw over the line below
-    with Console(stderr=True).status(f"Loading {folder.name}"):
+    with console(stderr=True).status(Text(f"Loading {visible(folder.name)}")):
         return load(folder, backend=backend, dtype=dtype, mode=mode)

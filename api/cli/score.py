@@ -8,7 +8,9 @@ import typer
 from rich.table import Table
 
 from lyra.model import Score
+from lyra.terminal import new_table
 
+from .files import check_files
 from .options import (
     BackendName,
     ContextPath,
@@ -24,11 +26,15 @@ from .options import (
     PositionMode,
     ShareKV,
     SplitFile,
+    check_attaching,
+    check_split_options,
     chosen_split,
     load_model,
+    model_source,
     read_text,
+    text_source,
 )
-from .output import refuse_missing_folder, show
+from .output import show
 
 
 def score(
@@ -41,7 +47,7 @@ def score(
     share_kv: ShareKV = False,
     split: SplitFile = None,
     live: LiveMode = None,
-    positions: PositionMode = "continue",
+    positions: PositionMode = None,
     mode: ModeName = "parallel",
     gate: GateOption = None,
     override: Override = False,
@@ -51,7 +57,10 @@ def score(
     """Show the likelihood of a text's tokens; with a context, both without and with it."""
     from lyra.progress import steps
 
-    refuse_missing_folder(json_path)
+    check_files(json_path=json_path, inputs=(text_source(text), context, model_source(model), split))
+    check_split_options(lyra_kv, lyra_q, share_kv, split)
+    asks_for = {"lyra-kv": lyra_kv, "lyra-q": lyra_q, "split": split, "live": live, "positions": positions}
+    check_attaching(context, mode, gate, asks_for | {"override": override})
     words = read_text(text)
     loaded = load_model(model, backend, dtype, mode)
     asked = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
@@ -62,7 +71,7 @@ def score(
         found["without context"] = loaded.score(words)
         if context is not None:
             move("with context", 1, rounds)
-            loaded.attach(context, asked, live=live, positions=positions, gate=gate, override=override)
+            loaded.attach(context, asked, live=live, positions=positions or "continue", gate=gate, override=override)
             found["with context"] = loaded.score(words)
     data = {
         name: {
@@ -77,7 +86,7 @@ def score(
 
 
 def _table(found: dict[str, Score]) -> Table:
-    table = Table()
+    table = new_table()
     for name in ("", "tokens", "mean NLL (nats)", "perplexity"):
         table.add_column(name, justify="right")
     for name, one in found.items():

@@ -16,10 +16,12 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError, SpecError
 from lyra.spec.model import ModelSpec, load_spec, presets
 from lyra.spec.split import HeadSplit
+from lyra.terminal import new_table
 
+from .files import check_files
 from .headmap import save_head_map
 from .options import JsonPath, LyraKV, LyraQ, ShareKV, SplitFile, chosen_split
-from .output import head_list, refuse_missing_folder, show, size
+from .output import head_list, show, size
 from .splits_by_layer import explain_by_layer, layers_map, layers_note, layers_table, save_layers_map
 
 FLOAT32 = 4
@@ -39,10 +41,11 @@ def split(
     png: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the head map as PNG.")] = None,
 ) -> None:
     """Explain a head split: heads of each stream, groups, parameters, cache; or why it is illegal."""
+    pictures = [_picture(path, kind) for path, kind in ((svg, "svg"), (png, "png")) if path is not None]
+    check_files(*pictures, json_path=json_path, inputs=(model, file))
     spec = read_spec(model)
     attention = spec.attention if isinstance(spec, ModelSpec) else spec
     asked: Split | str | None = chosen_split(attention, lyra_kv, lyra_q, share_kv, file)
-    pictures = [_picture(path, kind) for path, kind in ((svg, "svg"), (png, "png")) if path is not None]
     if isinstance(spec, ModelSpec):
         asked = read_split(spec, asked)
         if asked is None and spec.splits:
@@ -69,10 +72,9 @@ def _show_layers(spec: ModelSpec, pictures: list[Path], json_path: Path | None) 
 
 
 def _picture(path: Path, kind: str) -> Path:
-    """The path of a picture, once its ending and its folder are right. Raises InputError."""
+    """The path of a picture, once its ending is right. Raises InputError."""
     if path.suffix != f".{kind}":
         raise InputError(f"--{kind} {str(path)!r}: the name must end in .{kind}")
-    refuse_missing_folder(path)
     return path
 
 
@@ -127,7 +129,7 @@ def explain(attention: AttentionSpec, layers: int) -> dict[str, Any]:
 
 
 def _table(data: dict[str, Any]) -> Table:
-    table = Table(title=f"{data['model']}: {data['global_layers']} global layers", title_justify="left")
+    table = new_table(f"{data['model']}: {data['global_layers']} global layers")
     table.add_column("stream", style="bold")
     columns = ("query heads", "KV heads", "q, o weights", "k, v weights", "context / 1k tokens")
     for column in columns:

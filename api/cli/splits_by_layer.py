@@ -14,6 +14,7 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 from lyra.studies.cache import context_size
 from lyra.studies.figures import save
+from lyra.terminal import new_table
 
 from .headmap import CELL, DIM, EDGE, GAP, INK, LYRA, PAPER, ROW, VANILLA, draw_box
 from .output import head_list, size
@@ -54,7 +55,7 @@ def explain_by_layer(spec: ModelSpec) -> dict[str, Any]:
 def layers_table(data: dict[str, Any]) -> Table:
     """A line for each layer."""
     title = f"{data['model']}: {data['lyra_q_heads']} of {data['q_heads']} query heads go to Lyra"
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     for column in ("layer", "Lyra query heads", "KV heads they read", "of these shared"):
         table.add_column(column, justify="right")
     for row in data["layers"]:

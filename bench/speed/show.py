@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from lyra.cli.output import size
+from lyra.terminal import new_table
 
 from .measure import Result
 from .row import Finding
 
 COLUMNS = ("row", "figure", "measured", "quartiles", "target", "")
+
+VERDICTS = {True: Text("met", "green"), False: Text("missed", "bold red"), None: Text()}
 
 AXES = {"static": "static tokens S", "tokens": "live tokens T of the call", "batch": "rows B", "contexts": "contexts"}
 """What grows along a sweep, by the option that sets it."""
@@ -20,13 +24,12 @@ AXES = {"static": "static tokens S", "tokens": "live tokens T of the call", "bat
 
 def table(results: Sequence[Result], machine: dict[str, Any]) -> Table:
     """Every finding of the races and counts."""
-    made = Table(title=machine_line(machine), title_justify="left")
+    made = new_table(machine_line(machine))
     for name in COLUMNS:
         made.add_column(name, justify="right" if name in {"measured", "quartiles", "target"} else "left")
     for result in results:
         for number, finding in enumerate(result.findings):
-            verdict = {True: "[green]met[/]", False: "[bold red]missed[/]", None: ""}[finding.met]
-            made.add_row(result.name if number == 0 else "", *cells(finding), verdict)
+            made.add_row(result.name if number == 0 else "", *cells(finding), VERDICTS[finding.met])
         if result.findings:
             made.add_section()
     return made

@@ -13,13 +13,15 @@ from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec, presets
 from lyra.spec.split import HeadSplit
 from lyra.studies.cache import LENGTHS, calculate_kv_cache_size, context_size, full_cache_size, live_cache_size
-from lyra.studies.figures import cache_figure, parameter_figure, save
+from lyra.studies.figures import cache_figure, check_figure, parameter_figure, save
 from lyra.studies.parameters import groupings, kind, projections, reduction
+from lyra.terminal import new_table
 
+from ..files import check_files
 from ..options import JsonPath
 from ..output import show, size
 from ..split import read_spec
-from .group import Plot, gqa
+from .group import MOST_HEADS, MOST_WIDTH, Plot, gqa
 
 SHAPES = {"MHA-32": 32, "GQA-8": 8, "GQA-4": 4, "MQA": 1}
 """The groupings of LLaMA-7B's shape (32 layers, 32 query heads of 128) that the cache is counted for."""
@@ -31,18 +33,24 @@ LLAMA = "LLaMA-7B's layers and heads"
 @gqa.command()
 def params(
     model: Annotated[str | None, typer.Argument(help="A preset, a .toml file, a model's folder or .gguf file.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads, where no model is named.")] = None,
-    width: Annotated[int | None, typer.Option(help="hidden_size, where no model is named.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Default: width / heads.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_HEADS, help="Query heads, where no model is named.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, max=MOST_WIDTH, help="hidden_size, where no model is named.")
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, max=MOST_WIDTH, help="Default: width / heads.")] = None,
     json_path: JsonPath = None,
     plot: Plot = None,
 ) -> None:
     """Parameters of a layer's projections for every legal number of KV heads, and what each saves against MHA."""
+    check_figure(plot)
+    check_files(plot, json_path=json_path, inputs=(model,))
     name, spec = _chosen_layer(model, heads, width, head_dim)
     rows = parameter_rows(spec)
     data = {"model": name, "hidden_size": spec.hidden_size, "head_dim": spec.head_dim, "rows": rows}
     title = f"{name}: parameters of one layer (width {spec.hidden_size}, head_dim {spec.head_dim})"
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     table.add_column("", style="bold")
     for column in ("KV heads", "q", "k", "v", "q+k+v", "less", "o"):
         table.add_column(column, justify="right")
@@ -60,7 +68,7 @@ def params(
 def cache(
     model: Annotated[list[str] | None, typer.Argument(help="Presets, .toml files, folders or .gguf files.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8.")] = "float16",
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=10**9, help="Rows.")] = 1,
     context: Annotated[bool, typer.Option("--context", help="Count a static context against the live cache.")] = False,
     every: Annotated[bool, typer.Option("--presets", help="Count the live cache of every preset.")] = False,
     json_path: JsonPath = None,
@@ -69,6 +77,10 @@ def cache(
     """Bytes of keys and values over 512 to 131,072 tokens, of the named models or of one shape in four groupings."""
     if every and (model or context):
         raise SpecError("--presets counts the live cache of every preset; name no model, and leave out --context")
+    if context and not model:
+        raise SpecError("--context would have no effect: it is counted for models; name one")
+    check_figure(plot)
+    check_files(plot, json_path=json_path, inputs=model or ())
     if every:
         series = {one: [live_cache_size(_model(one), at, batch, dtype) for at in LENGTHS] for one in presets()}
     else:
@@ -84,13 +96,14 @@ def cache(
 
 @gqa.command("presets")
 def preset_table(
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that the cache is counted for.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, max=10**12, help="Tokens that the cache is counted for.")] = 2048,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8.")] = "float16",
     json_path: JsonPath = None,
 ) -> None:
     """Heads, savings and cache of every preset, one row each."""
+    check_files(json_path=json_path)
     rows = [preset_row(ModelSpec.preset(name), tokens, dtype) for name in presets()]
-    table = Table(title=f"Presets: keys and values of {tokens:,} tokens in {dtype}", title_justify="left")
+    table = new_table(f"Presets: keys and values of {tokens:,} tokens in {dtype}")
     table.add_column("", style="bold", overflow="fold")
     for column in ("Q / KV", "head_dim", "layers *", "less", "cache", "as MHA"):
         table.add_column(column, justify="right")
@@ -183,7 +196,7 @@ def _chosen_layer(
 
 def _by_length(title: str, series: dict[str, list[int]]) -> Table:
     """A row for each length."""
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     table.add_column("tokens", justify="right", style="bold")
     for name in series:
         table.add_column(name, justify="right")
@@ -194,7 +207,7 @@ def _by_length(title: str, series: dict[str, list[int]]) -> Table:
 
 def _by_model(title: str, series: dict[str, list[int]]) -> Table:
     """A row for each of many models, and every other length."""
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     table.add_column("tokens", style="bold", overflow="fold")
     for length in LENGTHS[::2]:
         table.add_column(f"{length:,}", justify="right")

@@ -14,6 +14,11 @@ from lyra.studies.corpus import Corpus, read_corpus
 from lyra.studies.language_model import LMSpec
 from lyra.studies.training import LEARNERS, Recipe
 
+from ..options import MOST_THREADS, MOST_TOKENS
+
+MOST_HEADS, MOST_WIDTH = 1024, 65_536
+"""Several times what the largest models have: where these options end."""
+
 gqa = typer.Typer(no_args_is_help=True, help="What sharing KV heads saves and what it costs: MHA, GQA, MQA.")
 
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="PATH", help="Draw it: a .png or .svg file.")]
@@ -21,14 +26,18 @@ Text = Annotated[
     Path | None, typer.Argument(metavar="[FILE]", help="The text to train on; else Python's language reference.")
 ]
 Backends = Annotated[list[str], typer.Option("--backend", "-b", help="torch or jax; may be given twice.")]
-Seeds = Annotated[int, typer.Option(min=1, help="Models of each kind, each with weights and data order of its own.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of training.")]
-Rows = Annotated[int, typer.Option(min=1, help="Windows in a step.")]
-Window = Annotated[int, typer.Option(min=1, help="Tokens that a window predicts.")]
-Width = Annotated[int, typer.Option(min=1, help="hidden_size; the MLP is three times as wide.")]
-Layers = Annotated[int, typer.Option(min=1, help="Layers.")]
-Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
-Vocabulary = Annotated[int, typer.Option(min=256, help="Tokens of the BPE that is trained on the text; 256: bytes.")]
+Seeds = Annotated[
+    int, typer.Option(min=1, max=1000, help="Models of each kind, each with weights and data order of its own.")
+]
+Steps = Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps of training.")]
+Rows = Annotated[int, typer.Option(min=1, max=65_536, help="Windows in a step.")]
+Window = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens that a window predicts.")]
+Width = Annotated[int, typer.Option(min=1, max=MOST_WIDTH, help="hidden_size; the MLP is three times as wide.")]
+Layers = Annotated[int, typer.Option(min=1, max=1000, help="Layers.")]
+Heads = Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Query heads.")]
+Vocabulary = Annotated[
+    int, typer.Option(min=256, max=1_000_000, help="Tokens of the BPE that is trained on the text; 256: bytes.")
+]
 Checkpoints = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where models are kept, else the user's cache folder."),
@@ -43,7 +52,9 @@ def chosen_backends(names: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-Processes = Annotated[int, typer.Option(min=1, help="Models that are trained at the same time, each on one core.")]
+Processes = Annotated[
+    int, typer.Option(min=1, max=MOST_THREADS, help="Models that are trained at the same time, each on one core.")
+]
 CORES = os.cpu_count() or 1
 
 

@@ -11,16 +11,18 @@ from rich.table import Table
 from lyra.progress import steps as progress_bar
 from lyra.spec.errors import SpecError
 from lyra.speed.workers import Workers
-from lyra.studies.figures import save
+from lyra.studies.figures import check_figure, save
 from lyra.studies.parallel import train_all
 from lyra.studies.parameters import groupings
 from lyra.studies.perplexity import EDGE, Sweep, as_data, distance, summary
 from lyra.studies.speed import Load, model_steps
 from lyra.studies.training import Recipe
 from lyra.studies.training_figures import curve_figure, perplexity_figure
+from lyra.terminal import new_table
 
+from ..files import check_files
 from ..options import JsonPath, numbers
-from ..output import refuse_missing_folder, show, size
+from ..output import show, size
 from .group import (
     CORES,
     Backends,
@@ -75,10 +77,11 @@ def perplexity(
     An interrupted run goes on where it stopped when the same command is given again; models that are trained already
     are read.
     """
-    refuse_missing_folder(json_path, plot, curves)
+    check_figure(plot, curves)
+    check_files(plot, curves, json_path=json_path, inputs=(text,), folders=(checkpoints,))
     recipe = Recipe(steps=steps, rows=rows, window=window)
     corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
-    chosen = groupings(heads) if kv_heads is None else numbers(kv_heads)
+    chosen = groupings(heads) if kv_heads is None else numbers(kv_heads, heads + 1, "KV heads")
     if not chosen:
         raise SpecError("no KV heads are named; write a list such as 8,4,1")
     plan = Sweep(spec, recipe, chosen, seeds, chosen_backends(backend))
@@ -118,7 +121,7 @@ def _add_times(rows: list[dict[str, Any]], backend: str, times: list[dict[str, f
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     table.add_column("", style="bold")
     timed = "decode_faster" in rows[0]
     for column in ("parameters", "perplexity", "nats more", "K and V", *(["decode"] if timed else [])):
@@ -140,7 +143,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def _stability_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Stability: the first and the last {EDGE} steps", title_justify="left")
+    table = new_table(f"Stability: the first and the last {EDGE} steps")
     table.add_column("", style="bold")
     for column in ("training loss", "largest gradient norm", "stable"):
         table.add_column(column, justify="right")

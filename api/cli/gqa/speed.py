@@ -12,14 +12,16 @@ from lyra.progress import steps as progress_bar
 from lyra.spec.attention import RopeSpec, grouped
 from lyra.speed.show import duration
 from lyra.speed.workers import Workers
-from lyra.studies.figures import save
+from lyra.studies.figures import check_figure, save
 from lyra.studies.parameters import groupings
 from lyra.studies.speed import Load, Phase, measure, repeating
 from lyra.studies.speed_figures import speed_figure
+from lyra.terminal import new_table
 
-from ..options import JsonPath, numbers
-from ..output import refuse_missing_folder, show, size
-from .group import CORES, Backends, Heads, Plot, chosen_backends, gqa
+from ..files import check_files
+from ..options import MOST_THREADS, MOST_TOKENS, JsonPath, numbers
+from ..output import show, size
+from .group import CORES, MOST_WIDTH, Backends, Heads, Plot, chosen_backends, gqa
 
 
 @gqa.command()
@@ -27,12 +29,16 @@ def speed(
     backend: Backends = ["torch", "jax"],  # noqa: B006 (typer copies it)
     kv_heads: Annotated[str | None, typer.Option(help="KV heads to compare, such as 8,4,1; else all legal.")] = None,
     heads: Heads = 8,
-    width: Annotated[int, typer.Option(min=1, help="hidden_size.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a decode step.")] = 8,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of every row, with the one that is decoded.")] = 2048,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prefill, of one row.")] = 512,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every contestant.")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every contestant; else one a core.")] = None,
+    width: Annotated[int, typer.Option(min=1, max=MOST_WIDTH, help="hidden_size.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Rows of a decode step.")] = 8,
+    tokens: Annotated[
+        int, typer.Option(min=2, max=MOST_TOKENS, help="Tokens of every row, with the one that is decoded.")
+    ] = 2048,
+    prompt: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of a prefill, of one row.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, max=100_000, help="Turns of every contestant.")] = 15,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of every contestant; else one a core.")
+    ] = None,
     json_path: JsonPath = None,
     plot: Plot = None,
 ) -> None:
@@ -41,8 +47,9 @@ def speed(
     The floor is the time in which this machine can read the weights, keys and values and multiply what must be
     multiplied, both as measured in the same run.
     """
-    refuse_missing_folder(json_path, plot)
-    chosen = groupings(heads) if kv_heads is None else numbers(kv_heads)
+    check_figure(plot)
+    check_files(plot, json_path=json_path)
+    chosen = groupings(heads) if kv_heads is None else numbers(kv_heads, heads + 1, "KV heads")
     spec = grouped(width, heads, rope=RopeSpec(theta=10_000.0))
     for number in chosen:
         spec.replace(num_key_value_heads=number)  # refused before anything is measured
@@ -76,7 +83,7 @@ def speed(
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     table.add_column("", style="bold", no_wrap=True)
     for column in ("time", "faster", "quartiles", "floor", "floors", "alone"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -96,7 +103,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def _repeated_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Decode with repeated keys and values", title_justify="left")
+    table = new_table("Decode with repeated keys and values")
     table.add_column("", style="bold")
     for column in ("slower", "quartiles"):
         table.add_column(column, justify="right", min_width=12)
@@ -108,7 +115,7 @@ def _repeated_table(rows: list[dict[str, Any]]) -> Table:
 
 def _work_table(rows: list[dict[str, Any]]) -> Table:
     """What the floor is made of, the same for every backend."""
-    table = Table(title="What must be read and multiplied", title_justify="left")
+    table = new_table("What must be read and multiplied")
     table.add_column("", style="bold")
     for column in ("read", "million operations", "of them attention"):
         table.add_column(column, justify="right")

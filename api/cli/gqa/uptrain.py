@@ -10,15 +10,17 @@ from rich.table import Table
 from lyra.progress import steps as progress_bar
 from lyra.spec.errors import SpecError
 from lyra.studies.conversion import METHODS
-from lyra.studies.figures import save
+from lyra.studies.figures import check_figure, save
 from lyra.studies.parameters import groupings
 from lyra.studies.training import Recipe, Start
 from lyra.studies.training_figures import uptraining_figure
 from lyra.studies.uptraining import Plan, summary
 from lyra.studies.uptraining import uptrain as uptrained
+from lyra.terminal import new_table
 
+from ..files import check_files
 from ..options import JsonPath, numbers
-from ..output import refuse_missing_folder, show
+from ..output import show
 from .group import (
     CORES,
     Checkpoints,
@@ -54,7 +56,7 @@ def uptrain(
     text: Text = None,
     backend: Annotated[str, typer.Option("--backend", "-b", help="torch or jax.")] = "torch",
     kv_heads: Annotated[str | None, typer.Option(help="KV heads to convert to, such as 4,1; else all legal.")] = None,
-    uptraining: Annotated[int, typer.Option(min=1, help="Steps after the conversion.")] = 40,
+    uptraining: Annotated[int, typer.Option(min=1, max=10_000_000, help="Steps after the conversion.")] = 40,
     seeds: Seeds = 3,
     steps: Steps = STEPS,
     rows: Rows = 8,
@@ -73,10 +75,11 @@ def uptrain(
     The MHA models are those of `lyra gqa perplexity` with the same options; they are trained where there are none. An
     interrupted run goes on where it stopped when the same command is given again.
     """
-    refuse_missing_folder(json_path, plot)
+    check_figure(plot)
+    check_files(plot, json_path=json_path, inputs=(text,), folders=(checkpoints,))
     recipe = Recipe(steps=steps, rows=rows, window=window)
     corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
-    chosen = groupings(heads)[1:] if kv_heads is None else numbers(kv_heads)
+    chosen = groupings(heads)[1:] if kv_heads is None else numbers(kv_heads, heads + 1, "KV heads")
     if not chosen:
         raise SpecError("no KV heads to convert to are named; write a list such as 4,1")
     plan = Plan(chosen_backends([backend])[0], spec, recipe, seeds, chosen, uptraining)
@@ -97,7 +100,7 @@ def uptrain(
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     table.add_column("", style="bold")
     table.add_column("KV heads made from")
     for column in ("loss, MHA", "converted", "trained on"):
