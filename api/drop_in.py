@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lyra.backends.protocol import import_extra
+from lyra.spec.errors import InputError
 
 from .checkpoint import HUB_ID, resolve
 
@@ -39,9 +40,18 @@ class Lyra(LyraForCausalLM):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None = None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, and from whatever `lyra.load` takes. Raises CheckpointError, InputError."""
+        """As in transformers, and from whatever `lyra.load` takes. Raises CheckpointError, InputError.
+
+        With a `state_dict` and no name the weights are those of the dict, as in transformers: of the model of `config`,
+        what the dict lacks is new. Without either it is the default model.
+        """
         name = pretrained_model_name_or_path
-        return super().from_pretrained(name if _is_transformers_own(name) else resolve(name), *model_args, **kwargs)
+        if name is None and kwargs.get("state_dict") is not None:
+            if kwargs.get("config") is None:
+                raise InputError("from_pretrained: a state_dict without a name says no model; give its config too")
+        elif not _is_transformers_own(name):
+            name = resolve(name)
+        return super().from_pretrained(name, *model_args, **kwargs)
 
 
 def _is_transformers_own(name: str | os.PathLike[str] | None) -> TypeGuard[str | os.PathLike[str]]:

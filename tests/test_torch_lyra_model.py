@@ -107,6 +107,66 @@ def test_it_is_what_transformers_makes_of_its_config(caplog):
     assert caplog.text == ""
 
 
+of_both_classes = pytest.mark.parametrize("kind", [LyraForCausalLM, Lyra], ids=["LyraForCausalLM", "Lyra"])
+
+
+@of_both_classes
+def test_from_a_state_dict_it_is_what_transformers_makes_of_it(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("LYRA_MODEL", str(tmp_path / "nothing"))  # the default model is not asked for
+    source = make_model()
+    options = {"config": source.config, "state_dict": source.state_dict()}
+    model = kind.from_pretrained(None, **options)
+    plain = Gemma3ForCausalLM.from_pretrained(None, **options)
+    assert isinstance(model, kind)
+    assert torch.equal(logits(model), logits(source))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name]), name
+    assert {*map(id, model.parameters())}.isdisjoint({*map(id, source.parameters())})
+    assert kind.from_pretrained(None, **options, dtype=torch.bfloat16, device_map="cpu").dtype == torch.bfloat16
+    with model.enable(), torch.inference_mode():
+        assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (2, 11)
+    assert model.tokenizer is None
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(kind.from_pretrained(tmp_path / "saved")), logits(source))
+
+
+@of_both_classes
+def test_what_a_state_dict_lacks_is_as_new_as_in_transformers(kind):
+    config, weights = make_model().config, make_model().state_dict()
+    some = {name: value for name, value in weights.items() if ".layers.0." in name}
+    wrong = {"model.norm.weight": torch.zeros(7)}
+    for given in ({}, some, some | wrong):
+        options = {"config": config, "state_dict": given, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, report = kind.from_pretrained(None, **options)
+        _, expected = Gemma3ForCausalLM.from_pretrained(None, **options)
+        assert report == expected
+        assert set(report["missing_keys"]) >= weights.keys() - given.keys() - {"lm_head.weight"}
+        found = dict(model.named_parameters()) | dict(model.named_buffers())
+        assert not any(value.is_meta for value in found.values())
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in given.items() if name not in wrong)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert logits(model).isfinite().all()
+
+
+@of_both_classes
+def test_on_no_device_yet_and_of_a_config_alone(kind):
+    config = make_model().config
+    with torch.device("meta"):
+        model = kind(config)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    with model.enable(split=HeadSplit((0, 3), share_kv=True)):
+        assert logits(model).isfinite().all()
+    made = kind._from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+    assert (type(made), made.dtype, made.config._attn_implementation) == (kind, torch.bfloat16, "eager")
+
+
+def test_a_state_dict_alone_says_no_model():
+    with pytest.raises(InputError, match="give its config too"):
+        Lyra.from_pretrained(state_dict=make_model().state_dict())
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_what_it_saves_loads_in_plain_transformers(tmp_path, enabled):
     source = make_model()

@@ -40,16 +40,20 @@ class LyraForCausalLM(Gemma3ForCausalLM):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, from a folder or a hub id, with all its options. Raises InputError for no Gemma-3."""
-        where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        known = "config" in kwargs or "gguf_file" in kwargs
-        options = {} if known else text_options(pretrained_model_name_or_path, **where)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs, **options)
+        """As in transformers, from a folder, a hub id or a state_dict, with all options. Raises InputError for no
+        Gemma-3."""
+        name = pretrained_model_name_or_path
+        where = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+        known = name is None or "config" in kwargs or "gguf_file" in kwargs
+        options = {} if known else text_options(name, **where)
+        loaded: Any = super().from_pretrained(name, *model_args, **kwargs, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if options:
             save_as_text(model)
+        if name is None:  # which transformers writes down as "None"; its tokenizer is its config's, as in Lyra(config)
+            model.name_or_path = model.config.name_or_path = getattr(kwargs["config"], "name_or_path", "")
         model._hub_options = where
         return loaded
 
