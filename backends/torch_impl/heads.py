@@ -31,10 +31,9 @@ def fold_batch(q: torch.Tensor, contexts: int) -> torch.Tensor:
     return q.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def unfold_batch(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """[Bc,G,B/Bc·R,T,...] -> [B,G,R,T,...], the inverse of `fold_batch`."""
-    sharing = batch // len(x)
-    return x.unflatten(2, (sharing, -1)).transpose(1, 2).flatten(0, 1)
+def unfold_batch(x: torch.Tensor, group: int) -> torch.Tensor:
+    """[Bc,G,B/Bc·R,T,...] -> [B,G,R,T,...], the inverse of `fold_batch`; R is `group`."""
+    return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
 
 
 class LyraHeads(NamedTuple):

@@ -112,7 +112,7 @@ def static_partial(queries: torch.Tensor, static: PreparedStatic, scale: float, 
     visible = None if static.visible is None else static.visible[:, None, None, None, :]
     folded = fold_batch(queries, len(static.k))
     part = partial_attention(folded, static.k, static.v, visible, scale, softcap)
-    return Partial(*(unfold_batch(field, len(queries)) for field in part))
+    return Partial(*(unfold_batch(field, queries.shape[2]) for field in part))
 
 
 def output(weights: Weights, heads: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,8 @@ def partial_attention(
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return partial_attention(q, k, v, visible, scale, softcap)
+    if _exporting():  # one graph for any number of tokens
+        return _block(q, k, v, visible, scale, softcap)
     tokens, keys = q.shape[-2], k.shape[-2]
     block = max(1, SCORES_PER_BLOCK // max(1, q[..., 0, 0].numel() * keys))
     if tokens <= block:
@@ -108,8 +110,16 @@ def _block(
     # The largest score cancels out of the result, so no gradient has to flow through it.
     top = scores.detach().amax(dim=-1, keepdim=True)
     weights = scores.sub_(top.clamp_min(torch.finfo(torch.float32).min)).exp_()
-    out = torch.matmul(weights.flatten(-3, -2), v.float()).unflatten(-2, (group, tokens))
+    if _exporting() and isinstance(group, int):  # where `flatten`, of two symbolic axes, is a condition on their sizes
+        out = torch.stack([torch.matmul(head, v.float()) for head in weights.unbind(-3)], dim=-3)
+    else:
+        out = torch.matmul(weights.flatten(-3, -2), v.float()).unflatten(-2, (group, tokens))
     return Partial(out, top, weights.sum(dim=-1, keepdim=True))
+
+
+def _exporting() -> bool:
+    """Whether torch.export is tracing, for tensors of many shapes."""
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 def _seen_keys(visible: torch.Tensor) -> slice:
