@@ -46,8 +46,8 @@ class LyraForCausalLM(Gemma3ForCausalLM):
         Gemma-3."""
         name = pretrained_model_name_or_path
         where = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
-        known = name is None or "config" in kwargs or "gguf_file" in kwargs
-        options = {} if known else text_options(name, **where)
+        known = "config" in kwargs or "gguf_file" in kwargs
+        options = {} if name is None or known else text_options(name, **where)
         loaded: Any = super().from_pretrained(name, *model_args, **kwargs, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if options:
