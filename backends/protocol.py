@@ -1,4 +1,4 @@
-"""What a backend is: the protocol of the attention level and of the model level, and how a backend is found.
+"""What a backend is: the protocol of the attention level and of the model level, and what finds a backend.
 
 NumPy at the boundary, so that a suite, a command line or another backend can talk to any of them.
 A third-party backend implements `Backend` and `Attention`; the model level is optional.
@@ -6,11 +6,9 @@ A third-party backend implements `Backend` and `Attention`; the model level is o
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,10 +20,21 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
+from .registry import (
+    CAPABILITIES,
+    BackendEnded,
+    BackendNotFound,
+    check_backend,
+    get_backend,
+    import_extra,
+    known_backends,
+)
+
 __all__ = [
     "CAPABILITIES",
     "Attention",
     "Backend",
+    "BackendEnded",
     "BackendNotFound",
     "Bfloat16Backend",
     "CapturedLayer",
@@ -47,26 +56,6 @@ __all__ = [
     "import_extra",
     "known_backends",
 ]
-
-ENTRY_POINTS = "lyra.backends"
-
-CAPABILITIES = {
-    "static": "attends to a static context",
-    "cache": "continues from the cache an earlier call returned",
-    "trace": "returns the value of every stage",
-    "reorder": "Attention.reorder(cache, rows) selects rows of a live cache",
-    "crop": "Attention.crop(cache, length) keeps the first tokens of a live cache",
-    "grad": "Attention.vjp",
-    "bfloat16": "Attention computes in bfloat16 when the backend is given dtype='bfloat16'",
-    "sequential": "SequentialBackend.sequential: an injected attention block after self-attention",
-    "mesh": "MeshBackend.load spreads a whole model over the devices of a mesh",
-    "inject": "its engines are SequentialEngines: whole models with injected blocks",
-    "gates": "its engines are GatedEngines: a text behind a context, scored under gates of heads",
-}
-
-
-class BackendNotFound(LookupError):
-    """No backend of that name; the message lists the known ones."""
 
 
 class Result(NamedTuple):
@@ -333,58 +322,3 @@ class MeshBackend(ModelBackend, Protocol):
     def load(
         self, folder: str, *, dtype: str = "float32", device: str | None = None, mesh: Any | None = None
     ) -> Engine: ...
-
-
-def known_backends() -> dict[str, EntryPoint]:
-    """Every installed backend by name, not imported yet."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-
-
-def get_backend(name: str) -> Backend:
-    """The backend of an entry point's name or of `package.module:Class`, made by calling it without arguments.
-
-    Raises BackendNotFound for an unknown name and ImportError, naming the extra, where its framework is missing.
-    """
-    points = known_backends()
-    if name in points:
-        point = points[name]
-    elif ":" in name:
-        point = EntryPoint(name=name, value=name, group=ENTRY_POINTS)
-    else:
-        raise BackendNotFound(
-            f"unknown backend {name!r}; known: {', '.join(sorted(points)) or 'none'}. "
-            f"A backend of your own goes by 'package.module:Class'"
-        )
-    try:
-        made = point.load()()
-    except ModuleNotFoundError as error:
-        if error.name is not None and not error.name.startswith("lyra") and name in points:
-            raise ImportError(
-                f"backend {name!r} needs {error.name!r}, which is not installed: pip install 'lyra[{name}]'",
-                name=error.name,
-            ) from error
-        raise BackendNotFound(f"backend {name!r}: no module {error.name!r}") from error
-    except AttributeError as error:
-        raise BackendNotFound(f"backend {name!r}: {error}") from error
-    return check_backend(made)
-
-
-def check_backend(made: Any) -> Backend:
-    """Refuse what is no backend, saying what is missing."""
-    missing = [part for part in ("name", "capabilities", "attention") if not hasattr(made, part)]
-    if missing:
-        raise BackendNotFound(f"{type(made).__name__} is no backend: it lacks {', '.join(missing)}")
-    unknown = sorted(set(made.capabilities) - set(CAPABILITIES))
-    if unknown:
-        raise BackendNotFound(
-            f"backend {made.name!r} claims unknown capabilities {unknown}; known: {list(CAPABILITIES)}"
-        )
-    return made
-
-
-def import_extra(module: str, extra: str) -> Any:
-    """Import an optional package, or say which extra brings it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"this needs {module!r}, which is not installed: pip install 'lyra[{extra}]'") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import platformdirs
@@ -91,18 +92,35 @@ def make_session(
 
 
 def load_backends(names: list[str]) -> list[Backend]:
-    """Backends by name; without names, every installed one that loads. Raises BackendNotFound, ImportError."""
+    """Backends by name; without names, every installed one that loads.
+
+    Raises BackendNotFound, ImportError, and UsageError where two have one name.
+    """
     if names:
-        return [get_backend(name) for name in dict.fromkeys(names)]
-    found, missing = [], []
+        return unlike({name: get_backend(name) for name in names})
+    found: dict[str, Backend] = {}
+    missing = []
     for name in sorted(known_backends()):
         try:
-            found.append(get_backend(name))
+            found[name] = get_backend(name)
         except ImportError as error:
             missing.append(str(error))
     if not found:
         raise BackendNotFound("no backend can be loaded: " + "; ".join(missing or ["none is installed"]))
-    return found
+    return unlike(found)
+
+
+def unlike(found: Mapping[str, Backend]) -> list[Backend]:
+    """Backends by what they were asked for as, once no two have one name. Raises UsageError."""
+    asked: dict[str, str] = {}
+    for name, backend in found.items():
+        if backend.name in asked:
+            raise UsageError(
+                f"{asked[backend.name]!r} and {name!r} both have the name {backend.name!r}, under which a report tells "
+                f"them apart; give one of them another"
+            )
+        asked[backend.name] = name
+    return list(found.values())
 
 
 def read_scope(source: str) -> tuple[AttentionSpec, tuple[HeadSplit, ...]]:
