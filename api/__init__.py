@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lyra.choosing import choose_split
     from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
     from lyra.spec.context import StaticContext
-    from lyra.spec.errors import ContextError, InputError, SpecError
+    from lyra.spec.errors import ContextError, InputError, SpecError, UncheckedContextWarning
     from lyra.spec.model import ModelSpec
     from lyra.spec.sequential import SequentialSpec
     from lyra.spec.split import HeadSplit
@@ -47,6 +47,7 @@ __all__ = [
     "SpecError",
     "StaticContext",
     "StaticSpec",
+    "UncheckedContextWarning",
     "__version__",
     "choose_split",
     "load",
@@ -61,7 +62,7 @@ _HOMES = {
     "lyra.model": ("Model", "Score"),
     "lyra.spec.attention": ("AttentionSpec", "QKNormSpec", "RopeSpec", "StaticSpec"),
     "lyra.spec.context": ("StaticContext",),
-    "lyra.spec.errors": ("ContextError", "InputError", "SpecError"),
+    "lyra.spec.errors": ("ContextError", "InputError", "SpecError", "UncheckedContextWarning"),
     "lyra.spec.model": ("ModelSpec",),
     "lyra.spec.sequential": ("SequentialSpec",),
     "lyra.spec.split": ("HeadSplit",),

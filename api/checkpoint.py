@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from pathlib import Path
 import platformdirs
 from safetensors import SafetensorError, safe_open
 
+from lyra.spec.files import folder_renamed_into
 from lyra.spec.model import presets
 
 from .errors import CheckpointError
@@ -129,19 +129,17 @@ def _cached(stem: str, digest: str, source: Callable[[Path], Path]) -> Path:
     found = sorted(folder.glob(f"*-{key}"))  # the same file under another name is the same model
     if found:
         return check_folder(found[0])
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{stem}-{key}"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{target.name}.") as scratch:
-        work, made = Path(scratch), Path(scratch) / "made"
-        made.mkdir()
-        with steps(f"Converting {stem} (once)") as progress:
-            convert(source(work), made, progress)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # another process may have finished the same conversion first
-                raise
-            shutil.rmtree(made)
+    try:
+        with (
+            folder_renamed_into(target) as made,
+            tempfile.TemporaryDirectory(dir=made) as work,
+            steps(f"Converting {stem} (once)") as progress,
+        ):
+            convert(source(Path(work)), made, progress)
+    except OSError:
+        if not target.is_dir():  # another process may have finished the same conversion first
+            raise
     return check_folder(target)
 
 

@@ -10,6 +10,7 @@ table and a picture.
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,7 @@ from lyra.cli.files import check_files
 from lyra.conformance.report.data import DistancePart, Report, percentiles
 from lyra.conformance.report.merge import read_report
 from lyra.conformance.tolerance import K
-from lyra.spec.base import write_atomically
+from lyra.spec.files import write_atomically
 
 KINDS = ("outputs", "stages", "gradients", "bfloat16", "real weights")
 COLOURS = dict(zip(KINDS, ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#000000"), strict=True))
@@ -173,7 +174,9 @@ def main(
     samples = collect(read)
     if not samples:
         raise typer.BadParameter("the reports hold no comparison with the oracle; give those of whole runs")
-    draw(samples).savefig(picture, dpi=150)
+    drawn = io.BytesIO()
+    draw(samples).savefig(drawn, dpi=150)
+    write_atomically(picture, drawn.getvalue())
     write_atomically(docs / "calibration.md", page(read, samples).encode())
 
 

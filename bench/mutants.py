@@ -44,8 +44,8 @@ from lyra.conformance.faults.crew import TURN
 from lyra.conformance.faults.kill import kill
 from lyra.conformance.launch import prepare_environment
 from lyra.conformance.session import PROFILES
-from lyra.spec.base import write_atomically
 from lyra.spec.clauses import statements
+from lyra.spec.files import write_atomically
 
 EXPLANATIONS = Path(__file__).with_suffix(".toml")
 TIMEOUT = 1800.0

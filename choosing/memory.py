@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lyra.spec.base import write_atomically
 from lyra.spec.errors import InputError
+from lyra.spec.files import write_atomically
 
 
 class Memory:

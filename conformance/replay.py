@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lyra.spec.base import write_atomically
+from lyra.spec.files import write_atomically
 
 from .case import Case
 from .record import Failure

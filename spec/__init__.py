@@ -2,7 +2,7 @@
 
 from .attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
 from .context import ContextLayer, StaticContext
-from .errors import ContextError, InputError, SpecError
+from .errors import ContextError, InputError, SpecError, UncheckedContextWarning
 from .fingerprint import Fingerprint
 from .model import LayerSplit, ModelSpec, load_spec, presets
 from .sequential import SequentialSpec
@@ -23,6 +23,7 @@ __all__ = [
     "SpecError",
     "StaticContext",
     "StaticSpec",
+    "UncheckedContextWarning",
     "load_spec",
     "presets",
 ]

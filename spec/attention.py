@@ -18,6 +18,9 @@ Positions = Literal["continue", "overlay"]
 STAGES = ("project", "norm", "rope", "attend", "output")
 """The one legal order of stages (clause ORDER)."""
 
+MOST_KV_HEADS_NAMED = 1024
+"""A refusal names what divides the number of query heads up to here."""
+
 TRACES: dict[str, tuple[str, ...]] = {
     "project": ("q_proj", "k_proj", "v_proj"),
     "norm": ("q_norm", "k_norm"),
@@ -96,7 +99,8 @@ class AttentionSpec(SpecModel):
     @model_validator(mode="after")
     def _consistent(self) -> AttentionSpec:
         if self.num_attention_heads % self.num_key_value_heads:
-            divisors = [n for n in range(1, self.num_attention_heads + 1) if self.num_attention_heads % n == 0]
+            most = min(self.num_attention_heads, MOST_KV_HEADS_NAMED)
+            divisors = [n for n in range(1, most + 1) if self.num_attention_heads % n == 0]
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; use one of {divisors} KV heads"

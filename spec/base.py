@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import SpecError
+from .files import write_atomically
 from .text_file import parse_json, parse_toml, read_toml
 
 
@@ -88,31 +86,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
-
-
-@contextmanager
-def renamed_into(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, renamed to it in the end, so that no reader ever sees half a file.
-
-    A device, a pipe or a folder is never replaced. Raises OSError.
-    """
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is there and is no file; give another name")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name and rename. What is no file, such as /dev/stdout, is written to. Raises OSError."""
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    with renamed_into(path) as temporary:
-        temporary.write_bytes(data)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from .attention import RopeSpec
 from .errors import ContextError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
+from .rotation import rotation_tables
 from .storage import (
     BFLOAT16,
     Int8,
@@ -28,6 +28,9 @@ from .storage import (
     stored,
     widened,
 )
+
+MOST_POSITION = 1 << 30
+"""The last position that a context may name: the live tokens behind it still have positions of 32 bits."""
 
 
 class ContextLayer(NamedTuple):
@@ -68,11 +71,11 @@ class StaticContext:
             raise ContextError(f"mask has shape {mask.shape} and dtype {mask.dtype}; expected bool [batch, tokens]")
         if not self.layers:
             raise ContextError("the context holds no layer; capture at least one global layer")
-        fields = {
-            "mask": mask,
-            "positions": _indices("positions", self.positions, mask.shape),
-            "tokens": None if self.tokens is None else _indices("tokens", self.tokens, mask.shape),
-        }
+        positions = _indices("positions", self.positions, mask.shape)
+        if positions.size and positions.max() > MOST_POSITION:
+            raise ContextError(f"positions reach {positions.max():,}; a context's end at {MOST_POSITION:,}")
+        tokens = None if self.tokens is None else _indices("tokens", self.tokens, mask.shape)
+        fields = {"mask": mask, "positions": positions, "tokens": tokens}
         for name, value in fields.items():
             object.__setattr__(self, name, None if value is None else frozen(value))
         known = dict(self.fingerprint.layers)
@@ -257,17 +260,24 @@ class StaticContext:
         return None if attention.rope is None else rotation_tables(self.positions, attention.rope, attention.head_dim)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one .safetensors file, through a temporary name. Raises OSError."""
+        """Write one .safetensors file, through a temporary name, with digests of what it holds (clause STORED-6).
+
+        An old file's mode is kept, else the umask decides; a symlink stays one. Raises OSError, naming `path`.
+        """
         from .context_file import write_context
 
         write_context(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> StaticContext:
-        """Read a file that `save` wrote; arrays are memory-mapped. Raises ContextError, naming the file."""
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> StaticContext:
+        """Read a file that `save` wrote; arrays are memory-mapped.
+
+        What is there is held to the file's digests, which reads it once, unless `verify` is False. A file of an older
+        Lyra has none: an UncheckedContextWarning says so. Raises ContextError, naming the file and what is damaged.
+        """
         from .context_file import read_context
 
-        return read_context(path)
+        return read_context(path, verify).context
 
     def _heads(self, layer: int, kv_heads: Iterable[int]) -> ContextLayer:
         """Some KV heads of a layer, ascending, stored as they are. Raises ContextError where they are not there."""
@@ -291,22 +301,6 @@ class StaticContext:
             found.append(f"stored as {self.dtype} against {other.dtype}; use astype() to make them equal")
         if found:
             raise ContextError(f"these contexts do not go together: {'; '.join(found)}")
-
-
-def rotation_tables(positions: np.ndarray, rope: RopeSpec, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of positions [...], float32 [..., head_dim], computed in float64 and rounded once.
-
-    Both halves of the last axis are equal: element i turns with element i + head_dim / 2 (clauses ROPE, STORED-3).
-    """
-    angles = np.asarray(positions, dtype=np.float64)[..., None] * rotation_frequencies(rope, head_dim)
-    cos, sin = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
-    return np.concatenate([cos, cos], axis=-1), np.concatenate([sin, sin], axis=-1)
-
-
-def rotation_frequencies(rope: RopeSpec, head_dim: int) -> np.ndarray:
-    """Radians a position by pair, float64 [head_dim / 2] (clause ROPE-2)."""
-    frequencies: np.ndarray = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim) / rope.factor
-    return frequencies
 
 
 def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:

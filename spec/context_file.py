@@ -3,37 +3,34 @@
 Tensors: `layers.N.k`, `layers.N.v` [Bc,G,S,D] float32, bfloat16 or int8, the last with `layers.N.k.scales` float32
 [Bc,G,blocks,D] or [Bc,G,blocks,1] and `layers.N.k.blocks` [Bc,S] int32, v likewise (clause STORED-4); `mask` [Bc,S]
 bool; `positions` and, if known, `tokens` [Bc,S] int64; `cos`, `sin` [Bc,S,D] float32 unless the model has no RoPE.
-Metadata: `format`, `version`, `fingerprint` (JSON) and `kv_heads` (JSON, layer -> heads).
+Metadata: `format`, `version`, `fingerprint` (JSON), `kv_heads` (JSON, layer -> heads), `digests` (JSON, tensor ->
+digest) and `digest` (clause STORED-6; `lyra.spec.digest`). Files of version 1 have neither digests nor digest.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import struct
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from .attention import RopeSpec
-from .base import renamed_into
-from .context import ContextLayer, StaticContext, rotation_frequencies
-from .errors import ContextError
+from .context import ContextLayer, StaticContext
+from .digest import check_header, check_tensors, sealed
+from .errors import ContextError, UncheckedContextWarning
+from .files import renamed_into
 from .fingerprint import Fingerprint
-from .storage import BFLOAT16, Int8, Values
+from .rotation import angles_in_turn
+from .storage import Int8, Values
+from .tensor_file import TensorFile, open_tensors, shown, write_tensors
+from .text_file import parse_json
 
-FORMAT, VERSION = "lyra-context", "1"
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "BF16": BFLOAT16,
-    "I8": np.dtype("i1"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-    "BOOL": np.dtype("?"),
-}
-"""The safetensors dtypes that a context file uses."""
+FORMAT, VERSION, UNSEALED = "lyra-context", "2", "1"
+_LAYER = re.compile("0|[1-9][0-9]{0,8}")
 
 INT8_PARTS = ("scales", "blocks")
 """What stands beside the codes of an Int8, under its name and a point."""
@@ -45,11 +42,16 @@ TABLE_TOLERANCE = 1e-6
 """How far stored cosines and sines may be from those of the positions: other mathematics libraries round otherwise."""
 
 
+class OpenedContext(NamedTuple):
+    """A context, the digest that its file has (None in an older one), and whether what is there was held to it."""
+
+    context: StaticContext
+    digest: str | None
+    checked: bool
+
+
 def write_context(context: StaticContext, path: str | os.PathLike[str]) -> None:
     """Write the file through a temporary name in the same folder. Raises OSError."""
-    from safetensors.numpy import save_file
-
-    path = Path(path)
     arrays = {"mask": context.mask, "positions": context.positions}
     if context.tokens is not None:
         arrays["tokens"] = context.tokens
@@ -58,43 +60,51 @@ def write_context(context: StaticContext, path: str | os.PathLike[str]) -> None:
         arrays["cos"], arrays["sin"] = tables
     for number, layer in context.layers.items():
         arrays |= _arrays(f"layers.{number}.k", layer.k) | _arrays(f"layers.{number}.v", layer.v)
+    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": context.fingerprint.to_json(),
         "kv_heads": json.dumps(context.kv_heads),
     }
-    with renamed_into(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+    with renamed_into(Path(path)) as temporary:
+        write_tensors(temporary, tensors, sealed(metadata, tensors))
 
 
-def read_context(path: str | os.PathLike[str]) -> StaticContext:
-    """Read a context file, memory-mapped. Raises ContextError with one message that names the file."""
+def read_context(path: str | os.PathLike[str], verify: bool = True) -> OpenedContext:
+    """Read a context file, opened once and mapped. Raises ContextError with one message that names the file.
+
+    What is there is held to the digests that the file has, unless `verify` is False. Of an older file, which has none,
+    an UncheckedContextWarning says so.
+    """
     path = Path(path)
     try:
-        return _read(path)
+        return _read(path, verify)
     except ContextError as error:
         raise ContextError(f"{path}: {error}") from None
 
 
-def _read(path: Path) -> StaticContext:
-    metadata, arrays = _tensors(path)
+def _read(path: Path, verify: bool) -> OpenedContext:
+    file = open_tensors(path)
+    metadata = file.metadata
     if metadata.get("format") != FORMAT:
         raise ContextError("it is a safetensors file, but not a context; make one with Model.capture and save")
-    if metadata.get("version") != VERSION:
+    version = metadata.get("version")
+    if version not in {VERSION, UNSEALED}:
         raise ContextError(
-            f"it has format version {metadata.get('version')!r}, this Lyra reads {VERSION!r}; capture the context "
-            f"again or use the Lyra that wrote it"
+            f"it has format version {shown(version)}, this Lyra reads {VERSION!r} and {UNSEALED!r}; capture the context"
+            f" again or use the Lyra that wrote it"
         )
+    if version == UNSEALED and {"digest", "digests"} & set(metadata):
+        raise ContextError("it has digests, which no file of format version '1' has; the file is damaged")
+    if verify and version == VERSION:
+        check_header(file)
     kv_heads = _kv_heads(metadata)
     fingerprint = Fingerprint.from_json(metadata.get("fingerprint", ""))
-    tables = {"cos", "sin"} if fingerprint.attention.rope is not None else set()
-    held = {f"layers.{number}.{part}" for number in kv_heads for part in "kv"}
-    narrow = {f"{name}.{part}" for name in held & set(arrays) if arrays[name].dtype == np.int8 for part in INT8_PARTS}
-    needed = {"mask", "positions"} | tables | held | narrow
-    missing, unknown = sorted(needed - set(arrays)), sorted(set(arrays) - needed - {"tokens"})
-    if missing or unknown:
-        raise ContextError(f"it lacks the tensors {missing} and has the unknown tensors {unknown}")
+    _check_names(file, kv_heads, fingerprint)
+    if verify and version == VERSION:
+        check_tensors(file)
+    arrays = {name: file.tensor(name) for name in file.entries}
     context = StaticContext(
         layers={
             number: ContextLayer(heads, _values(arrays, f"layers.{number}.k"), _values(arrays, f"layers.{number}.v"))
@@ -106,33 +116,26 @@ def _read(path: Path) -> StaticContext:
         fingerprint=fingerprint,
     )
     _check_tables(context, arrays)
-    return context
+    if verify and version == UNSEALED:
+        warnings.warn(
+            f"{path}: the file is older than digests, so that damage to it would not show; save the context again to "
+            f"give it one",
+            UncheckedContextWarning,
+            stacklevel=4,
+        )
+    return OpenedContext(context, metadata.get("digest"), verify and version == VERSION)
 
 
-def _tensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The metadata and the tensors, mapped. safetensors checks the layout first: offsets, sizes, end of file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise ContextError("there is no such file") from None
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise ContextError(f"it is no safetensors file, or cut short ({error})") from None
-    metadata = header.pop("__metadata__", {})
-    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-    return metadata, {name: _view(data, 8 + length, name, entry) for name, entry in header.items()}
-
-
-def _view(data: np.ndarray, start: int, name: str, entry: Mapping[str, Any]) -> np.ndarray:
-    if entry["dtype"] not in DTYPES:
-        raise ContextError(f"tensor {name!r} has dtype {entry['dtype']}; a context has {', '.join(DTYPES)}")
-    begin, end = entry["data_offsets"]
-    return data[start + begin : start + end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+def _check_names(file: TensorFile, kv_heads: Mapping[int, tuple[int, ...]], fingerprint: Fingerprint) -> None:
+    """Refuse a file that lacks a tensor or has another one. Raises ContextError."""
+    there = set(file.entries)
+    tables = {"cos", "sin"} if fingerprint.attention.rope is not None else set()
+    held = {f"layers.{number}.{part}" for number in kv_heads for part in "kv"}
+    narrow = {f"{name}.{part}" for name in held & there if file.entries[name].dtype == "I8" for part in INT8_PARTS}
+    needed = {"mask", "positions"} | tables | held | narrow
+    missing, unknown = sorted(needed - there), sorted(there - needed - {"tokens"})
+    if missing or unknown:
+        raise ContextError(f"it lacks the tensors {shown(missing)} and has the unknown tensors {shown(unknown)}")
 
 
 def _arrays(name: str, values: Values) -> dict[str, np.ndarray]:
@@ -153,10 +156,14 @@ def _values(arrays: Mapping[str, np.ndarray], name: str) -> Values:
 
 
 def _kv_heads(metadata: Mapping[str, str]) -> dict[int, tuple[int, ...]]:
-    try:
-        return {int(number): tuple(heads) for number, heads in json.loads(metadata.get("kv_heads", "")).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ContextError(f"the list of KV heads is damaged ({error})") from None
+    text = metadata.get("kv_heads", "")
+    held = parse_json(text, "the list of KV heads", refuse=ContextError, what="heads by layer")
+    if not all(_LAYER.fullmatch(number) for number in held):
+        raise ContextError(f"the list of KV heads is damaged: expected heads by layer, got {shown(held)}")
+    for number, heads in held.items():
+        if not isinstance(heads, list) or not all(type(head) is int for head in heads):
+            raise ContextError(f"the list of KV heads is damaged: layer {number} has {shown(heads)}")
+    return {int(number): tuple(heads) for number, heads in held.items()}
 
 
 def _check_tables(context: StaticContext, arrays: Mapping[str, np.ndarray]) -> None:
@@ -169,19 +176,8 @@ def _check_tables(context: StaticContext, arrays: Mapping[str, np.ndarray]) -> N
             raise ContextError(f"{name} has shape {arrays[name].shape}; expected {shape}")
     for start in range(0, context.positions.shape[1], TOKENS_AT_ONCE):
         some = slice(start, start + TOKENS_AT_ONCE)
-        angles = _angles(context.positions[:, some], attention.rope, attention.head_dim)
+        angles = angles_in_turn(context.positions[:, some], attention.rope, attention.head_dim)
         for name, turned in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
             halves = arrays[name][:, some].reshape(*turned.shape[:-1], 2, -1)
             if not (np.abs(halves - turned[..., None, :]) <= TABLE_TOLERANCE).all():
                 raise ContextError(f"{name} is not that of the positions; the file is damaged")
-
-
-def _angles(positions: np.ndarray, rope: RopeSpec, head_dim: int) -> np.ndarray:
-    """The angles of positions [...] between -π and π, float32 [..., head_dim / 2].
-
-    Formed in float64 like those of the tables. Cosines of float32 are right to a quarter of TABLE_TOLERANCE, and cost a
-    fifth of the time, which is that to a first token.
-    """
-    turns = positions[..., None] * (rotation_frequencies(rope, head_dim) / (2 * np.pi))
-    turns -= np.rint(turns)
-    return (turns * (2 * np.pi)).astype(np.float32)

@@ -38,3 +38,7 @@ class ContextError(ValueError):
 
 class InputError(ValueError):
     """Arguments of an attention call that contradict the spec (shape, dtype, static heads)."""
+
+
+class UncheckedContextWarning(UserWarning):
+    """A context was loaded from a file that has no digest: were it damaged, nobody would know."""

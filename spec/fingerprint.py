@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import numpy as np
 
 from .attention import AttentionSpec, StaticSpec
 from .bfloat16 import bfloat16_bits
-from .errors import ContextError, SpecError
+from .errors import ContextError
 from .model import ModelSpec
+from .tensor_file import shown
+from .text_file import parse_json
 
 SPEC_VERSION = 1
 """The version of SPEC.md that this package follows."""
@@ -83,12 +86,33 @@ class Fingerprint:
     def from_json(cls, text: str) -> Fingerprint:
         """The fingerprint that a JSON text holds. Raises ContextError."""
         try:
-            fields = json.loads(text)
-            fields["attention"] = AttentionSpec.from_dict(fields["attention"])
-            fields["layers"] = tuple((int(layer), str(digest)) for layer, digest in fields["layers"])
-            return cls(**fields)
-        except (SpecError, ValueError, TypeError, KeyError) as error:
-            raise ContextError(f"the fingerprint is damaged ({error})") from None
+            fields = _checked_fields(parse_json(text, "its text", refuse=ValueError, what="a fingerprint"))
+            attention = AttentionSpec.from_dict(fields["attention"])
+        except ValueError as error:
+            raise ContextError(f"the fingerprint is damaged ({'; '.join(str(error).splitlines())})") from None
+        layers = tuple((layer, digest) for layer, digest in fields["layers"])
+        return cls(**(fields | {"attention": attention, "layers": layers}))
+
+
+def _checked_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a fingerprint, of the types that they have. Raises ValueError, naming the field and what it is."""
+    known = {field.name: None if field.default is MISSING else field.default for field in dataclass_fields(Fingerprint)}
+    if not {"model", "attention", "layers"} <= set(fields) <= set(known):
+        raise ValueError(f"expected the fields {sorted(known)}, got {shown(fields)}")
+    fields = known | fields
+    layers = fields["layers"]
+    right = {
+        "model": isinstance(fields["model"], str),
+        "tokenizer": fields["tokenizer"] is None or isinstance(fields["tokenizer"], str),
+        "bos": fields["bos"] is None or type(fields["bos"]) is int,
+        "spec_version": type(fields["spec_version"]) is int,
+        "layers": isinstance(layers, list)
+        and all(isinstance(item, list) and [type(one) for one in item] == [int, str] for item in layers),
+    }
+    wrong = [f"{name} is {shown(fields[name])}" for name, fits in right.items() if not fits]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return fields
 
 
 def hash_weights(weights: Mapping[str, np.ndarray]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol, Self
 
@@ -38,8 +39,13 @@ class HeadSplit(SpecModel):
     @field_validator("lyra_q_heads", mode="before")
     @classmethod
     def _ascending(cls, heads: Any) -> tuple[int, ...]:
-        heads = tuple(heads)
-        repeated = sorted({head for head in heads if heads.count(head) > 1})
+        try:
+            heads = tuple(heads)
+        except TypeError:
+            raise ValueError(f"expected query heads, got {heads!r}") from None
+        if not all(isinstance(head, int) for head in heads):
+            return heads  # refused by its type
+        repeated = sorted(head for head, times in Counter(heads).items() if times > 1)
         if repeated:
             raise ValueError(f"query heads {repeated} are named twice; name each head once")
         return tuple(sorted(heads))

@@ -43,6 +43,8 @@ class Int8:
         kinds = [part.dtype.name for part in (self.codes, self.scales, self.blocks)]
         if kinds != ["int8", "float32", "int32"]:
             raise ContextError(f"codes, scales and blocks are {kinds}; expected int8, float32 and int32")
+        if self.codes.ndim != 4:
+            raise ContextError(f"codes have shape {self.codes.shape}; expected [batch, kv_heads, tokens, head_dim]")
         rows, heads, slots, channels = self.codes.shape
         wide = (channels, 1)
         if self.scales.ndim != 4 or self.scales.shape[:2] != (rows, heads) or self.scales.shape[3] not in wide:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections import Counter
 from typing import Any
 
 from .errors import SpecError
@@ -109,8 +110,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names each stand in it once: of two values neither is to be guessed. Raises ValueError."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in names if names.count(key) > 1)!r} stands twice in one object")
+        times = Counter(key for key, _ in pairs)
+        raise ValueError(f"{next(key for key in times if times[key] > 1)!r} stands twice in one object")
     return found
 
 

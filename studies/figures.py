@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyra.backends.protocol import import_extra
-from lyra.spec.base import write_atomically
 from lyra.spec.errors import InputError
+from lyra.spec.files import write_atomically
 from lyra.terminal import paragraphs
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lyra.spec.attention import AttentionSpec, RopeSpec, grouped
-from lyra.spec.base import SpecModel, write_atomically
+from lyra.spec.base import SpecModel
 from lyra.spec.errors import InputError
+from lyra.spec.files import write_atomically
 
 from .cache import calculate_kv_cache_size
 from .parameters import kind

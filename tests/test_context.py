@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from lyra.spec import AttentionSpec, ContextError, ContextLayer, Fingerprint, ModelSpec, RopeSpec, StaticContext
 from lyra.spec.bfloat16 import to_bfloat16
-from lyra.spec.context import rotation_tables
+from lyra.spec.digest import sealed
 from lyra.spec.fingerprint import hash_vocabulary, hash_weights
+from lyra.spec.rotation import rotation_tables
 
 BOS = 2
 HEADS, KV_HEADS, DIM = 8, 4, 16
@@ -115,7 +116,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    monkeypatch.setattr("lyra.spec.context_file.write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         make_context(5).save(path)
     assert StaticContext.load(path).num_tokens == 4
@@ -123,10 +124,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def rewrite(path: Path, arrays: dict | None = None, drop: tuple[str, ...] = (), **metadata: str) -> None:
+    """Change a file as someone would who knows of its digests: what is left to refuse it are the other checks."""
     with safe_open(path, framework="numpy") as file:
-        old = file.metadata()
+        old = {name: value for name, value in file.metadata().items() if "digest" not in name}
     kept = {name: value for name, value in (load_file(path) | (arrays or {})).items() if name not in drop}
-    save_file(kept, path, old | metadata)
+    known = all(value.dtype != np.float16 for value in kept.values())
+    save_file(kept, path, sealed(old | metadata, kept) if known else old | metadata)
 
 
 def poison(values: np.ndarray) -> np.ndarray:
@@ -138,7 +141,7 @@ def poison(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "2"}, "format version '2', this Lyra reads '1'"),
+        ({"version": "3"}, "format version '3', this Lyra reads '2' and '1'"),
         ({"format": "other"}, "not a context"),
         ({"drop": ("layers.3.v",)}, r"lacks the tensors \['layers\.3\.v'\]"),
         ({"drop": ("cos",)}, r"lacks the tensors \['cos'\]"),
@@ -146,12 +149,15 @@ def poison(values: np.ndarray) -> np.ndarray:
         ({"arrays": {"mask": np.ones((1, 5), bool)}}, r"positions has shape \(1, 6\)"),
         ({"arrays": {"mask": np.ones((1, 6), np.float32)}}, "mask has shape .* float32"),
         ({"arrays": {"layers.1.k": np.zeros((1, 3, 6, DIM), np.float32)}}, r"expected float32 \(1, 2, 6, 16\)"),
-        ({"arrays": {"layers.1.k": np.zeros((1, 2, 6, DIM), np.float16)}}, "dtype F16"),
+        ({"arrays": {"layers.1.k": np.zeros((1, 2, 6, DIM), np.float16)}}, "dtype 'F16'"),
         ({"arrays": {"layers.1.k": poison(np.zeros((1, 2, 6, DIM), np.float32))}}, "not finite in 1 visible slots"),
         ({"arrays": {"cos": np.zeros((1, 6, DIM), np.float32)}}, "cos is not that of the positions"),
         ({"arrays": {"positions": np.full((1, 6), -1)}}, "negative"),
         ({"kv_heads": '{"1": [1, 9], "3": [1, 3]}'}, r"KV heads \(1, 9\); expected some of 0 to 3"),
-        ({"kv_heads": "none"}, "list of KV heads is damaged"),
+        ({"kv_heads": "none"}, "list of KV heads is not JSON"),
+        ({"kv_heads": '{"1": 7, "3": [1, 3]}'}, "list of KV heads is damaged: layer 1 has 7"),
+        ({"kv_heads": '{"1": [1, 3], "1": [1, 3]}'}, "list of KV heads is not JSON .'1' stands twice"),
+        ({"kv_heads": "[" * 100_000}, "list of KV heads nests more than 64"),
         ({"fingerprint": "{}"}, "fingerprint is damaged"),
     ],
 )

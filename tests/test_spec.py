@@ -25,8 +25,8 @@ from lyra.spec import (
     load_spec,
 )
 from lyra.spec.attention import STAGES, TRACES
-from lyra.spec.base import renamed_into, write_atomically
 from lyra.spec.clauses import clauses, parse, statements
+from lyra.spec.files import renamed_into, write_atomically
 
 QUICK = settings(max_examples=150, deadline=None, database=None)
 
@@ -215,6 +215,7 @@ BLOCKED = (
     "typer",
     "tokenizers",
     "hypothesis",
+    "xxhash",
 )
 NEEDS_NUMPY_AND_PYDANTIC = f"""
 import sys

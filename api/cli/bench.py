@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from lyra.progress import steps
-from lyra.spec.base import write_atomically
 from lyra.spec.errors import InputError
+from lyra.spec.files import write_atomically
 from lyra.speed.measure import as_data, from_data, probe, run
 from lyra.speed.row import Row
 from lyra.speed.rows import all_rows, chosen_rows

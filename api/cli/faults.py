@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lyra.backends.protocol import import_extra
-from lyra.spec.base import write_atomically
+from lyra.spec.files import write_atomically
 from lyra.terminal import console, new_table, visible
 
 from .conform import ProfileName

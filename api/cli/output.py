@@ -11,7 +11,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
-from lyra.spec.base import write_atomically
+from lyra.spec.files import write_atomically
 from lyra.terminal import console, new_table, visible
 
 from .files import STANDARD

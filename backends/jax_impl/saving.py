@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from lyra.spec.errors import InputError
+from lyra.spec.files import folder_renamed_into
+from lyra.spec.tensor_file import write_tensors
 
 from .gemma3 import Gemma3
 
@@ -31,16 +31,12 @@ def save_model(module: Gemma3, source: Path, folder: Path, shard_bytes: int = SH
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"save: {folder} is there already; give a folder that is not, or that is empty")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
+    with folder_renamed_into(folder) as made:
         _write_json(made / "config.json", text_config(source, str(module.norm.weight[...].dtype)))
         _write_weights(module, made, shard_bytes)
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, made / name)
-        made.replace(folder)
 
 
 def text_config(source: Path, dtype: str) -> dict[str, Any]:
@@ -65,8 +61,8 @@ def _write_weights(module: Gemma3, folder: Path, shard_bytes: int) -> None:
     files = [WEIGHTS] if len(groups) == 1 else [_shard_name(number, len(groups)) for number in range(len(groups))]
     places: dict[str, str] = {}
     for file, names in zip(files, groups, strict=True):
-        tensors = {checkpoint_name(name): np.ascontiguousarray(parameters[name]) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        tensors = {checkpoint_name(name): np.asarray(parameters[name]) for name in names}
+        write_tensors(folder / file, tensors, {"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     if len(groups) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})

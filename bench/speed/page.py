@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lyra.cli.output import size
-from lyra.spec.base import write_atomically
+from lyra.spec.files import write_atomically
 from lyra.studies.figures import save
 
 from .figures import cost_figure

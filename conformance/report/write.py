@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lyra.spec.base import write_atomically
+from lyra.spec.files import write_atomically
 
 from .data import Report
 from .markdown import append_summary
