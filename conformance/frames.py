@@ -18,8 +18,23 @@ import numpy as np
 
 from lyra.spec.attention import AttentionSpec
 
-HEADS = ((4, 2), (6, 2), (4, 4), (8, 1), (16, 8), (6, 3), (2, 2), (4, 1), (1, 1), (8, 4), (12, 4), (2, 1))
-"""Query and KV heads: MHA, GQA and MQA, groups of 1, 2, 3, 4 and 8."""
+HEADS = (
+    (4, 2),
+    (6, 2),
+    (4, 4),
+    (8, 1),
+    (16, 8),
+    (6, 3),
+    (2, 2),
+    (4, 1),
+    (1, 1),
+    (8, 4),
+    (12, 2),
+    (2, 1),
+    (10, 2),
+    (14, 2),
+)
+"""Query and KV heads: MHA, GQA and MQA. Which KV head a query head reads shows where there are two at least: GROUPS."""
 
 SIZES = ((16, 32), (8, 12), (32, 48), (64, 64))
 """head_dim and hidden_size."""
@@ -128,6 +143,20 @@ LARGE: dict[str, Frame] = {
     "hidden-2048": Frame((4, 2), 32, 2048, 1, (4,), 1, 40, 1),
 }
 """Layers at the ends of what the suite covers, by name."""
+
+GROUPS: dict[str, Frame] = {
+    "1-to-a-group": Frame((5, 5), 2, 5, 3, (3,), 1, 2, 1),
+    "2-to-a-group": Frame((14, 7), 6, 7, 5, (2,), 4, 5, 4),
+    "3-to-a-group": Frame((9, 3), 5, 9, 2, (1,), 5, 4, 1, rope=False),
+    "4-to-a-group": Frame((24, 6), 4, 11, 4, (2,), 1, 6, 1),
+    "5-to-a-group": Frame((10, 2), 10, 13, 1, (3,), 1, 7, 1),
+    "6-to-a-group": Frame((12, 2), 1, 12, 2, (2,), 6, 8, 6, rope=False),
+    "7-to-a-group": Frame((14, 2), 14, 15, 2, (3,), 1, 11, 1, bias=True),
+    "8-to-a-group": Frame((16, 2), 6, 1, 1, (2,), 7, 13, 1, softcap=True),
+}
+"""Small layers with every group of 1 to 8 query heads, at sizes that no frame of a pool has: 2 to 7 KV heads, heads of
+few elements and of odd numbers of pairs, odd widths, 4 to 7 rows, contexts of every small length.
+"""
 
 SMALLEST = Frame((2, 1), 8, 12, 1, (3, 1), 1, 3, 1)
 

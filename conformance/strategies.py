@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from lyra.spec.attention import AttentionSpec, Live, Positions, QKNormSpec, RopeSpec, StaticSpec
@@ -25,7 +26,7 @@ from .frames import Frame
 from .session import current
 
 FAR = 131_072
-"""The highest position that cases reach (ROPE-3)."""
+"""The highest position of a live or a static token (ROPE-3)."""
 
 LIVE: tuple[Live, ...] = ("causal", "self", "none")
 POSITIONS: tuple[Positions, ...] = ("continue", "overlay")
@@ -108,7 +109,7 @@ def attention_specs(
 def contexts(draw: st.DrawFn, frame: Frame, *, far: bool = True, hidden: bool = True) -> Context:
     """A static context of a frame's shape: where it starts, what it hides, whether its positions have gaps."""
     tokens, rows = frame.context_tokens, frame.context_batch
-    start = draw(_near_or_far(20, FAR - 3 * tokens - 1)) if far else 0
+    start = draw(_near_or_far(20, FAR - 3 * max(0, tokens - 1))) if far else 0
     return Context(
         tokens=tokens,
         batch=rows,
@@ -172,11 +173,53 @@ def cases(
         context=draw(contexts(frame, far=far, hidden=hidden)) if with_context else None,
         padding=paddings,
         padding_side=draw(st.sampled_from(("left", "right"))) if paddings else "left",
-        start=draw(_near_or_far(0, FAR - tokens)) if far else 0,
+        start=draw(_near_or_far(0, FAR + 1 - tokens)) if far else 0,
         flavour=draw(st.sampled_from(tuple(flavours))),
         poison=draw(st.sampled_from(tuple(poison))),
         seed=draw(seeds()),
         dtype=dtype,
+    )
+
+
+def case_of(frame: Frame, rng: np.random.Generator) -> Case:
+    """A case of a frame, with a context: its numbers, heads and masks drawn, without Hypothesis."""
+    query_heads, kv_heads = frame.heads
+    spec = AttentionSpec(
+        hidden_size=frame.hidden_size,
+        num_attention_heads=query_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=frame.head_dim,
+        scale=frame.head_dim**-0.5,
+        softcap=2.0 if frame.softcap else None,
+        bias=frame.bias,
+        qk_norm=QKNormSpec() if frame.qk_norm else None,
+        rope=RopeSpec(theta=float(rng.choice([1e4, 1e6])), factor=float(rng.choice([1.0, 8.0])))
+        if frame.rope
+        else None,
+    )
+    size = spec.group_size
+    readers = rng.permutation(kv_heads)[: frame.groups]
+    lyra = [int(kv * size + member) for kv in readers for member in rng.permutation(size)[: rng.integers(1, size + 1)]]
+    tokens = sum(frame.calls)
+    return Case(
+        spec.replace(
+            split=HeadSplit.from_q_heads(spec, lyra, share_kv=None),
+            static=StaticSpec(live=rng.choice(LIVE), positions=rng.choice(POSITIONS)),
+        ),
+        calls=frame.calls,
+        batch=frame.batch,
+        context=Context(
+            frame.context_tokens,
+            batch=frame.context_batch,
+            start=int(rng.integers(0, FAR - 3 * frame.context_tokens)),
+            hidden=tuple(int(n) for n in rng.integers(0, max(1, frame.context_tokens // 4), frame.context_batch)),
+            gaps=bool(rng.integers(2)),
+        ),
+        padding=tuple(int(n) for n in rng.integers(0, tokens, frame.batch)) if rng.integers(2) else (),
+        padding_side=rng.choice(["left", "right"]),
+        start=int(rng.integers(0, FAR - tokens)),
+        flavour=rng.choice(list(FLAVOURS)),
+        seed=int(rng.integers(2**32)),
     )
 
 

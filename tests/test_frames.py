@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from lyra.conformance.frames import COST, LARGE, Frame, make_frames
-from lyra.conformance.session import PROFILES
+from lyra.conformance.frames import COST, GROUPS, LARGE, Frame, make_frames
+from lyra.conformance.properties.test_split import group_cases
+from lyra.conformance.session import PROFILES, Session, start
 from lyra.spec.model import ModelSpec
 
 THOROUGH, CI = PROFILES["thorough"].frames, PROFILES["ci"].frames
@@ -66,6 +67,38 @@ def test_a_case_of_thorough_costs_at_most_twice_one_of_ci() -> None:
     ci, thorough = costs(CI), costs(THOROUGH)
     assert max(ci + thorough) <= COST
     assert sum(thorough) / len(thorough) <= 2 * sum(ci) / len(ci)
+
+
+GROUP: dict[str, Callable[[Frame], bool]] = {
+    f"{size} query heads to each of several KV heads": lambda f, size=size: (
+        f.heads[1] > 1 and f.heads[0] == size * f.heads[1]
+    )
+    for size in range(1, 9)
+}
+ODD: dict[str, Callable[[Frame], bool]] = {
+    **{f"{count} KV heads": lambda f, count=count: f.heads[1] == count for count in (2, 3, 5, 6, 7)},
+    **{f"{rows} rows": lambda f, rows=rows: f.batch == rows for rows in (4, 5, 6, 7)},
+    "an odd number of pairs": lambda f: f.rope and f.head_dim > 2 and f.head_dim % 4 == 2,
+    "one pair": lambda f: f.rope and f.head_dim == 2,
+    "an odd head_dim": lambda f: f.head_dim > 1 and f.head_dim % 2 == 1,
+    "head_dim 1": lambda f: f.head_dim == 1,
+    "an odd width": lambda f: f.hidden_size > 1 and f.hidden_size % 2 == 1,
+    "width 1": lambda f: f.hidden_size == 1,
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_profile_has_groups_of_every_size(seed: int) -> None:
+    """A backend that mixes up the KV heads of groups of one size only is given that size in `smoke` already."""
+    start(Session(profile=PROFILES["smoke"], seed=seed))
+    found = [case.spec for case in group_cases().values()]
+    assert [(one.num_attention_heads, one.num_key_value_heads) for one in found] == [f.heads for f in GROUPS.values()]
+    assert missing(GROUPS.values(), GROUP | ODD) == []
+
+
+def test_thorough_draws_groups_that_share_several_kv_heads() -> None:
+    drawn = {frame.heads[0] // frame.heads[1] for frame in make_frames(THOROUGH, 0) if frame.heads[1] > 1}
+    assert drawn >= {1, 2, 3, 5, 6, 7}
 
 
 @pytest.mark.parametrize("count", [CI, THOROUGH])

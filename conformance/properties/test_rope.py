@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import strategies as st
 
-from lyra.conformance.case import Case
+from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import FAR, cases
@@ -17,17 +18,64 @@ def rotated(case: Case) -> Case:
     return case if case.spec.rope is not None else case.respec(rope=RopeSpec())
 
 
+def at_the_last(problem: Problem) -> Problem:
+    """The problem with every row's last real token at position 131,072, and a context that goes from 0 to there."""
+    last = np.where(problem.mask, problem.positions, -1).max(axis=1, keepdims=True)
+    positions, static = problem.positions + (FAR - last), problem.static
+    if static is not None:
+        ends = static.positions.copy()
+        ends[:, 0], ends[:, -1] = 0, FAR
+        static = static._replace(positions=ends)
+    return problem.replace(positions=positions, static=static)
+
+
 @prop(
     "ROPE-3",
     "ROPE-2",
     case=st.builds(
-        lambda case, back: case.replace(start=FAR - back - case.tokens), cases().map(rotated), st.integers(0, 99)
+        lambda case, back: case.replace(start=FAR + 1 - back - case.tokens), cases().map(rotated), st.integers(0, 99)
     ),
     needs=("static",),
 )
 def test_far_positions(case: Case, judge: Judge) -> None:
     """Live tokens near position 131,072, with static ones anywhere."""
     judge.oracle(case)
+
+
+@prop(
+    "ROPE-3",
+    "POSITION-1",
+    "POSITION-2",
+    case=cases(context=True, min_context=2, hidden=False, frames=1).map(rotated),
+    needs=("static",),
+    weight=0.5,
+)
+def test_the_last_position(case: Case, judge: Judge) -> None:
+    """A live token and a static one at position 131,072 itself, another static one at 0, prefilled and decoded.
+
+    In "continue" this is as far as POSITION goes: P + t = 262,145, or j - P = -131,073.
+    """
+    problem = at_the_last(case.problem())
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem)
+        subject.expect_oracle(problem, outcome)
+        subject.expect_close(problem, subject.run(problem, (case.tokens,)).output, outcome.output, "decoding it")
+
+    judge.each(case, check)
+
+
+@prop("ROPE-3", "ORDER-3", case=cases(context=False, frames=1).map(rotated), needs=("trace",), weight=0.3)
+def test_stages_at_the_last_position(case: Case, judge: Judge) -> None:
+    """The traced query and key of position 131,072 are those of the oracle."""
+    problem = at_the_last(case.problem())
+
+    def check(subject: Subject) -> None:
+        outcome = subject.run(problem, trace=True)
+        for name in ("q_rope", "k_rope"):
+            subject.expect_oracle(problem, outcome, name)
+
+    judge.each(case, check)
 
 
 @prop("ROPE-1", "ROPE-2", case=cases(context=False, padding=False).map(rotated), needs=("trace",))

@@ -27,6 +27,18 @@ def test_window_equals_oracle(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
+@prop("SLIDING-1", case=cases(window=True, min_tokens=3, padding=False, frames=1), weight=0.25)
+def test_every_width_of_a_window(case: Case, judge: Judge) -> None:
+    """Windows of 1 token, of 2, and so on to one more than there are tokens: the oracle's values for each."""
+    widths = [case.respec(sliding_window=width).problem() for width in range(1, case.tokens + 2)]
+
+    def check(subject: Subject) -> None:
+        for problem in widths:
+            subject.expect_oracle(problem, subject.run(problem))
+
+    judge.each(case, check)
+
+
 @prop("SLIDING-1", "POSITION-4", case=cases(window=True, min_tokens=4, far=False))
 def test_window_counts_positions(case: Case, judge: Judge) -> None:
     """Positions with gaps between them: the window reaches back W positions, not W tokens."""

@@ -6,18 +6,41 @@ import numpy as np
 import pytest
 
 from lyra.conformance.case import Case, Problem
+from lyra.conformance.frames import GROUPS
 from lyra.conformance.judge import Judge
 from lyra.conformance.registry import prop
-from lyra.conformance.strategies import cases
+from lyra.conformance.session import current
+from lyra.conformance.strategies import case_of, cases
 from lyra.conformance.subject import Subject
 from lyra.spec.errors import SpecError
 from lyra.spec.split import HeadSplit
+
+DATA = 3
+"""How often each size of a group is tried, with other data."""
 
 
 @prop("SPLIT-2", "SPLIT-3", "SPLIT-5", "STATIC-1", case=cases(context=True, far=False), needs=("static",), weight=3)
 def test_any_split_equals_oracle(case: Case, judge: Judge) -> None:
     """Any set of Lyra heads, contiguous or not, whole groups or cut ones, in every mode."""
     judge.oracle(case)
+
+
+def group_cases() -> dict[str, Case]:
+    """By name, a case of every frame of GROUPS; none where a spec is given, whose heads are its own."""
+    session = current()
+    rng = np.random.default_rng([session.seed, 24])
+    return {} if session.scope is not None else {name: case_of(frame, rng) for name, frame in GROUPS.items()}
+
+
+OF_GROUPS = group_cases()
+
+
+@pytest.mark.parametrize("case", OF_GROUPS.values(), ids=OF_GROUPS)
+@prop("SPLIT-1", "SPLIT-2", "ROPE-1", "BATCH-1", needs=("static",), weight=0.2)
+def test_groups_of_every_size(case: Case, judge: Judge) -> None:
+    """1 to 8 query heads to a KV head, of which there are 2 to 7, at the sizes that generated cases never have."""
+    for index in range(DATA):
+        judge.oracle(case.with_other_data(index))
 
 
 @prop(
