@@ -166,6 +166,7 @@ def _kv_heads(metadata: Mapping[str, str]) -> dict[int, tuple[int, ...]]:
     return {int(number): tuple(heads) for number, heads in held.items()}
 
 
+@np.errstate(invalid="ignore")
 def _check_tables(context: StaticContext, arrays: Mapping[str, np.ndarray]) -> None:
     attention = context.fingerprint.attention
     if attention.rope is None:

@@ -25,7 +25,7 @@ WHAT_TO_DO = "take another copy or capture the context again; verify=False loads
 
 def sealed(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Metadata with `digests` and `digest` of these tensors, which are contiguous."""
-    digests = {name: digest(tensor.reshape(-1).view(np.uint8)) for name, tensor in sorted(tensors.items())}
+    digests = {name: digest(tensor.reshape(-1).view(np.uint8).data) for name, tensor in sorted(tensors.items())}
     whole = {**metadata, "digests": json.dumps(digests)}
     layout = {name: (dtype_name(tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
     return {**whole, "digest": digest(_described(whole, layout))}
@@ -47,7 +47,7 @@ def check_tensors(file: TensorFile) -> None:
     )
     if set(said) != set(file.entries):
         raise ContextError("the list of digests does not name the tensors that are there; the file is damaged")
-    damaged = [name for name in file.entries if said[name] != digest(file.raw(name))]
+    damaged = [name for name in file.entries if said[name] != digest(file.raw(name).data)]
     if damaged:
         raise ContextError(
             f"{len(damaged)} of {len(said)} tensors are damaged, the first being {shown(damaged[0])}: its digest is "
@@ -55,11 +55,11 @@ def check_tensors(file: TensorFile) -> None:
         )
 
 
-def digest(data: np.ndarray | bytes) -> str:
+def digest(data: memoryview | bytes) -> str:
     """XXH3-128 of bytes, 32 hexadecimal digits."""
     import xxhash  # here, so that the spec alone needs NumPy and pydantic only
 
-    return xxhash.xxh3_128_hexdigest(memoryview(data))
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 def _described(metadata: Mapping[str, str], layout: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:

@@ -160,6 +160,7 @@ def stacked(parts: Sequence[Values], slots: int) -> Values:
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def infinite(values: Values) -> np.ndarray:
     """Which slots hold NaN or infinity, in any head: bool [Bc,S]."""
     if isinstance(values, Int8):

@@ -119,7 +119,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            file.write(memoryview(arrays[name].reshape(-1).view(np.uint8)))
+            file.write(arrays[name].reshape(-1).view(np.uint8).data)
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,8 @@ import typer
 from rich.table import Table
 
 from lyra.spec.context import StaticContext
+from lyra.spec.context_file import read_context
+from lyra.spec.errors import UncheckedContextWarning
 from lyra.spec.storage import Values, widened
 from lyra.terminal import new_table
 
@@ -20,19 +24,28 @@ from .output import fields_table, head_list, show, size
 
 def inspect(
     context: Annotated[Path, typer.Argument(help="The context's file.")],
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Hold what is there to the file's digests; else show it.")
+    ] = True,
     json_path: JsonPath = None,
 ) -> None:
     """Show what a context holds and which model it came from."""
     check_files(json_path=json_path, inputs=(context,))
-    loaded = StaticContext.load(context)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncheckedContextWarning)  # the table says it
+        loaded, digest, checked = read_context(context, verify)
     attention = loaded.fingerprint.attention.to_dict()
     data: dict[str, Any] = {"path": str(context)} | loaded.describe()
     data |= {"norms": norms(loaded), "attention": attention, "weights": dict(loaded.fingerprint.layers)}
-    show(data, json_path, *context_tables(str(context), loaded))
+    data["digest"] = None if digest is None else {"xxh3_128": digest, "checked": checked}
+    said = "none: the file is older than digests; save the context again to give it one"
+    if digest is not None:
+        said = f"{digest}, {'as saved' if checked else 'not checked'}"
+    show(data, json_path, *context_tables(str(context), loaded, {"digest": said}))
 
 
-def context_tables(title: str, context: StaticContext) -> tuple[Table, Table]:
-    """The context as a whole, and its layers."""
+def context_tables(title: str, context: StaticContext, more: Mapping[str, str] | None = None) -> tuple[Table, Table]:
+    """The context as a whole, with what more is to be said of it, and its layers."""
     found = context.describe()
     spec = context.fingerprint.attention
     whole = fields_table(
@@ -44,6 +57,7 @@ def context_tables(title: str, context: StaticContext) -> tuple[Table, Table]:
             "size": f"{size(found['bytes'])} in {found['dtype']}",
             "query / KV heads": f"{spec.num_attention_heads} / {spec.num_key_value_heads} of {spec.head_dim}",
             "spec version": found["spec_version"],
+            **(more or {}),
         },
     )
     layers = new_table("layers")
