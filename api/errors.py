@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lyra.spec.errors import CheckpointError
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, read or converted. The message says what was given and what to do."""
+__all__ = ["CheckpointError", "ModelError"]
 
 
 class ModelError(ValueError):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 from lyra.spec.fingerprint import hash_vocabulary
 
 from .errors import CheckpointError
+from .special_ids import special_ids
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 """What a tokenizer with byte fallback calls a byte."""
@@ -41,16 +40,7 @@ class Text:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path} is no tokenizer ({error})") from None
-        config = _json(folder / "config.json")
-        config = config.get("text_config", {}) | config
-        config |= {key: value for key, value in _json(folder / "generation_config.json").items() if value is not None}
-        stops = config.get("eos_token_id", 1)
-        return cls(
-            tokenizer,
-            bos=config.get("bos_token_id", 2),
-            stops=tuple(stops) if isinstance(stops, list) else (stops,),
-            pad=config.get("pad_token_id") or 0,
-        )
+        return cls(tokenizer, *special_ids(folder, tokenizer))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,7 +106,3 @@ class TextStream:
     def rest(self, whole: str) -> str:
         """What is left of the whole text: bytes that no other id followed, as characters."""
         return whole.removeprefix("".join(self._pieces))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""The two kinds of refusal the spec knows: a spec that is not one, and an input that does not fit it."""
+"""The kinds of refusal: a spec, a context or a checkpoint that is none, and an input that does not fit."""
 
 from __future__ import annotations
 
@@ -42,3 +42,7 @@ class InputError(ValueError):
 
 class UncheckedContextWarning(UserWarning):
     """A context was loaded from a file that has no digest: were it damaged, nobody would know."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be found, read or converted. The message says what was given and what to do."""

@@ -19,6 +19,9 @@ from .text_file import read_toml
 
 LayerType = Literal["sliding", "global"]
 
+NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+"""The norms of a decoder layer, by the first half of their names: `input_layernorm` and so on."""
+
 
 class LayerSplit(SpecModel):
     """The head split of one layer, where layers differ."""
@@ -104,6 +107,20 @@ class ModelSpec(SpecModel):
             return self.sliding
         own = {item.layer: item.split for item in self.splits}
         return self.attention.replace(split=own[index]) if index in own else self.attention
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight, in Hugging Face's names and layout; `lm_head.weight` where it is not tied."""
+        hidden, wide = (self.hidden_size,), (self.intermediate_size, self.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for index in range(self.num_hidden_layers):
+            owner = f"model.layers.{index}"
+            attention = self.layer(index).weight_shapes()
+            shapes |= {f"{owner}.self_attn.{name}": shape for name, shape in attention.items()}
+            shapes |= {f"{owner}.mlp.{name}_proj.weight": wide for name in ("gate", "up")}
+            shapes[f"{owner}.mlp.down_proj.weight"] = wide[::-1]
+            shapes |= {f"{owner}.{name}_layernorm.weight": hidden for name in NORMS}
+        shapes["model.norm.weight"] = hidden
+        return shapes if self.tie_word_embeddings else {**shapes, "lm_head.weight": shapes["model.embed_tokens.weight"]}
 
     def with_split(self, split: HeadSplit | Mapping[int, HeadSplit] | None, static: StaticSpec | None = None) -> Self:
         """The same model with one split for all global layers, or one per layer (layers left out get none)."""

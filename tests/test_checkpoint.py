@@ -197,8 +197,8 @@ def test_refusals_name_what_was_given(tmp_path: Path, tiny_gguf: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "not a model's config"),
-        ("[]", "not a model's config"),
+        ("{", "is not JSON .*; expected JSON with a model's config"),
+        ("[]", "holds a list; expected JSON with a model's config"),
         ('{"model_type": "llama"}', "model of type 'llama'; Lyra reads gemma3_text and gemma3"),
         ('{"model_type": "gemma3_text"}', r"has no \*\.safetensors"),
     ],

@@ -251,14 +251,16 @@ def empty_model_cache(
     `blocks` names layers with an injected block that has live keys of its own.
     """
 
+    room = bucket(max(tokens, LEAST_ROOM))
+
     def of_heads(layer: AttentionSpec) -> LiveCache:
-        room = bucket(max(tokens, LEAST_ROOM))
         return empty_cache(batch, layer.num_key_value_heads, layer.head_dim, room, dtype)
 
     def of_layer(layer: AttentionSpec) -> Cache:
         if layer.sliding_window is None:
             return of_heads(layer)
-        return empty_ring(batch, layer.num_key_value_heads, layer.head_dim, layer.sliding_window, dtype)
+        window = min(layer.sliding_window, room)  # a window may be wider than any text
+        return empty_ring(batch, layer.num_key_value_heads, layer.head_dim, window, dtype)
 
     layers = tuple(of_layer(spec.layer(index)) for index in range(spec.num_hidden_layers))
     remembered = {index: of_heads(spec.layer(index)) for index in blocks}

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.spec.attaching import specs_by_layer
 from lyra.spec.attention import AttentionSpec, StaticSpec
@@ -57,12 +58,13 @@ class JaxEngine:
         """The model of a folder with config.json and *.safetensors, on `device` ("cpu", "gpu" ...; JAX's default).
 
         A `mesh` with the axes "heads", "context" or both spreads KV heads and static slots over its devices. Of a
-        multimodal Gemma-3 the text model is taken. Raises SpecError for another architecture and InputError for an
-        unknown dtype or device, for a mesh that does not fit, and for weights that do not.
+        multimodal Gemma-3 the text model is taken. Raises InputError for an unknown dtype or device and for a mesh that
+        does not fit, and CheckpointError for a folder whose config or weights are not those of a Gemma-3.
         """
         if mesh is not None and device is not None:
             raise InputError(f"device is {device!r} and there is a mesh, which names its own devices; give one of them")
-        return cls(load_model(Path(folder), DTYPES[check_dtype(dtype)], _device(device), mesh), Path(folder))
+        kind, place = DTYPES[check_dtype(dtype)], _device(device)
+        return cls(load_model(open_checkpoint(Path(folder)), kind, place, mesh), Path(folder))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """The model with its parameters as they are now, in Hugging Face's layout, which every backend loads.

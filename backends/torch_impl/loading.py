@@ -1,14 +1,19 @@
-"""Reading a Gemma-3 checkpoint into Hugging Face's text model."""
+"""From a checked folder to Hugging Face's text model, and what transformers has to be told of multimodal ones."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoConfig, Gemma3ForCausalLM
+from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 
-from lyra.spec.errors import InputError
+from lyra.backends.checkpoint import Checkpoint
+from lyra.spec.attention import RopeSpec
+from lyra.spec.errors import CheckpointError, InputError
+from lyra.spec.storage import BFLOAT16
+from lyra.spec.text_file import read_json
 
 TEXT_MODEL = {
     r"^(language_model\.model|model\.language_model)\.": "model.",
@@ -18,12 +23,6 @@ TEXT_MODEL = {
 
 NOT_TEXT = [r"vision_tower", r"multi_modal_projector"]
 """The rest of a multimodal checkpoint, which a text model does not miss."""
-
-
-class _TextOfMultimodal(Gemma3ForCausalLM):
-    """The text model, told that the rest of a multimodal checkpoint is not missed."""
-
-    _keys_to_ignore_on_load_unexpected = NOT_TEXT
 
 
 def text_options(name: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
@@ -44,25 +43,65 @@ def save_as_text(model: Gemma3ForCausalLM) -> None:
     model._weight_conversions = None
 
 
-def load_module(folder: str, dtype: torch.dtype) -> Gemma3ForCausalLM:
-    """The Gemma3ForCausalLM of a folder; of a multimodal model the text part. Raises InputError for missing weights."""
-    options = text_options(folder, local_files_only=True)
-    loaded: Any = (_TextOfMultimodal if options else Gemma3ForCausalLM).from_pretrained(
-        folder,
-        **options,
+def load_module(checkpoint: Checkpoint, dtype: torch.dtype) -> Gemma3ForCausalLM:
+    """The Gemma3ForCausalLM of a checked folder; of a multimodal model the text part. Raises CheckpointError.
+
+    Its config and its weights are those of the checkpoint, and nothing else that lies in the folder.
+    """
+    loaded: Any = Gemma3ForCausalLM.from_pretrained(
+        None,
+        config=text_config(checkpoint),
+        state_dict={name: as_tensor(array) for name, array in checkpoint.arrays()},
         dtype=dtype,
         attn_implementation="sdpa",
-        local_files_only=True,
-        use_safetensors=True,
         output_loading_info=True,
     )
     module, report = loaded
-    if options:
-        save_as_text(module)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(
-            f"{folder}: the checkpoint lacks {len(missing)} weights, the first being {missing[:3]}; "
-            f"it is incomplete or not a Gemma-3: download or convert it again"
-        )
+    odd = {name: sorted(found) for name, found in report.items() if found}
+    if odd:
+        raise CheckpointError(f"{checkpoint.folder}: this transformers does not take its weights ({odd!r:.300})")
+    module.name_or_path = module.config.name_or_path = str(checkpoint.folder)
+    module.generation_config = generation_config(checkpoint)
     return module
+
+
+def text_config(checkpoint: Checkpoint) -> Gemma3TextConfig:
+    """The checked config as transformers knows it, every layer's kind and RoPE written out."""
+    spec = checkpoint.spec
+    kinds = {"global": "full_attention", "sliding": "sliding_attention"}
+    layers = {"full_attention": spec.attention, "sliding_attention": spec.sliding}
+    ropes = {kind: rope_table(layer.rope) for kind, layer in layers.items() if layer is not None and layer.rope}
+    return Gemma3TextConfig(
+        **dict(checkpoint.fields)
+        | {
+            "layer_types": [kinds[kind] for kind in spec.pattern],
+            "rope_parameters": ropes,
+        }
+    )
+
+
+def rope_table(rope: RopeSpec) -> dict[str, Any]:
+    """One kind of layer's entry in a config's `rope_parameters`."""
+    if rope.factor == 1:
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
+
+
+def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    """What the folder says of generation, or what follows from its config. Raises CheckpointError."""
+    path = checkpoint.folder / "generation_config.json"
+    if not path.is_file():
+        return GenerationConfig.from_model_config(text_config(checkpoint))
+    try:
+        return GenerationConfig(**read_json(path, refuse=CheckpointError, what="how to generate"))
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: transformers does not take it ({error})") from None
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The same values where they lie; torch does not know NumPy's bfloat16."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM
 
+from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
@@ -42,14 +42,14 @@ class TorchEngine:
     def load(cls, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
         """The model of a folder with config.json and *.safetensors, on `device` (the CPU if None).
 
-        Of a multimodal Gemma-3 the text model is taken. Raises SpecError for another architecture, InputError for
-        an unknown dtype or a checkpoint in which weights are missing.
+        Of a multimodal Gemma-3 the text model is taken. Raises InputError for an unknown dtype, and CheckpointError for
+        a folder whose config or weights are not those of a Gemma-3.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        spec = ModelSpec.from_hf_config(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
-        module: Any = load_module(folder, DTYPES[dtype])
-        return cls(module.to(device or "cpu").eval(), spec)
+        checkpoint = open_checkpoint(Path(folder))
+        module: Any = load_module(checkpoint, DTYPES[dtype])
+        return cls(module.to(device or "cpu").eval(), checkpoint.spec)
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
