@@ -182,11 +182,12 @@ def _draw(rng: np.random.Generator, index: int) -> Frame:
     batch = BATCHES[index % len(BATCHES)]
     head_dim, hidden_size = SIZES[int(rng.integers(len(SIZES)))]
     plain = index < 3  # the first shapes, the only ones of a short run, have every stage and nothing else
+    groups = int(rng.integers(1, heads[1] + 1))
     return Frame(
         heads=heads,
         head_dim=head_dim,
         hidden_size=hidden_size,
-        groups=int(rng.integers(1, heads[1] + 1)),
+        groups=min(heads[1], 1 + index) if plain else groups,
         calls=CALLS[index % len(CALLS)],
         batch=batch,
         context_tokens=CONTEXT_TOKENS[index % len(CONTEXT_TOKENS)],

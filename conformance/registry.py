@@ -33,7 +33,7 @@ class Declaration:
 
 def prop(
     *statements: str,
-    premise: Premise | tuple[Premise, ...] = (),
+    premise: Premise | tuple[Premise, ...],
     case: SearchStrategy[Case] | None = None,
     needs: tuple[str, ...] = (),
     weight: float = 1.0,
@@ -47,13 +47,15 @@ def prop(
     needs       capabilities; a backend without them is unsupported, not failed
     weight      multiplies the profile's number of examples; what a property costs, where shards are balanced
     profile     the smallest profile it runs in
-    Raises ValueError for a statement that SPEC.md does not have.
+    Raises ValueError for a statement that SPEC.md does not have, and without a premise.
     """
     unknown = [one for one in statements if one not in known_statements()]
     if unknown or not statements:
         raise ValueError(f"a property must cite statements of SPEC.md; unknown: {unknown}")
 
     premises = (premise,) if isinstance(premise, Premise) else tuple(premise)
+    if not premises or len({one.name for one in premises}) < len(premises):
+        raise ValueError(f"a property says what it is about, by premises that differ: {[one.name for one in premises]}")
 
     def declare(function: Callable[..., None]) -> Any:
         if not inspect.getdoc(function):

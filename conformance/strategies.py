@@ -9,7 +9,7 @@ def test_mine(case): ...
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -142,10 +142,11 @@ def cases(
     min_tokens: int = 1,
     min_context: int = 0,
     frames: int | None = None,
+    prefer: Callable[[Frame], bool] = bool,
     dtype: Dtype = "float32",
 ) -> Case:
     """Cases of the current run's frames, or of the first so many of them, the smallest being the first. `context` True,
-    False, or None for either; the rest narrows what is drawn.
+    False, or None for either; the rest narrows what is drawn, `prefer` to some frames if the run has any such.
     """
 
     def fits(frame: Frame) -> bool:
@@ -153,6 +154,7 @@ def cases(
         return enough_calls and (frame.context_tokens >= min_context or context is False)
 
     pool = tuple(frame for frame in current().frames[:frames] if fits(frame))
+    pool = tuple(filter(prefer, pool)) or pool
     if not pool:
         raise ValueError(
             f"no frame of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens"

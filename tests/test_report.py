@@ -18,6 +18,7 @@ from lyra.cli import application
 from lyra.conformance.case import Case, Context
 from lyra.conformance.declared import declared
 from lyra.conformance.gather import handed_over, take_in
+from lyra.conformance.premises import CONTEXT, Premise
 from lyra.conformance.record import Failure, Record
 from lyra.conformance.registry import prop
 from lyra.conformance.report.charts import head_map, histogram_chart
@@ -408,9 +409,15 @@ def test_a_property_cites_statements_that_there_are_and_says_what_must_hold() ->
 
     def silent(judge: object) -> None: ...
 
-    assert prop("STATIC-1")(says).pytestmark[0].args[0].statements == ("STATIC-1",)
+    declared = prop("STATIC-1", premise=CONTEXT)(says).pytestmark[0].args[0]
+    assert (declared.statements, declared.premises) == (("STATIC-1",), (CONTEXT,))
     for cited in ((), ("STATIC-99",), ("STATIC-1", "nothing")):
         with pytest.raises(ValueError, match="must cite statements of SPEC"):
-            prop(*cited)
+            prop(*cited, premise=CONTEXT)
     with pytest.raises(ValueError, match="says in its docstring"):
-        prop("STATIC-1")(silent)
+        prop("STATIC-1", premise=CONTEXT)(silent)
+    for premises in ((), (CONTEXT, CONTEXT)):
+        with pytest.raises(ValueError, match="says what it is about"):
+            prop("STATIC-1", premise=premises)
+    with pytest.raises(ValueError, match="how it is never met"):
+        Premise("nothing in particular")

@@ -6,13 +6,26 @@ import numpy as np
 
 from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import CONTEXT, LENGTHS, ROWS, SHARED_CONTEXT, TEXT_LENGTHS
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import padded, several_rows
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 from lyra.spec.inputs import StaticLayer
 
 
-@prop("BATCH-1", case=cases(context=True, min_context=1), needs=("static",))
+def moved_rows(rows: np.ndarray) -> np.ndarray:
+    """An order of rows that leaves them not all where they are: these, or the rows backwards."""
+    ordered = np.arange(len(rows))
+    return ordered[::-1].copy() if np.array_equal(rows, ordered) else rows
+
+
+@prop(
+    "BATCH-1",
+    premise=SHARED_CONTEXT,
+    case=cases(context=True, min_context=1, prefer=several_rows),
+    needs=("static",),
+)
 def test_a_shared_context_serves_every_row(case: Case, judge: Judge) -> None:
     """A context of batch 1 gives what the same context repeated for every row gives."""
     assert case.context is not None
@@ -31,12 +44,12 @@ def test_a_shared_context_serves_every_row(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("BATCH-2", case=cases(), needs=("static",))
+@prop("BATCH-2", premise=ROWS, case=cases(prefer=several_rows), needs=("static",))
 def test_permuting_rows_permutes_the_output(case: Case, judge: Judge) -> None:
     """Rows know nothing of each other: permuting them all permutes the output (matrix kernels may round the last rows
     of a batch another way, so not to the bit)."""
     problem = case.problem()
-    order = np.random.default_rng(case.seed).permutation(case.batch)
+    order = moved_rows(np.random.default_rng(case.seed).permutation(case.batch))
     static = problem.static
     if static is not None and static.k.shape[0] == case.batch:
         static = StaticLayer(*(part[order] for part in static))
@@ -56,7 +69,8 @@ def test_permuting_rows_permutes_the_output(case: Case, judge: Judge) -> None:
     "BATCH-3",
     "BATCH-1",
     "POSITION-1",
-    case=cases(context=True, min_context=1, padding=True),
+    premise=(LENGTHS, TEXT_LENGTHS),
+    case=cases(context=True, min_context=1, prefer=several_rows).map(padded),
     needs=("static",),
     weight=2,
 )
@@ -65,7 +79,7 @@ def test_rows_of_different_lengths(case: Case, judge: Judge) -> None:
     assert case.context is not None
     rows = case.batch
     tokens = case.context.tokens
-    hidden = tuple((case.seed + 3 * row) % (tokens + 1) for row in range(rows))
+    hidden = tuple((case.seed + row) % (tokens + 1) for row in range(rows))
     case = case.replace(context=case.context.replace(batch=rows, hidden=hidden))
     problem = case.problem()
     assert problem.static is not None
@@ -87,14 +101,17 @@ def test_rows_of_different_lengths(case: Case, judge: Judge) -> None:
 
 
 @prop(
-    "BATCH-5", case=cases(context=True, min_context=1, min_calls=2, padding=False), needs=("static", "cache", "reorder")
+    "BATCH-5",
+    premise=(ROWS, SHARED_CONTEXT),
+    case=cases(context=True, min_context=1, min_calls=2, padding=False, prefer=several_rows),
+    needs=("static", "cache", "reorder"),
 )
 def test_reordering_the_cache(case: Case, judge: Judge) -> None:
     """Reordering the rows of a live cache, as a beam search does, is reordering the rows of the first call."""
     assert case.context is not None
     case = case.replace(context=case.context.replace(batch=1))
     problem = case.problem()
-    rows = np.random.default_rng(case.seed).integers(0, case.batch, case.batch)
+    rows = moved_rows(np.random.default_rng(case.seed).integers(0, case.batch, case.batch))
     first = case.calls[0]
     reordered = problem.replace(x=np.concatenate([problem.x[rows, :first], problem.x[:, first:]], axis=1))
 
@@ -113,7 +130,12 @@ def test_reordering_the_cache(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("BATCH-5", case=cases(context=True, min_context=1, min_calls=2, padding=False), needs=("static", "cache", "crop"))
+@prop(
+    "BATCH-5",
+    premise=CONTEXT,
+    case=cases(context=True, min_context=1, min_calls=2, padding=False),
+    needs=("static", "cache", "crop"),
+)
 def test_cropping_the_cache(case: Case, judge: Judge) -> None:
     """Cropping takes tokens back, or none: going on is going on from the shorter cache, and the longer one stays."""
     problem = case.problem()

@@ -8,6 +8,7 @@ import numpy as np
 
 from lyra.backends.protocol import GatedEngine
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import Premise
 from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
 from lyra.conformance.registry import prop
 from lyra.conformance.subject import Subject
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
     from lyra.conformance.oracles.hf_model import ModelOracle
 
 SLOTS, TEXT, SCORED = 13, 17, 6
+
+
+def choices(layers: int, heads: int) -> np.ndarray:
+    """Which heads are Lyra heads, bool [C,L,Hq], in six ways: none, all, and some."""
+    chosen = np.random.default_rng(0).integers(0, 2, (6, layers, heads)).astype(bool)
+    chosen[0], chosen[1] = False, True
+    return chosen
+
+
+BOTH_KINDS = Premise(
+    "heads of both kinds in a layer", names={"choices": lambda layers, heads: np.ones((6, layers, heads), bool)}
+)
 
 
 def nll_of_split(judged: ModelOracle, ids: np.ndarray, captured: Any, chosen: np.ndarray) -> float:
@@ -32,15 +45,15 @@ def nll_of_split(judged: ModelOracle, ids: np.ndarray, captured: Any, chosen: np
     return float((np.logaddexp.reduce(scores, axis=1) - scores[np.arange(SCORED), ids[0, -SCORED:]]).mean())
 
 
-@prop("SPLIT-2", "SPLIT-4", "STATIC-1", needs=("model", "gates"))
+@prop("SPLIT-2", "SPLIT-4", "STATIC-1", premise=BOTH_KINDS, needs=("model", "gates"))
 def test_gates_of_one_and_zero_are_a_split(judge: Judge) -> None:
     """A gate of 1 makes a Lyra head, one of 0 a vanilla head: the NLL of a text is the oracle's for any such heads."""
     judged, ids = oracle(small_folder()), tokens(TEXT, seed=3)
     layers, query_heads = judged.spec.global_layers, judged.spec.num_attention_heads
     captured = judged.capture(tokens(SLOTS), layers)
     static = {layer: static_of(captured, layer, tuple(range(judged.spec.num_key_value_heads))) for layer in layers}
-    chosen = np.random.default_rng(0).integers(0, 2, (6, len(layers), query_heads)).astype(bool)
-    chosen[0], chosen[1] = False, True
+    chosen = choices(len(layers), query_heads)
+    judge.meet(BOTH_KINDS, bool((chosen.any(axis=-1) & ~chosen.all(axis=-1)).any()))
     wanted = np.array([nll_of_split(judged, ids, captured, heads) for heads in chosen])
 
     def check(subject: Subject) -> None:

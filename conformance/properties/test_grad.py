@@ -7,7 +7,9 @@ import numpy as np
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.gradients import Answers, agree, ask, cotangent_of, hold, wanted_gradients
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import BEHIND_WINDOW, CONTEXT, GARBAGE, HIDDEN, ONE_SLOT, PADDING, SEVERAL_TOKENS
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import beyond_window
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 from lyra.spec.uncertain import Uncertain
@@ -37,19 +39,34 @@ def hold_to_the_oracle(case: Case, judge: Judge) -> None:
     agree(judge, case, problem, answers, wanted)
 
 
-@prop("GRAD-1", "TOLERANCE-1", case=cases(context=True).map(in_one_call), needs=("grad", "static"), weight=0.5)
+@prop(
+    "GRAD-1",
+    "TOLERANCE-1",
+    premise=CONTEXT,
+    case=cases(context=True).map(in_one_call),
+    needs=("grad", "static"),
+    weight=0.5,
+)
 def test_gradients_with_a_context(case: Case, judge: Judge) -> None:
     """Gradients of inputs, weights, static keys and values, in every mode, for any split."""
     hold_to_the_oracle(case, judge)
 
 
-@prop("GRAD-1", case=cases(context=False).map(in_one_call), needs=("grad",), weight=0.3)
+@prop("GRAD-1", premise=SEVERAL_TOKENS, case=cases(context=False).map(in_one_call), needs=("grad",), weight=0.3)
 def test_gradients_without_a_context(case: Case, judge: Judge) -> None:
     """Gradients of inputs and weights without a context, in every mode; none come back for static keys and values."""
     hold_to_the_oracle(case, judge)
 
 
-@prop("GRAD-1", "SLIDING-1", case=cases(window=True).map(in_one_call), needs=("grad",), weight=0.3, profile="ci")
+@prop(
+    "GRAD-1",
+    "SLIDING-1",
+    premise=BEHIND_WINDOW,
+    case=cases(window=True).map(in_one_call).map(beyond_window),
+    needs=("grad",),
+    weight=0.3,
+    profile="ci",
+)
 def test_gradients_of_a_sliding_window_layer(case: Case, judge: Judge) -> None:
     """Gradients reach back as far as the window, no farther."""
     hold_to_the_oracle(case, judge)
@@ -58,6 +75,7 @@ def test_gradients_of_a_sliding_window_layer(case: Case, judge: Judge) -> None:
 @prop(
     "GRAD-2",
     "MASKED-1",
+    premise=(PADDING, HIDDEN, GARBAGE),
     case=cases(context=True, min_context=1, poison=(1e30, 1e9)).map(in_one_call),
     needs=("grad", "static"),
     weight=0.5,
@@ -89,6 +107,7 @@ def test_what_is_hidden_gets_no_gradient(case: Case, judge: Judge) -> None:
 @prop(
     "GRAD-1",
     "LIVE-3",
+    premise=ONE_SLOT,
     case=cases(context=True, min_context=1, live=("none",)).map(in_one_call),
     needs=("grad", "static"),
     weight=0.3,

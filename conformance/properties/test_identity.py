@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import BEHIND_WINDOW, EMPTY, LYRA_HEADS, SEVERAL_TOKENS
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import beyond_window
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 from lyra.spec.attention import QKNormSpec, RopeSpec
@@ -32,7 +34,12 @@ def gemma(case: Case) -> Case:
     )
 
 
-@prop("IDENTITY-1", case=cases(context=False, live=("causal",)).map(gemma), weight=2)
+@prop(
+    "IDENTITY-1",
+    premise=(LYRA_HEADS, SEVERAL_TOKENS),
+    case=cases(context=False, live=("causal",)).map(gemma),
+    weight=2,
+)
 def test_equals_hugging_face(case: Case, judge: Judge) -> None:
     """Any split without a context equals the unmodified Gemma3Attention, and Hugging Face equals the oracle."""
     problem = case.problem()
@@ -48,7 +55,12 @@ def test_equals_hugging_face(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("IDENTITY-1", "SLIDING-1", case=cases(window=True, padding=False).map(gemma))
+@prop(
+    "IDENTITY-1",
+    "SLIDING-1",
+    premise=BEHIND_WINDOW,
+    case=cases(window=True, padding=False).map(gemma).map(beyond_window),
+)
 def test_sliding_layer_equals_hugging_face(case: Case, judge: Judge) -> None:
     """A sliding-window layer equals the unmodified Gemma3Attention with Hugging Face's own sliding mask."""
     problem = case.problem()
@@ -60,7 +72,13 @@ def test_sliding_layer_equals_hugging_face(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("IDENTITY-2", "MASKED-3", case=cases(context=True, live=("causal",), hidden=False), needs=("static",))
+@prop(
+    "IDENTITY-2",
+    "MASKED-3",
+    premise=EMPTY,
+    case=cases(context=True, live=("causal",), hidden=False),
+    needs=("static",),
+)
 def test_an_invisible_context_changes_nothing(case: Case, judge: Judge) -> None:
     """A context with every slot masked is no context: the layer falls back to the identity."""
     problem = case.problem()

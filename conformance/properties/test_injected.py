@@ -9,6 +9,7 @@ import pytest
 
 from lyra.backends.protocol import SequentialEngine
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import Premise
 from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
 from lyra.conformance.registry import prop
 from lyra.conformance.subject import Subject
@@ -28,6 +29,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "no outer norm": {"live": "self", "positions": "overlay", "gate": 0.1, "output_norm": False},
     "own keys": {"source": "own", "gate": 0.7},
 }
+
+
+OPEN = Premise(
+    "a gate that is open", names={"KINDS": {kind: one | {"gate": 0.0, "residual": True} for kind, one in KINDS.items()}}
+)
 
 
 def blocks_for(
@@ -59,12 +65,13 @@ def blocks_for(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@prop("SEQUENTIAL-1", "SEQUENTIAL-4", "SEQUENTIAL-5", "SEQUENTIAL-7", needs=("model", "inject"))
+@prop("SEQUENTIAL-1", "SEQUENTIAL-4", "SEQUENTIAL-5", "SEQUENTIAL-7", premise=OPEN, needs=("model", "inject"))
 def test_model_with_blocks_equals_oracle(judge: Judge, kind: str) -> None:
     """Logits and greedy tokens are Hugging Face's with the oracle's blocks, and without blocks its own again."""
     ids, judged = tokens(11, seed=1, rows=2), oracle(small_folder())
     static, blocks = blocks_for(judged, **KINDS[kind])
     other = {layer: block.replace(gate=block.gate / 2) for layer, block in blocks.items()}
+    judge.meet(OPEN, all(block.gate != 0 for block in blocks.values()))
     wanted, regated = (judged.logits_injected(ids, static, given) for given in (blocks, other))
 
     def check(subject: Subject) -> None:

@@ -6,30 +6,52 @@ import numpy as np
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import (
+    BOTH_STREAMS,
+    CAUSAL,
+    CHUNK_BEHIND,
+    CONTEXT,
+    MANY_TOKENS,
+    NONE,
+    SELF,
+    SEVERAL_TOKENS,
+    Premise,
+)
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import beside_vanilla, first_element, scored_by_first_element
 from lyra.conformance.strategies import cases, in_long_calls
 from lyra.conformance.subject import Subject, expected
 
+REAL_CONTINUATION = Premise(
+    "a real token in either of two continuations",
+    tame=lambda case: case.replace(padding=(case.tokens - 1,) * case.batch, padding_side="right"),
+)
 
-@prop("LIVE-1", case=cases(context=True, live=("causal",), min_tokens=2), needs=("static", "cache"))
+
+@prop(
+    "LIVE-1",
+    premise=(CAUSAL, CONTEXT),
+    case=cases(context=True, live=("causal",), min_tokens=2),
+    needs=("static", "cache"),
+)
 def test_causal(case: Case, judge: Judge) -> None:
     """live="causal": Lyra heads see all live tokens up to their own."""
     judge.oracle(case)
 
 
-@prop("LIVE-2", case=cases(live=("self",), min_tokens=2), needs=("static", "cache"))
+@prop("LIVE-2", premise=SELF, case=cases(live=("self",), min_tokens=2), needs=("static", "cache"))
 def test_self(case: Case, judge: Judge) -> None:
     """live="self": Lyra heads see their own live token only, with a context and without."""
     judge.oracle(case)
 
 
-@prop("LIVE-3", case=cases(live=("none",), min_tokens=2), needs=("static", "cache"))
+@prop("LIVE-3", premise=NONE, case=cases(live=("none",), min_tokens=2), needs=("static", "cache"))
 def test_none(case: Case, judge: Judge) -> None:
     """live="none": Lyra heads see no live token, with a context and without."""
     judge.oracle(case)
 
 
-@prop("LIVE-4", case=cases(min_tokens=2), needs=("static", "cache"), weight=2)
+@prop("LIVE-4", premise=CHUNK_BEHIND, case=cases(min_tokens=2), needs=("static", "cache"), weight=2)
 def test_calls_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     """Chunked prefill, one-shot prefill and token-by-token decode give the same outputs, in every mode."""
     problem = case.problem()
@@ -47,6 +69,7 @@ def test_calls_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
 
 @prop(
     "LIVE-4",
+    premise=MANY_TOKENS,
     case=in_long_calls(cases(context=True, frames=1)),
     needs=("static", "cache"),
     weight=0.5,
@@ -56,13 +79,14 @@ def test_a_cache_grows_with_its_tokens(case: Case, judge: Judge) -> None:
     judge.oracle(case)
 
 
-@prop("LIVE-4", case=cases(min_tokens=4), needs=("static", "cache"))
+@prop("LIVE-4", premise=REAL_CONTINUATION, case=cases(min_tokens=4), needs=("static", "cache"))
 def test_a_call_leaves_its_cache_alone(case: Case, judge: Judge) -> None:
     """Going on twice from a cache that has grown: the first continuation stays as it is, and so does the cache."""
     problem = case.problem()
     start, end = case.tokens - 2, case.tokens - 1
     head, tail = problem.part(slice(0, start), (start - 1, 1)), problem.part(slice(start, end), (1,))
     last = problem.part(slice(end, None), (1,))
+    judge.meet(REAL_CONTINUATION, bool((tail.mask & last.mask).any()))
 
     def check(subject: Subject) -> None:
         cache = subject.run(head).cache
@@ -78,7 +102,8 @@ def test_a_call_leaves_its_cache_alone(case: Case, judge: Judge) -> None:
 @prop(
     "LIVE-5",
     "SPLIT-4",
-    case=cases(min_tokens=2, padding=False, live=("self", "none"), flavours=("normal",)),
+    premise=(BOTH_STREAMS, SEVERAL_TOKENS),
+    case=cases(min_tokens=2, padding=False, live=("self", "none"), flavours=("normal",)).map(beside_vanilla),
     needs=("static", "trace"),
 )
 def test_vanilla_heads_see_all_live_tokens(case: Case, judge: Judge) -> None:
@@ -96,7 +121,13 @@ def test_vanilla_heads_see_all_live_tokens(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("LIVE-1", "LIVE-4", case=cases(min_tokens=3, live=("causal",), padding=False), needs=("static",))
+@prop(
+    "LIVE-1",
+    "LIVE-4",
+    premise=SEVERAL_TOKENS,
+    case=cases(min_tokens=3, live=("causal",), padding=False),
+    needs=("static",),
+)
 def test_later_tokens_have_no_influence(case: Case, judge: Judge) -> None:
     """Causal: replacing the last token by poison changes no bit of the rows before it."""
     problem = case.replace(calls=(case.tokens,)).problem()
@@ -117,6 +148,7 @@ def test_later_tokens_have_no_influence(case: Case, judge: Judge) -> None:
     "LIVE-1",
     "LIVE-5",
     "STATIC-1",
+    premise=SEVERAL_TOKENS,
     case=cases(
         min_tokens=3, live=("causal",), padding=False, hidden=False, far=False, flavours=("normal",), poison=(1.0,)
     ),
@@ -128,16 +160,8 @@ def test_every_live_key_and_value_counts(case: Case, judge: Judge) -> None:
 
     All scores are the first element of x, which values do not read: a key changes by itself, and always visibly.
     """
-    case = case.respec(softcap=None, rope=None, qk_norm=None, bias=True, scale=1.0).replace(calls=(case.tokens,))
-    problem = case.problem()
-    score = np.arange(case.spec.hidden_size) == 0
-    weights = dict(problem.weights)
-    for kind, row in (("q", np.zeros_like(score)), ("k", score)):
-        first = np.arange(len(weights[f"{kind}_proj.bias"])) % case.spec.head_dim == 0
-        weights[f"{kind}_proj.weight"] = np.outer(first, row).astype(np.float32)
-        weights[f"{kind}_proj.bias"] = (first & (kind == "q")).astype(np.float32)
-    weights["v_proj.weight"] = np.where(score, np.float32(0), weights["v_proj.weight"])
-    problem = problem.replace(weights=weights)
+    problem = scored_by_first_element(case.replace(calls=(case.tokens,)))
+    score = first_element(problem.spec)
     token = case.seed % (case.tokens - 1)
 
     def changed(part: np.ndarray) -> Problem:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hypothesis import seed, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -25,10 +25,12 @@ from hypothesis.stateful import (
 from lyra.conformance.case import Case, Context, Problem
 from lyra.conformance.frames import SMALLEST
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import Premise
 from lyra.conformance.registry import prop
 from lyra.conformance.session import current
 from lyra.conformance.strategies import attention_specs, seeds
 from lyra.conformance.subject import Outcome, Subject, expected
+from lyra.spec.attention import AttentionSpec
 
 ROWS, LONGEST, SLOTS = 2, 14, 7
 FRAME = SMALLEST.replace(heads=(4, 2), batch=ROWS)
@@ -52,6 +54,16 @@ class Life:
         return Life(np.concatenate([self.x, x], axis=1), np.concatenate([self.mask, mask], axis=1), caches)
 
 
+def shorter(tokens: int, back: int) -> int:
+    """How many of the tokens are left once `back` are taken back."""
+    return max(0, tokens - back)
+
+
+def places(rows: list[int]) -> list[int]:
+    """The rows that a beam search goes on with."""
+    return rows
+
+
 class CacheMachine(RuleBasedStateMachine):
     """One layer, the context attached now, the life that goes on, and another one that `switch` goes back to."""
 
@@ -65,6 +77,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.layers: dict[str, Any] = {}
         self.reset()
         self.other = self.life
+
+    def story(self, seed: int) -> None:
+        """Something of everything, so that no run depends on chance for it."""
+        self.extend(tokens=4, padded=False, seed=seed)
+        self.attach(kind="rows", hidden=1, slots=SLOTS, seed=seed)
+        self.fork()
+        self.extend(tokens=3, padded=True, seed=seed + 1)
+        self.reorder(rows=[1, 0])
+        self.crop(back=2)
+        self.next_token_is_right()
 
     @rule()
     def reset(self) -> None:
@@ -84,6 +106,8 @@ class CacheMachine(RuleBasedStateMachine):
         rows = 1 if kind == "shared" else ROWS
         context = Context(slots, batch=rows, start=seed % 50, hidden=(hidden, 0)[:rows], gaps=seed % 2 == 1)
         static = Case(self.problem.spec, batch=ROWS, context=context, seed=seed).problem().static
+        seen = static is not None and bool(static.mask.any()) and bool(self.problem.spec.lyra_q_heads)
+        self.judge.meet(ATTACHED, seen and self.life.tokens > 0)
         self.problem = self.problem.replace(static=static)
 
     @precondition(lambda self: self.problem.static is not None)
@@ -120,6 +144,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(rows=st.lists(st.integers(0, ROWS - 1), min_size=ROWS, max_size=ROWS))
     def reorder(self, rows: list[int]) -> None:
         """Select rows of the cache, as a beam search does."""
+        rows = places(rows)
+        self.judge.meet(REORDERED, rows != list(range(ROWS)))
         self.steps.append(f"reorder {rows}")
         caches = self._each_cache(lambda layer, cache: layer.reorder(cache, np.array(rows)))
         self.life = Life(self.life.x[rows], self.life.mask[rows], caches)
@@ -128,7 +154,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(back=st.integers(1, 5))
     def crop(self, back: int) -> None:
         """Take the last tokens back, all of them at most."""
-        length = max(0, self.life.tokens - back)
+        length = shorter(self.life.tokens, back)
+        self.judge.meet(CROPPED, 0 < length < self.life.tokens)
         self.steps.append(f"crop to {length}")
         caches = self._each_cache(lambda layer, cache: layer.crop(cache, length))
         self.life = Life(self.life.x[:, :length], self.life.mask[:, :length], caches)
@@ -177,7 +204,23 @@ class CacheMachine(RuleBasedStateMachine):
         return found
 
 
-@prop("LIVE-4", "BATCH-5", "STATIC-5", "STATIC-3", "POSITION-1", needs=("static", "cache", "reorder", "crop"))
+ATTACHED = Premise(
+    "a context attached to a cache that holds tokens",
+    tame=lambda case: case if case.context is None else case.replace(context=case.context.replace(tokens=0)),
+)
+CROPPED = Premise("a cache that tokens are taken from", names={"shorter": lambda tokens, back: tokens})
+REORDERED = Premise("a cache whose rows change places", names={"places": lambda rows: list(range(ROWS))})
+
+
+@prop(
+    "LIVE-4",
+    "BATCH-5",
+    "STATIC-5",
+    "STATIC-3",
+    "POSITION-1",
+    premise=(ATTACHED, CROPPED, REORDERED),
+    needs=("static", "cache", "reorder", "crop"),
+)
 def test_life_of_a_cache(judge: Judge) -> None:
     """Prefill, decode, attach, detach, replace, fork, switch, reorder, crop, reset: the oracle's values after each."""
 
@@ -185,6 +228,15 @@ def test_life_of_a_cache(judge: Judge) -> None:
         pass
 
     Machine.judge = judge
+
+    @settings(max_examples=1, deadline=None, database=None)
+    @given(spec=attention_specs(FRAME), seed=seeds())
+    def tell(spec: AttentionSpec, seed: int) -> None:
+        machine = Machine()
+        machine.begin(spec=spec, seed=seed)
+        machine.story(seed)
+
+    tell()
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         seed(current().seed)(Machine),
         settings=settings(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import BOTH_STREAMS, CONTEXT, NORM_EPS, SEVERAL_TOKENS, UNCENTRED
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import beside_vanilla
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 from lyra.spec.attention import QKNormSpec
@@ -15,19 +17,23 @@ def normed(case: Case) -> Case:
     return case if case.spec.qk_norm is not None else case.respec(qk_norm=QKNormSpec())
 
 
-@prop("NORM-1", case=cases(flavours=("small",), far=False).map(normed), needs=("static",))
+@prop("NORM-1", premise=NORM_EPS, case=cases(flavours=("small",), far=False).map(normed), needs=("static",))
 def test_eps_decides_small_inputs(case: Case, judge: Judge) -> None:
     """Inputs so small that eps matters: a wrong eps, or one outside the root, is far out of tolerance."""
     judge.oracle(case)
 
 
-@prop("NORM-1", case=cases(flavours=("large", "offset")).map(normed), needs=("static",))
+@prop("NORM-1", premise=UNCENTRED, case=cases(flavours=("large", "offset")).map(normed), needs=("static",))
 def test_norm_of_large_inputs(case: Case, judge: Judge) -> None:
     """Inputs of size 1,000, or with a mean far from zero (which an RMSNorm does not subtract)."""
     judge.oracle(case)
 
 
-@prop("NORM-1", case=cases(context=False, far=False, flavours=("normal", "large")).map(normed))
+@prop(
+    "NORM-1",
+    premise=SEVERAL_TOKENS,
+    case=cases(context=False, far=False, flavours=("normal", "large")).map(normed),
+)
 def test_norm_forgets_the_size(case: Case, judge: Judge) -> None:
     """With eps next to nothing, four times the query projection gives the same layer."""
     case = case.respec(bias=False, qk_norm=QKNormSpec(eps=1e-30))  # no subnormal number: XLA takes those for 0
@@ -40,7 +46,12 @@ def test_norm_forgets_the_size(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("NORM-2", case=cases(context=True, min_context=1, live=("causal",)).map(normed), needs=("static", "trace"))
+@prop(
+    "NORM-2",
+    premise=(BOTH_STREAMS, CONTEXT),
+    case=cases(context=True, min_context=1, live=("causal",)).map(normed).map(beside_vanilla),
+    needs=("static", "trace"),
+)
 def test_one_norm_for_both_streams(case: Case, judge: Judge) -> None:
     """Normed queries and keys do not depend on which stream their head belongs to."""
     problem = case.problem()

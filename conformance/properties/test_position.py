@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import BOTH_STREAMS, CONTINUE, OVERLAY, PADDING, SEVERAL_SLOTS
 from lyra.conformance.properties.test_rope import rotated
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import beside_vanilla, padded
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 
@@ -13,7 +15,8 @@ from lyra.conformance.subject import Subject
 @prop(
     "POSITION-1",
     "POSITION-3",
-    case=cases(context=True, min_context=1, positions=("continue",)).map(rotated),
+    premise=(CONTINUE, BOTH_STREAMS),
+    case=cases(context=True, min_context=1, positions=("continue",)).map(rotated).map(beside_vanilla),
     needs=("static",),
     weight=2,
 )
@@ -25,7 +28,8 @@ def test_continue(case: Case, judge: Judge) -> None:
 @prop(
     "POSITION-2",
     "POSITION-3",
-    case=cases(context=True, min_context=1, positions=("overlay",)).map(rotated),
+    premise=(OVERLAY, BOTH_STREAMS),
+    case=cases(context=True, min_context=1, positions=("overlay",)).map(rotated).map(beside_vanilla),
     needs=("static",),
 )
 def test_overlay(case: Case, judge: Judge) -> None:
@@ -36,6 +40,7 @@ def test_overlay(case: Case, judge: Judge) -> None:
 @prop(
     "POSITION-1",
     "STORED-2",
+    premise=CONTINUE,
     case=cases(context=True, min_context=1, positions=("continue",), far=False).map(rotated),
     needs=("static",),
 )
@@ -55,6 +60,7 @@ def test_continue_follows_the_context(case: Case, judge: Judge) -> None:
 @prop(
     "POSITION-2",
     "POSITION-1",
+    premise=(OVERLAY, SEVERAL_SLOTS),
     case=cases(
         context=True,
         min_context=3,
@@ -85,6 +91,7 @@ def test_overlay_does_not_follow(case: Case, judge: Judge) -> None:
 @prop(
     "POSITION-2",
     "ROPE-2",
+    premise=OVERLAY,
     case=cases(context=True, min_context=1, positions=("overlay",), far=False).map(rotated),
     needs=("static",),
     weight=0.5,
@@ -104,13 +111,12 @@ def test_overlay_keeps_its_distances(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("POSITION-4", case=cases(padding=True, far=False, min_tokens=2), needs=("static",))
+@prop("POSITION-4", premise=PADDING, case=cases(far=False, min_tokens=2).map(padded), needs=("static",))
 def test_padding_does_not_count(case: Case, judge: Judge) -> None:
     """Left padding moves nothing: a padded row equals the row without its padding."""
-    padding = tuple(min(count, case.tokens - 1) for count in case.padding) or (0,)
-    case = case.replace(padding=(padding[0],) * case.batch, padding_side="left", calls=(case.tokens,))
+    count = min(max(case.padding, default=0), case.tokens - 1)
+    case = case.replace(padding=(count,) * case.batch, padding_side="left", calls=(case.tokens,))
     problem = case.problem()
-    count = padding[0]
     bare = problem.replace(
         x=problem.x[:, count:],
         positions=problem.positions[:, count:],

@@ -12,6 +12,7 @@ import pytest
 
 from lyra.conformance.case import Problem
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import Premise
 from lyra.conformance.properties.models import real_folder
 from lyra.conformance.properties.test_identity import hugging_face
 from lyra.conformance.registry import prop
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 TEXT_TOKENS, CONTEXT_TOKENS = 160, 120
 GLOBAL_LAYERS = (5, 11, 17)
 SPLITS = {"none": (), "last two": (2, 3), "0 and 3": (0, 3), "all": (0, 1, 2, 3)}
+
+
+REAL_CONTEXT = Premise(
+    "a hundred tokens of a real text in the context",
+    lambda one: one.static is not None and int(one.static.mask.sum()) >= 100,
+    names={"CONTEXT_TOKENS": 8, "TEXT_TOKENS": 12},
+)
 
 
 @cache
@@ -63,7 +71,16 @@ def problem_of(layer: RealLayer, spec: AttentionSpec) -> Problem:
 @pytest.mark.parametrize("live", ["causal", "self", "none"])
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("index", GLOBAL_LAYERS)
-@prop("STATIC-1", "SPLIT-2", "SPLIT-3", "IDENTITY-1", "TOLERANCE-1", needs=("static", "trace"), profile="ci")
+@prop(
+    "STATIC-1",
+    "SPLIT-2",
+    "SPLIT-3",
+    "IDENTITY-1",
+    "TOLERANCE-1",
+    premise=REAL_CONTEXT,
+    needs=("static", "trace"),
+    profile="ci",
+)
 def test_gemma_3_270m(judge: Judge, index: int, split: tuple[int, ...], live: str) -> None:
     """The real layers, with splits none, last two, {0, 3} and all: every stage of every backend, and Hugging Face."""
     layer = layers()[index]

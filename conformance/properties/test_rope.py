@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import FAR_TOKENS, ROTATED, SEVERAL_TOKENS, Premise, visible_slots
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import FAR, cases
 from lyra.conformance.subject import Subject
@@ -29,9 +30,22 @@ def at_the_last(problem: Problem) -> Problem:
     return problem.replace(positions=positions, static=static)
 
 
+LAST_TOKEN = Premise(
+    "a live token at position 131,072",
+    lambda one: bool((one.positions[one.mask] == FAR).any()),
+    names={"at_the_last": lambda problem: problem},
+)
+LAST_SLOT = Premise(
+    "a static token at position 131,072",
+    lambda one: visible_slots(one) > 0 and FAR in one.static.positions[one.static.mask],
+    names={"at_the_last": lambda problem: problem},
+)
+
+
 @prop(
     "ROPE-3",
     "ROPE-2",
+    premise=(FAR_TOKENS, SEVERAL_TOKENS),
     case=st.builds(
         lambda case, back: case.replace(start=FAR + 1 - back - case.tokens), cases().map(rotated), st.integers(0, 99)
     ),
@@ -46,6 +60,7 @@ def test_far_positions(case: Case, judge: Judge) -> None:
     "ROPE-3",
     "POSITION-1",
     "POSITION-2",
+    premise=(LAST_TOKEN, LAST_SLOT),
     case=cases(context=True, min_context=2, hidden=False, frames=1).map(rotated),
     needs=("static",),
     weight=0.5,
@@ -65,7 +80,14 @@ def test_the_last_position(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("ROPE-3", "ORDER-3", case=cases(context=False, frames=1).map(rotated), needs=("trace",), weight=0.3)
+@prop(
+    "ROPE-3",
+    "ORDER-3",
+    premise=LAST_TOKEN,
+    case=cases(context=False, frames=1).map(rotated),
+    needs=("trace",),
+    weight=0.3,
+)
 def test_stages_at_the_last_position(case: Case, judge: Judge) -> None:
     """The traced query and key of position 131,072 are those of the oracle."""
     problem = at_the_last(case.problem())
@@ -78,7 +100,7 @@ def test_stages_at_the_last_position(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("ROPE-1", "ROPE-2", case=cases(context=False, padding=False).map(rotated), needs=("trace",))
+@prop("ROPE-1", "ROPE-2", premise=ROTATED, case=cases(context=False, padding=False).map(rotated), needs=("trace",))
 def test_stages_of_the_rotation(case: Case, judge: Judge) -> None:
     """Rotated queries and keys equal the oracle's, element by element: layout, direction, theta and factor."""
     problem = case.problem()
@@ -92,7 +114,12 @@ def test_stages_of_the_rotation(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("ROPE-2", "POSITION-4", case=cases(context=False, far=False, padding=False).map(rotated))
+@prop(
+    "ROPE-2",
+    "POSITION-4",
+    premise=(ROTATED, SEVERAL_TOKENS),
+    case=cases(context=False, far=False, padding=False).map(rotated),
+)
 def test_only_distances_matter(case: Case, judge: Judge) -> None:
     """RoPE is relative: moving every position by 1,000 changes nothing but rounding."""
     problem = case.problem()
@@ -107,6 +134,7 @@ def test_only_distances_matter(case: Case, judge: Judge) -> None:
 
 @prop(
     "ROPE-2",
+    premise=SEVERAL_TOKENS,
     case=cases(context=False, far=False, min_tokens=4, padding=False, flavours=("normal",), live=("causal",)).map(
         rotated
     ),

@@ -10,7 +10,25 @@ import pytest
 
 from lyra.conformance.case import Block, Case, Problem
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import (
+    BEHIND_WINDOW,
+    BLOCK_EPS,
+    CHUNK_BEHIND,
+    CONTEXT,
+    GARBAGE,
+    HIDDEN,
+    LYRA_HEADS,
+    MANY_TOKENS,
+    OPEN_GATE,
+    PADDING,
+    ROWS,
+    SEVERAL_CALLS,
+    SEVERAL_TOKENS,
+    Premise,
+)
+from lyra.conformance.properties.test_batch import moved_rows
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import beyond_window, chunked, several_rows
 from lyra.conformance.strategies import block_cases, in_long_calls
 from lyra.conformance.subject import BackendError, Subject
 from lyra.spec.attention import QKNormSpec, RopeSpec
@@ -23,6 +41,14 @@ if TYPE_CHECKING:
     from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
 
 NEEDS = ("sequential", "static", "cache")
+
+NO_OUTER_NORM = Premise(
+    "a block without an outer norm",
+    lambda one: one.block is not None and not one.block.output_norm,
+    lambda case: case if case.block is None else case.replace(block=case.block.replace(output_norm=True)),
+)
+REFUSED = ("no cache", "a static context", "the cache of other tokens")
+REFUSALS = Premise("a call that must be refused", names={"REFUSED": ()})
 
 
 def block_of(case: Case) -> Block:
@@ -37,19 +63,19 @@ def alone(problem: Problem) -> Problem:
     return problem.replace(block=problem.block.replace(residual=False, gate=1.0))
 
 
-@prop("SEQUENTIAL-1", "SEQUENTIAL-4", "TOLERANCE-1", case=block_cases(), needs=NEEDS)
+@prop("SEQUENTIAL-1", "SEQUENTIAL-4", "TOLERANCE-1", premise=(OPEN_GATE, CONTEXT), case=block_cases(), needs=NEEDS)
 def test_block_equals_oracle(case: Case, judge: Judge) -> None:
     """A block around any attention, with and without residual, in any live mode, call by call: the oracle's values."""
     judge.oracle(case)
 
 
-@prop("SEQUENTIAL-1", case=block_cases(output_norm=False), needs=NEEDS, weight=0.25)
+@prop("SEQUENTIAL-1", premise=NO_OUTER_NORM, case=block_cases(output_norm=False), needs=NEEDS, weight=0.25)
 def test_block_without_an_outer_norm(case: Case, judge: Judge) -> None:
     """Without an output norm the gate multiplies what the attention gives."""
     judge.oracle(case)
 
 
-@prop("SEQUENTIAL-2", case=block_cases(flavours=("small",), far=False), needs=NEEDS, weight=0.5)
+@prop("SEQUENTIAL-2", premise=BLOCK_EPS, case=block_cases(flavours=("small",), far=False), needs=NEEDS, weight=0.5)
 def test_eps_decides_small_inputs(case: Case, judge: Judge) -> None:
     """Residual streams so small that norm_eps decides both norms."""
     judge.oracle(case)
@@ -70,13 +96,20 @@ def hold_stages(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-8", "TOLERANCE-2", case=block_cases(), needs=(*NEEDS, "trace"), weight=0.5)
+@prop("SEQUENTIAL-8", "TOLERANCE-2", premise=OPEN_GATE, case=block_cases(), needs=(*NEEDS, "trace"), weight=0.5)
 def test_stages_of_a_block(case: Case, judge: Judge) -> None:
     """Every stage of a block is right by itself."""
     hold_stages(case, judge)
 
 
-@prop("SEQUENTIAL-8", "SEQUENTIAL-5", case=block_cases(source="own"), needs=(*NEEDS, "trace"), weight=0.5)
+@prop(
+    "SEQUENTIAL-8",
+    "SEQUENTIAL-5",
+    premise=(OPEN_GATE, SEVERAL_TOKENS),
+    case=block_cases(source="own"),
+    needs=(*NEEDS, "trace"),
+    weight=0.5,
+)
 def test_stages_of_a_block_that_shares_its_cache(case: Case, judge: Judge) -> None:
     """Every stage of a block that shares its layer's cache is right by itself; there are none of keys and values."""
     hold_stages(case, judge)
@@ -98,19 +131,32 @@ def hold_closed(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-3", case=block_cases(residual=(True,)), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-3",
+    premise=CONTEXT,
+    case=block_cases(context=True, min_context=1, residual=(True,)),
+    needs=NEEDS,
+    weight=0.5,
+)
 def test_a_closed_gate_gives_the_bits_of_h(case: Case, judge: Judge) -> None:
     """Gate 0 with residual changes no bit, whatever the context holds."""
     hold_closed(case, judge)
 
 
-@prop("SEQUENTIAL-3", "SEQUENTIAL-5", case=block_cases(source="own", residual=(True,)), needs=NEEDS, weight=0.25)
+@prop(
+    "SEQUENTIAL-3",
+    "SEQUENTIAL-5",
+    premise=OPEN_GATE,
+    case=block_cases(source="own", residual=(True,)),
+    needs=NEEDS,
+    weight=0.25,
+)
 def test_a_closed_gate_on_a_shared_cache(case: Case, judge: Judge) -> None:
     """Gate 0 with residual changes no bit when the block shares its layer's cache either."""
     hold_closed(case, judge)
 
 
-@prop("SEQUENTIAL-1", "SEQUENTIAL-3", case=block_cases(), needs=NEEDS, weight=0.5)
+@prop("SEQUENTIAL-1", "SEQUENTIAL-3", premise=SEVERAL_TOKENS, case=block_cases(), needs=NEEDS, weight=0.5)
 def test_block_is_an_attention_between_two_norms(case: Case, judge: Judge) -> None:
     """Without residual and at gate 1 it is the backend's own attention layer, normed before and after."""
     problem = alone(case.problem())
@@ -127,7 +173,7 @@ def test_block_is_an_attention_between_two_norms(case: Case, judge: Judge) -> No
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-1", case=block_cases(), needs=NEEDS, weight=0.5)
+@prop("SEQUENTIAL-1", premise=OPEN_GATE, case=block_cases(), needs=NEEDS, weight=0.5)
 def test_gate_is_a_factor(case: Case, judge: Judge) -> None:
     """What a gate lets through is gate times what gate 1 lets through, on top of h where there is a residual."""
     problem, block = case.problem(), block_of(case)
@@ -155,7 +201,14 @@ def hold_cuts(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-4", "LIVE-4", case=block_cases(min_tokens=2), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-4",
+    "LIVE-4",
+    premise=CHUNK_BEHIND,
+    case=block_cases(min_tokens=2, prefer=chunked),
+    needs=NEEDS,
+    weight=0.5,
+)
 def test_calls_of_a_block_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     """How the tokens of a block are cut into calls has no effect: its own cache serves it as a layer's does."""
     hold_cuts(case, judge)
@@ -164,6 +217,7 @@ def test_calls_of_a_block_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
 @prop(
     "SEQUENTIAL-4",
     "LIVE-4",
+    premise=MANY_TOKENS,
     case=in_long_calls(block_cases(context=True, live=("self", "causal"), frames=1)),
     needs=NEEDS,
     weight=0.25,
@@ -176,7 +230,8 @@ def test_a_cache_of_a_block_grows_with_its_tokens(case: Case, judge: Judge) -> N
 @prop(
     "SEQUENTIAL-4",
     "BATCH-5",
-    case=block_cases(min_calls=2, padding=False),
+    premise=ROWS,
+    case=block_cases(min_calls=2, padding=False, prefer=several_rows),
     needs=(*NEEDS, "reorder", "crop"),
     weight=0.5,
 )
@@ -185,7 +240,7 @@ def test_tokens_and_rows_of_the_cache_of_a_block(case: Case, judge: Judge) -> No
     if case.context is not None:
         case = case.replace(context=case.context.replace(batch=1))
     problem = case.problem()
-    rows = np.random.default_rng(case.seed).integers(0, case.batch, case.batch)
+    rows = moved_rows(np.random.default_rng(case.seed).integers(0, case.batch, case.batch))
     first = case.calls[0]
     reordered = problem.replace(x=np.concatenate([problem.x[rows, :first], problem.x[:, first:]], axis=1))
 
@@ -199,7 +254,14 @@ def test_tokens_and_rows_of_the_cache_of_a_block(case: Case, judge: Judge) -> No
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-4", "MASKED-1", case=block_cases(context=True, min_context=1), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-4",
+    "MASKED-1",
+    premise=(PADDING, HIDDEN, GARBAGE),
+    case=block_cases(context=True, min_context=1).map(Case.hiding),
+    needs=NEEDS,
+    weight=0.5,
+)
 def test_what_is_hidden_from_a_block_has_no_influence(case: Case, judge: Judge) -> None:
     """Other garbage at padding and in masked static slots changes no bit."""
     problem, other = case.problem(), case.replace(poison=-0.5).problem()
@@ -212,13 +274,20 @@ def test_what_is_hidden_from_a_block_has_no_influence(case: Case, judge: Judge) 
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-5", "TOLERANCE-1", case=block_cases(source="own"), needs=NEEDS)
+@prop("SEQUENTIAL-5", "TOLERANCE-1", premise=(OPEN_GATE, CONTEXT), case=block_cases(source="own"), needs=NEEDS)
 def test_shared_cache_equals_oracle(case: Case, judge: Judge) -> None:
     """The block's queries over the keys and values that the layer keeps, whatever its split, mode and context."""
     judge.oracle(case)
 
 
-@prop("SEQUENTIAL-5", "SLIDING-1", case=block_cases(source="own", window=True, min_tokens=4), needs=NEEDS, weight=0.25)
+@prop(
+    "SEQUENTIAL-5",
+    "SLIDING-1",
+    premise=BEHIND_WINDOW,
+    case=block_cases(source="own", window=True, min_tokens=4).map(beyond_window),
+    needs=NEEDS,
+    weight=0.25,
+)
 def test_shared_cache_of_a_window(case: Case, judge: Judge) -> None:
     """In a sliding-window layer the block's queries see what is within the window."""
     judge.oracle(case)
@@ -227,7 +296,8 @@ def test_shared_cache_of_a_window(case: Case, judge: Judge) -> None:
 @prop(
     "SEQUENTIAL-5",
     "BATCH-5",
-    case=block_cases(source="own", min_tokens=4, padding=False),
+    premise=SEVERAL_CALLS,
+    case=block_cases(source="own", min_tokens=4, min_calls=2, padding=False),
     needs=(*NEEDS, "crop"),
     weight=0.5,
 )
@@ -244,13 +314,20 @@ def test_a_shared_cache_may_be_cropped(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-5", "LIVE-4", case=block_cases(source="own", min_tokens=2), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-5",
+    "LIVE-4",
+    premise=CHUNK_BEHIND,
+    case=block_cases(source="own", min_tokens=2, prefer=chunked),
+    needs=NEEDS,
+    weight=0.5,
+)
 def test_calls_on_a_shared_cache_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     """How the tokens of layer and block are cut into calls has no effect."""
     hold_cuts(case, judge)
 
 
-@prop("SEQUENTIAL-5", case=block_cases(source="own"), needs=NEEDS, weight=0.5)
+@prop("SEQUENTIAL-5", premise=SEVERAL_TOKENS, case=block_cases(source="own"), needs=NEEDS, weight=0.5)
 def test_own_keys_of_the_block_are_not_read(case: Case, judge: Judge) -> None:
     """Other k and v projections and another k_norm in the block change no bit."""
     problem = case.problem()
@@ -267,7 +344,7 @@ def test_own_keys_of_the_block_are_not_read(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-6", case=block_cases(source="own", min_calls=2), needs=NEEDS, weight=0.5)
+@prop("SEQUENTIAL-6", premise=OPEN_GATE, case=block_cases(source="own", min_calls=2), needs=NEEDS, weight=0.5)
 def test_a_shared_cache_comes_back_as_it_was(case: Case, judge: Judge) -> None:
     """The layer goes on from the cache that the block returned as from its own, to the bit, and so does the block."""
     problem = case.problem()
@@ -291,6 +368,7 @@ def test_a_shared_cache_comes_back_as_it_was(case: Case, judge: Judge) -> None:
 
 @prop(
     "SEQUENTIAL-6",
+    premise=REFUSALS,
     case=block_cases(source="own", context=True, min_context=1, min_calls=2, padding=False),
     needs=NEEDS,
     weight=0.25,
@@ -300,18 +378,19 @@ def test_what_a_shared_cache_excludes_is_refused(case: Case, judge: Judge) -> No
     problem, first = case.problem(), case.calls[0]
     head, tail = problem.part(slice(0, first), (first,)), problem.part(slice(first, None), case.calls[1:])
     assert head.own is not None
+    judge.meet(REFUSALS, bool(REFUSED))
     with pytest.raises(SpecError, match="no head goes to Lyra"):
         SequentialSpec(problem.spec.replace(split=HeadSplit.all(problem.spec), sliding_window=None), source="own")
 
     def check(subject: Subject) -> None:
         layer, cache = subject.layer(problem), subject.run(head.own).cache
-        refused = {
+        calls = {
             "no cache": lambda: layer(head.x, positions=head.positions),
             "a static context": lambda: layer(head.x, positions=head.positions, static=head.own.static, cache=cache),
             "the cache of other tokens": lambda: layer(tail.x, positions=tail.positions, cache=cache),
         }
-        for what, call in refused.items():
-            subject.expect(problem, refuses(subject, call), f"{what} was not refused with an InputError")
+        for what in REFUSED:
+            subject.expect(problem, refuses(subject, calls[what]), f"{what} was not refused with an InputError")
         subject.expect_oracle(problem, subject.run(problem))
 
     judge.each(case, check)
@@ -349,7 +428,12 @@ def with_its_layer(problem: Problem, seed: int) -> tuple[Problem, DecoderLayerOr
     return problem.replace(weights=described.weights_of(layer.weights)), layer
 
 
-@prop("SEQUENTIAL-7", case=block_cases(context=False, live=("causal",)).map(decoder_layer), needs=NEEDS)
+@prop(
+    "SEQUENTIAL-7",
+    premise=(LYRA_HEADS, SEVERAL_TOKENS),
+    case=block_cases(context=False, live=("causal",)).map(decoder_layer),
+    needs=NEEDS,
+)
 def test_block_equals_the_attention_half_of_a_decoder_layer(case: Case, judge: Judge) -> None:
     """With its layer's weights, no context and gate 1 it is the attention half of Gemma3DecoderLayer, in any split."""
     problem, layer = with_its_layer(case.problem(), case.seed)
@@ -362,7 +446,14 @@ def test_block_equals_the_attention_half_of_a_decoder_layer(case: Case, judge: J
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-7", "SEQUENTIAL-3", case=block_cases().map(decoder_layer), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-7",
+    "SEQUENTIAL-3",
+    premise=CONTEXT,
+    case=block_cases(context=True, min_context=1).map(decoder_layer),
+    needs=NEEDS,
+    weight=0.5,
+)
 def test_a_closed_gate_leaves_a_decoder_layer_alone(case: Case, judge: Judge) -> None:
     """Gemma3DecoderLayer with a block at gate 0 in its place gives the bits that it gives without one."""
     problem, layer = with_its_layer(case.problem(), case.seed)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from lyra.conformance.case import Case
-from lyra.conformance.frames import LARGE
+from lyra.conformance.frames import LARGE, SMALLEST
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import CONTEXT, Premise
 from lyra.conformance.registry import prop
 from lyra.conformance.session import current
 from lyra.conformance.strategies import case_of
+from lyra.spec.attention import AttentionSpec
 
 
 def large_cases() -> dict[str, Case]:
@@ -31,6 +33,19 @@ def large_cases() -> dict[str, Case]:
 CASES = large_cases()
 
 
+def large(spec: AttentionSpec, rows: int, tokens: int, slots: int) -> bool:
+    """Whether some size is at an end of what the suite covers."""
+    wide = spec.num_attention_heads >= 64 or spec.hidden_size >= 512 or spec.head_dim not in (16, 32, 64)
+    return wide or rows >= 8 or tokens >= 64 or slots >= 4096
+
+
+LARGE_SHAPE = Premise(
+    "a shape at an end of what the suite covers",
+    lambda one: large(one.spec, *one.mask.shape, slots=0 if one.static is None else one.static.mask.shape[1]),
+    lambda case: case_of(SMALLEST, np.random.default_rng(case.seed)),
+)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @prop(
     "TOLERANCE-1",
@@ -38,6 +53,7 @@ CASES = large_cases()
     "SPLIT-2",
     "BATCH-1",
     "LIVE-1",
+    premise=(LARGE_SHAPE, CONTEXT),
     needs=("static",),
     profile="ci",
 )

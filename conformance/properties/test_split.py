@@ -8,8 +8,21 @@ import pytest
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.frames import GROUPS
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import (
+    BOTH_STREAMS,
+    CONTEXT,
+    CUT_GROUP,
+    LYRA_HEADS,
+    SCATTERED,
+    SEVERAL_GROUPS,
+    SEVERAL_KV_HEADS,
+    SEVERAL_TOKENS,
+    SHARED_KV_HEAD,
+    TILED_GROUPS,
+)
 from lyra.conformance.registry import prop
 from lyra.conformance.session import current
+from lyra.conformance.shaped import beside_vanilla, cutting, grouped, often, several_groups, several_kv_heads
 from lyra.conformance.strategies import case_of, cases
 from lyra.conformance.subject import Subject
 from lyra.spec.errors import SpecError
@@ -19,7 +32,16 @@ DATA = 3
 """How often each size of a group is tried, with other data."""
 
 
-@prop("SPLIT-2", "SPLIT-3", "SPLIT-5", "STATIC-1", case=cases(context=True, far=False), needs=("static",), weight=3)
+@prop(
+    "SPLIT-2",
+    "SPLIT-3",
+    "SPLIT-5",
+    "STATIC-1",
+    premise=(CUT_GROUP, SCATTERED, SEVERAL_KV_HEADS),
+    case=cases(context=True, far=False).map(often(cutting)),
+    needs=("static",),
+    weight=3,
+)
 def test_any_split_equals_oracle(case: Case, judge: Judge) -> None:
     """Any set of Lyra heads, contiguous or not, whole groups or cut ones, in every mode."""
     judge.oracle(case)
@@ -36,7 +58,7 @@ OF_GROUPS = group_cases()
 
 
 @pytest.mark.parametrize("case", OF_GROUPS.values(), ids=OF_GROUPS)
-@prop("SPLIT-1", "SPLIT-2", "ROPE-1", "BATCH-1", needs=("static",), weight=0.2)
+@prop("SPLIT-1", "SPLIT-2", "ROPE-1", "BATCH-1", premise=(SEVERAL_GROUPS, CONTEXT), needs=("static",), weight=0.2)
 def test_groups_of_every_size(case: Case, judge: Judge) -> None:
     """1 to 8 query heads to a KV head, of which there are 2 to 7, at the sizes that generated cases never have."""
     for index in range(DATA):
@@ -47,7 +69,8 @@ def test_groups_of_every_size(case: Case, judge: Judge) -> None:
     "SPLIT-1",
     "SPLIT-2",
     "MASKED-5",
-    case=cases(flavours=("normal",), far=False).map(lambda c: c.respec(softcap=None)),
+    premise=TILED_GROUPS,
+    case=cases(flavours=("normal",), far=False, prefer=several_groups).map(lambda c: c.respec(softcap=None)),
     needs=("static", "trace"),
 )
 def test_heads_read_their_own_kv_head(case: Case, judge: Judge) -> None:
@@ -70,7 +93,12 @@ def test_heads_read_their_own_kv_head(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SPLIT-4", case=cases(context=True, min_context=1), needs=("static", "trace"))
+@prop(
+    "SPLIT-4",
+    premise=(BOTH_STREAMS, CONTEXT),
+    case=cases(context=True, min_context=1).map(beside_vanilla),
+    needs=("static", "trace"),
+)
 def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> None:
     """Vanilla heads give the same bits with one context and with another."""
     problem = case.problem()
@@ -89,7 +117,10 @@ def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> Non
 
 @prop(
     "SPLIT-5",
-    case=cases(context=True, min_context=1, flavours=("normal",), hidden=False).map(lambda c: c.respec(softcap=None)),
+    premise=SEVERAL_KV_HEADS,
+    case=cases(context=True, min_context=1, flavours=("normal",), hidden=False, prefer=several_kv_heads).map(
+        lambda c: c.respec(softcap=None)
+    ),
     needs=("static", "trace"),
 )
 def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
@@ -116,7 +147,13 @@ def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SPLIT-3", "SPLIT-1", case=cases(context=True, min_context=1), needs=("static",))
+@prop(
+    "SPLIT-3",
+    "SPLIT-1",
+    premise=(CUT_GROUP, CONTEXT),
+    case=cases(context=True, min_context=1, prefer=grouped).map(cutting),
+    needs=("static",),
+)
 def test_a_shared_kv_head_is_a_replicated_one(case: Case, judge: Judge) -> None:
     """A layer whose split cuts groups equals the layer with every KV head replicated to its query heads."""
     problem = case.problem()
@@ -141,7 +178,7 @@ def test_a_shared_kv_head_is_a_replicated_one(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SPLIT-3", "SPLIT-6", case=cases(context=False))
+@prop("SPLIT-3", "SPLIT-6", premise=SHARED_KV_HEAD, case=cases(context=False, prefer=grouped))
 def test_illegal_splits_are_refused(case: Case, judge: Judge) -> None:
     """A head that is not there, and a cut group without share_kv, are refused when the spec is built."""
     spec = case.spec.replace(split=None)
@@ -155,7 +192,13 @@ def test_illegal_splits_are_refused(case: Case, judge: Judge) -> None:
     judge.each(case, lambda subject: subject.expect_oracle(problem := case.problem(), subject.run(problem)))
 
 
-@prop("SPLIT-2", "IDENTITY-2", case=cases(context=False, live=("causal",)), needs=("static",))
+@prop(
+    "SPLIT-2",
+    "IDENTITY-2",
+    premise=(LYRA_HEADS, SEVERAL_TOKENS),
+    case=cases(context=False, live=("causal",)),
+    needs=("static",),
+)
 def test_the_split_has_no_effect_without_context(case: Case, judge: Judge) -> None:
     """Without a context and with live="causal", the layer with a split is the layer without one."""
     problem = case.problem()
@@ -171,7 +214,14 @@ def test_the_split_has_no_effect_without_context(case: Case, judge: Judge) -> No
     judge.each(case, check)
 
 
-@prop("SPLIT-7", "ORDER-1", "SPLIT-5", case=cases(flavours=("normal", "offset", "peaked")), needs=("static", "trace"))
+@prop(
+    "SPLIT-7",
+    "ORDER-1",
+    "SPLIT-5",
+    premise=(BOTH_STREAMS, SEVERAL_KV_HEADS),
+    case=cases(context=True, flavours=("normal", "offset", "peaked"), prefer=several_kv_heads).map(beside_vanilla),
+    needs=("static", "trace"),
+)
 def test_the_split_of_a_permuted_layer_is_the_permuted_split(case: Case, judge: Judge) -> None:
     """Whole groups permuted, and query heads within them, with weights and static K/V: the same heads elsewhere."""
     problem = case.problem()

@@ -6,13 +6,31 @@ import numpy as np
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import (
+    CAUSAL,
+    CONTEXT,
+    CUT_GROUP,
+    ONE_SOFTMAX,
+    SEVERAL_SLOTS,
+    SEVERAL_TOKENS,
+    Premise,
+    visible_slots,
+)
 from lyra.conformance.properties.test_identity import gemma, hugging_face
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import cutting, often
 from lyra.conformance.strategies import FAR, cases
 from lyra.conformance.subject import Subject, expected
 from lyra.conformance.tolerance import K_PAIR
+from lyra.spec.attention import Live
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.split import HeadSplit
+
+STATIC_ALONE = Premise(
+    "Lyra heads that see static keys only",
+    lambda one: visible_slots(one) > 0 and one.spec.static.live == "none",
+    lambda case: case.respec(static=case.spec.static.replace(live="causal")),
+)
 
 SLOT_AXES = (2, 2, 1, 1)
 """Where the slots are in each array of a StaticLayer."""
@@ -23,6 +41,7 @@ SLOT_AXES = (2, 2, 1, 1)
     "STATIC-2",
     "STATIC-3",
     "LIVE-1",
+    premise=(ONE_SOFTMAX, CAUSAL),
     case=cases(context=True, live=("causal",)),
     needs=("static",),
     weight=3,
@@ -39,7 +58,8 @@ def test_one_softmax_over_static_and_live(case: Case, judge: Judge) -> None:
     "LIVE-3",
     "POSITION-1",
     "POSITION-2",
-    case=cases(context=True, poison=(1e2,)).map(gemma),
+    premise=(CONTEXT, CUT_GROUP),
+    case=cases(context=True, poison=(1e2,)).map(gemma).map(often(cutting)),
     needs=("static",),
     weight=2,
 )
@@ -59,6 +79,7 @@ def test_equals_hugging_face_per_head(case: Case, judge: Judge) -> None:
 
 @prop(
     "STATIC-2",
+    premise=(CONTEXT, SEVERAL_TOKENS),
     case=cases(
         context=True,
         min_context=1,
@@ -92,6 +113,7 @@ def test_the_static_part_is_never_causal(case: Case, judge: Judge) -> None:
 @prop(
     "STATIC-2",
     "STATIC-3",
+    premise=SEVERAL_SLOTS,
     case=cases(context=True, min_context=1, hidden=False, flavours=("normal",), live=("none",), positions=("overlay",)),
     needs=("static",),
 )
@@ -118,7 +140,7 @@ def test_every_static_token_counts(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("STATIC-4", "STATIC-3", case=cases(context=True, min_context=1), needs=("static",))
+@prop("STATIC-4", "STATIC-3", premise=SEVERAL_SLOTS, case=cases(context=True, min_context=2), needs=("static",))
 def test_a_context_may_be_permuted_and_padded(case: Case, judge: Judge) -> None:
     """The order of static slots is nothing, their positions are everything; masked slots in between change nothing."""
     problem = case.problem()
@@ -154,6 +176,7 @@ def slots_of(static: StaticLayer, slots: np.ndarray | slice) -> StaticLayer:
 @prop(
     "STATIC-4",
     "STATIC-1",
+    premise=SEVERAL_SLOTS,
     case=cases(context=True, min_context=2, hidden=False, live=("none",), positions=("overlay",)),
     needs=("static", "trace"),
     weight=0.5,
@@ -187,6 +210,7 @@ def test_parts_of_a_context_merge(case: Case, judge: Judge) -> None:
 @prop(
     "STATIC-1",
     "STATIC-4",
+    premise=CONTEXT,
     case=cases(context=True, min_context=1, hidden=False, positions=("overlay",), flavours=("normal",)),
     needs=("static",),
     weight=0.5,
@@ -231,12 +255,14 @@ def with_score_added(problem: Problem, slot: int, score: float) -> StaticLayer:
 
 @prop(
     "STATIC-4",
-    case=cases(context=True, min_context=1, hidden=False, positions=("overlay",), live=("causal", "none")),
+    premise=(CONTEXT, ONE_SOFTMAX, STATIC_ALONE),
+    case=cases(context=True, min_context=1, hidden=False, positions=("overlay",)),
     needs=("static",),
 )
 def test_a_doubled_context_weighs_twice(case: Case, judge: Judge) -> None:
     """A context given twice equals the oracle's, and without live keys it equals the context given once."""
-    problem = case.problem()
+    live: Live = "none" if case.seed % 2 else "causal"  # with the data: each example has both
+    problem = case.respec(static=case.spec.static.replace(live=live)).problem()
     static = problem.static
     assert static is not None
     doubled = problem.replace(static=joined(static, static))
@@ -254,6 +280,7 @@ def test_a_doubled_context_weighs_twice(case: Case, judge: Judge) -> None:
     "STATIC-1",
     "POSITION-1",
     "COMPOSE-1",
+    premise=ONE_SOFTMAX,
     case=cases(context=False, min_tokens=2, padding=False, live=("causal",)),
     needs=("static", "trace"),
 )

@@ -10,6 +10,7 @@ import pytest
 
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import CONTEXT, OVERLAY, SEVERAL_SLOTS, Premise
 from lyra.conformance.properties.models import engine, oracle, small_folder, stretched_folder, tokens
 from lyra.conformance.properties.test_rope import rotated
 from lyra.conformance.registry import prop
@@ -25,6 +26,11 @@ from lyra.spec.split import HeadSplit
 
 LAYER = 0
 BOS = 2
+
+ROUNDED = Premise(
+    "a visible value that storing rounds",
+    tame=lambda case: case if case.context is None else case.replace(context=case.context.replace(hidden=(999_999,))),
+)
 
 
 def context_of(problem: Problem) -> StaticContext:
@@ -44,7 +50,13 @@ def with_context(problem: Problem, context: StaticContext) -> Problem:
     return problem.replace(static=context.static_layer(LAYER, problem.spec.lyra_kv_heads))
 
 
-@prop("STORED-2", "STORED-1", case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated), needs=("static",))
+@prop(
+    "STORED-2",
+    "STORED-1",
+    premise=CONTEXT,
+    case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated),
+    needs=("static",),
+)
 def test_a_context_survives_its_file(case: Case, judge: Judge) -> None:
     """A context written to a file and read back gives the same bits, and moving it away and back changes none."""
     problem = case.problem()
@@ -63,7 +75,13 @@ def test_a_context_survives_its_file(case: Case, judge: Judge) -> None:
         judge.each(case, check)
 
 
-@prop("STORED-3", case=cases(context=True, min_context=1).map(rotated), needs=("static",), weight=0.5)
+@prop(
+    "STORED-3",
+    premise=(OVERLAY, SEVERAL_SLOTS),
+    case=cases(context=True, min_context=2).map(rotated),
+    needs=("static",),
+    weight=0.5,
+)
 def test_the_file_holds_its_rotation(case: Case, judge: Judge) -> None:
     """Keys turned by the stored cosines and sines meet queries as the backend's own keys do: live="none", overlay."""
     case = case.respec(static=case.spec.static.replace(live="none", positions="overlay"))
@@ -111,6 +129,7 @@ def half_step(values: np.ndarray, mask: np.ndarray, storage: str, part: str) -> 
     "STORED-4",
     "STORED-5",
     "STORED-2",
+    premise=(CONTEXT, ROUNDED),
     case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated),
     needs=("static",),
     weight=0.5,
@@ -128,6 +147,7 @@ def test_a_context_in_fewer_bits(case: Case, judge: Judge, storage: str) -> None
         for part, got, was in (("k", k, given.k), ("v", v, given.v)):
             off = np.where(given.mask[:, None, :, None], np.abs(got - was.astype(np.float64)), 0.0)
             assert (off <= half_step(was, given.mask, storage, part)).all(), f"{part} is further off than {storage} is"
+        judge.meet(ROUNDED, bool(((k != given.k) & given.mask[:, None, :, None]).any()))
         stands_for = problem.replace(static=given._replace(k=k, v=v))
         moved = with_context(problem, again.moved(1000).moved(-1000))
 
@@ -143,6 +163,7 @@ def test_a_context_in_fewer_bits(case: Case, judge: Judge, storage: str) -> None
 @prop(
     "STORED-5",
     "COMPOSE-1",
+    premise=SEVERAL_SLOTS,
     case=cases(context=True, min_context=2, hidden=False, far=False).map(rotated),
     needs=("static",),
     weight=0.5,
@@ -179,6 +200,7 @@ def test_composition_rounds_nothing(case: Case, judge: Judge, storage: str) -> N
     "COMPOSE-1",
     "COMPOSE-2",
     "STATIC-4",
+    premise=SEVERAL_SLOTS,
     case=cases(context=True, min_context=3, hidden=False, far=False).map(rotated),
     needs=("static",),
 )
@@ -213,6 +235,7 @@ def test_composition_is_concatenation(case: Case, judge: Judge) -> None:
 @prop(
     "FINGERPRINT-1",
     "FINGERPRINT-2",
+    premise=CONTEXT,
     case=cases(context=True, min_context=1).map(rotated),
     needs=("static",),
     weight=0.5,
@@ -238,13 +261,16 @@ STRANGERS = {
 }
 """Models that are not the small one: their folders, and the difference to it."""
 
+STRANGER = Premise("a context of another model", names={"STRANGERS": dict.fromkeys(STRANGERS, (small_folder, ""))})
+
 
 @pytest.mark.parametrize("stranger", STRANGERS)
-@prop("FINGERPRINT-2", "FINGERPRINT-1", needs=("model",), profile="ci")
+@prop("FINGERPRINT-2", "FINGERPRINT-1", premise=STRANGER, needs=("model",), profile="ci")
 def test_a_context_of_another_model_is_refused(judge: Judge, stranger: str) -> None:
     """A model refuses another one's context, says what differs and stays as it was; with override it takes it."""
     make_folder, difference = STRANGERS[stranger]
     folder, ids = make_folder(), tokens(11, seed=1)
+    judge.meet(STRANGER, folder != small_folder())
     judged = oracle(small_folder())
     splits = dict.fromkeys(judged.spec.global_layers, HeadSplit.last_kv(judged.spec.attention, 1))
 

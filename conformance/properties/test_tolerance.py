@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import CHUNK_BEHIND, CUT_GROUP, HIDDEN, ONE_SOFTMAX, PADDING, SEVERAL_TOKENS
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import hidden_slots, mostly
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 
 
-@prop("TOLERANCE-1", "STATIC-1", case=cases(), needs=("static",), weight=3)
+@prop(
+    "TOLERANCE-1",
+    "STATIC-1",
+    premise=(ONE_SOFTMAX, PADDING, HIDDEN, CUT_GROUP, CHUNK_BEHIND),
+    case=cases().map(mostly(hidden_slots)),
+    needs=("static",),
+    weight=3,
+)
 def test_every_backend_equals_oracle_and_each_other(case: Case, judge: Judge) -> None:
     """Anything the spec allows: every backend within K·σ of the oracle, any two within K·√2·σ of each other."""
     judge.oracle(case)
 
 
-@prop("TOLERANCE-3", case=cases(), needs=("static",))
+@prop("TOLERANCE-3", premise=SEVERAL_TOKENS, case=cases(), needs=("static",))
 def test_the_same_bits_twice(case: Case, judge: Judge) -> None:
     """The same call gives the same bits twice."""
     problem = case.problem()
