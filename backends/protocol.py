@@ -81,7 +81,7 @@ class Attention(Protocol):
 
     x [B,T,E] float32; positions [B,T] int, strictly increasing over the real tokens of a row; mask [B,T] bool
     (False = padding); static: StaticLayer or None; cache: what an earlier Result returned, or None. A call never
-    changes the cache it is given.
+    changes the cache it is given. It reads the arrays it is given, writes to none and keeps none (clause ARRAYS).
     """
 
     def __call__(

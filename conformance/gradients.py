@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lyra.backends.protocol import DifferentiableAttention
+from lyra.backends.protocol import Attention, DifferentiableAttention
 from lyra.spec.gradients import OracleGradients, gradients
 from lyra.spec.uncertain import Uncertain
 
@@ -45,14 +45,23 @@ def wanted_gradients(problem: Problem, cotangent: np.ndarray) -> dict[str, Uncer
     return {"x": found.x, **found.weights, **{name: part for name, part in kv.items() if part is not None}}
 
 
-def ask(subject: Subject, problem: Problem, cotangent: np.ndarray) -> dict[str, np.ndarray]:
-    """A backend's gradients by name. Raises BackendError, Divergence where one is missing, too many or misshapen."""
-    layer = subject.layer(problem)
+def ask(
+    subject: Subject,
+    problem: Problem,
+    cotangent: np.ndarray,
+    layer: Attention | None = None,
+    given: Problem | None = None,
+) -> dict[str, np.ndarray]:
+    """A backend's gradients by name, of a layer of its own unless one is given. `given` has the arrays to hand on, the
+    problem's own unless told otherwise. Raises BackendError, Divergence where one is missing, too many or misshapen.
+    """
+    layer = subject.layer(problem) if layer is None else layer
+    given = problem if given is None else given
     subject.note(problem, (problem.x.shape[1],))
     if not isinstance(layer, DifferentiableAttention):
         raise Divergence(subject.name, 'the backend claims "grad", but its layer has no vjp', problem)
     found = subject.attempt(
-        lambda: layer.vjp(cotangent, problem.x, positions=problem.positions, mask=problem.mask, static=problem.static)
+        lambda: layer.vjp(cotangent, given.x, positions=given.positions, mask=given.mask, static=given.static)
     )
     try:
         return check_gradients(found, problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -171,6 +172,21 @@ class Subject:
             self._answers.append((whole, problem, outcome))
         return outcome
 
+    def call(
+        self, layer: Attention, problem: Problem, given: Problem, *, cache: object = None, trace: bool = False
+    ) -> Outcome:
+        """One call of a layer with all tokens of a problem. `given` has the arrays that are handed on, as they are: its
+        contents are those of the problem. Raises Divergence, BackendError.
+        """
+        whole = self.note(problem, (problem.x.shape[1],)) if cache is None else None
+        rest: dict[str, Any] = {"positions": given.positions, "mask": given.mask, "static": given.static}
+        result = self.attempt(lambda: layer(given.x, cache=cache, trace=trace, **rest))
+        output, after, stages = self._taken(result, problem, problem.x, 0, trace)
+        outcome = Outcome(output, stages, after)
+        if whole is not None:  # a copy: whoever asks may write to what it was returned
+            self._answers.append((whole, problem, dataclasses.replace(outcome, output=output.copy())))
+        return outcome
+
     def _call(
         self, layer: Attention, problem: Problem, part: slice, cache: object, *, trace: bool = False
     ) -> tuple[np.ndarray, object, dict[str, np.ndarray]]:
@@ -178,10 +194,16 @@ class Subject:
         x, mask = problem.x[:, part], problem.mask[:, part] if not problem.mask.all() else None
         given: dict[str, Any] = {"positions": problem.positions[:, part], "mask": mask, "static": problem.static}
         result = self.attempt(lambda: layer(x, cache=cache, trace=trace, **given))
+        return self._taken(result, problem, x, part.start, trace)
+
+    def _taken(
+        self, result: Any, problem: Problem, x: np.ndarray, past: int, trace: bool
+    ) -> tuple[np.ndarray, object, dict[str, np.ndarray]]:
+        """What came back of a call with x, behind `past` tokens, if it can be compared. Raises Divergence."""
         try:
-            return check_result(result, problem.described, x.shape[0], x.shape[1], part.start, traced=trace)
+            return check_result(result, problem.described, x.shape[0], x.shape[1], past, traced=trace)
         except Malformed as error:
-            when = f", in the call behind the first {part.start} tokens" if part.start else ""
+            when = f", in the call behind the first {past} tokens" if past else ""
             raise Divergence(self.name, f"{error}{when}", problem, error.stage) from None
 
     def hold_answers(self) -> None:

@@ -24,7 +24,7 @@ class NumpyBackend:
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> NumpyAttention:
         """One layer. Raises InputError for weights that do not fit."""
-        return NumpyAttention(spec, check_weights(spec, weights))
+        return NumpyAttention(spec, {name: weight.copy() for name, weight in check_weights(spec, weights).items()})
 
 
 class Cache(NamedTuple):
@@ -65,7 +65,9 @@ class NumpyAttention:
         if self.spec.rope is not None:
             q = stages["q_rope"] = rotate(self.spec, q, positions)
             k = stages["k_rope"] = rotate(self.spec, k, positions)
-        new = Cache(k, v, mask, positions)
+        new = Cache(
+            *(part.copy() for part in (k, v, mask, positions))
+        )  # the caller may refill its arrays (clause ARRAYS)
         live = new if cache is None else Cache(*(np.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True)))
         heads = stages["heads"] = attend(self.spec, q, live, positions, static)
         output = stages["output"] = self._linear("o", heads.reshape(*x.shape[:2], -1))

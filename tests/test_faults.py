@@ -70,7 +70,7 @@ def test_every_clause_that_the_backends_implement_has_faults() -> None:
     clauses = {fault.clause for fault in catalogue().values()}
     assert clauses == {
         "ORDER", "NORM", "ROPE", "SCALE", "SPLIT", "IDENTITY", "STATIC", "LIVE", "POSITION", "STORED", "MASKED",
-        "BATCH", "SLIDING", "CAPTURE", "SEQUENTIAL", "GRAD", "DTYPE", "TOLERANCE",
+        "BATCH", "SLIDING", "CAPTURE", "SEQUENTIAL", "ARRAYS", "GRAD", "DTYPE", "TOLERANCE",
     }  # fmt: skip
     assert len(catalogue()) >= 60
 

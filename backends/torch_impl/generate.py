@@ -49,7 +49,7 @@ def generate(
         token = torch.where(stopped, made[-1], token) if made else token
         made.append(token)
         if on_token is not None:
-            on_token(token.cpu().numpy())
+            on_token(token.numpy(force=True).copy())
         stopped = stopped | torch.isin(token, stops)
         if stopped.all():
             break
