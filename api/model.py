@@ -33,6 +33,7 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
+from .attentions import looked_at
 from .errors import ModelError
 from .streaming import iterate
 from .text import Text, TextStream
@@ -134,6 +135,22 @@ class Model:
         if ids.ndim != 1 or len(ids) < 2:
             raise InputError(f"score: ids have shape {ids.shape}; expected one sequence of at least 2 tokens")
         return Score(-self.engine.log_probs(self._rows(ids))[0])
+
+    def attentions(
+        self, text: str | Ids, mask: np.ndarray | None = None, *, layers: Iterable[int] | None = None
+    ) -> dict[int, np.ndarray]:
+        """What the heads look at, by layer: float32 [Hq,T,S+T] for a text (BOS in front) or ids [T]; [B,Hq,T,S+T] for
+        ids [B,T], whose mask is False at padding.
+
+        Row t has the softmax weights of token t: first over the S tokens of the context, which are 0 for a head that
+        does not read it, then over the live tokens. S is 0 in a layer whose heads read no context. `layers` are by
+        default those whose heads read one, or the global ones. A slow path, for looking: all weights are formed at
+        once. Raises InputError for a layer that is not there, ModelError for an engine that shows none and in
+        sequential mode, where blocks read the context.
+        """
+        ids = self._ids(text)
+        found = looked_at(self.engine, self._rows(ids), mask, layers, self.context, self._splits, self.blocks)
+        return found if ids.ndim == 2 else {layer: one[0] for layer, one in found.items()}
 
     @overload
     def generate(

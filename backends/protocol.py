@@ -33,6 +33,7 @@ from .registry import (
 __all__ = [
     "CAPABILITIES",
     "Attention",
+    "AttentionsEngine",
     "Backend",
     "BackendEnded",
     "BackendNotFound",
@@ -278,6 +279,22 @@ class SequentialEngine(Engine, Protocol):
 
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Change the gates of injected blocks, by layer; raises InputError for a layer without one."""
+        ...
+
+
+@runtime_checkable
+class AttentionsEngine(Engine, Protocol):
+    """What an engine is that shows what its heads look at, by a slow path on request."""
+
+    def attentions(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, *, layers: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        """By layer the softmax weights of its heads, float32 [B,Hq,T,S+T], for ids [B,T].
+
+        The S slots of the context that the layer's heads read stand first, hidden ones among them; where they read none
+        S is 0. Exactly 0 are the slots for a head that does not read them, what is hidden, the rows of padding, and a
+        row that sees nothing; any other row adds up to 1. Injected blocks are not looked into.
+        """
         ...
 
 

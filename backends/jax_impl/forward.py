@@ -72,10 +72,12 @@ def prefill(
     attached: Mapping[int, Attached | Block],
     *,
     capture: tuple[int, ...] = (),
+    turned: bool = False,
     first: bool = False,
 ) -> Forward:
     """One chunk, ids and mask [B,T], behind what the cache holds; `first` saves work where it is known to be empty."""
-    made: Forward = _prefill(graph.structure, graph.state, ids, mask, cache, attached, capture=capture, first=first)
+    options = {"capture": capture, "turned": turned, "first": first}
+    made: Forward = _prefill(graph.structure, graph.state, ids, mask, cache, attached, **options)
     return made
 
 
@@ -134,7 +136,7 @@ def chunks(width: int, chunk: int) -> Iterator[tuple[int, int]]:
 _known = lru_cache(maxsize=64)(Structure)
 
 
-@partial(jax.jit, static_argnames=("structure", "capture", "first"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("structure", "capture", "turned", "first"), donate_argnames="cache")
 def _prefill(
     structure: Structure,
     state: Sequence[Array],
@@ -144,10 +146,11 @@ def _prefill(
     attached: Mapping[int, Attached | Block],
     *,
     capture: tuple[int, ...],
+    turned: bool,
     first: bool,
 ) -> Forward:
     module = structure.merge(state)
-    return module(ids, mask, cache, attached, capture=capture, first=first)
+    return module(ids, mask, cache, attached, capture=capture, turned=turned, first=first)
 
 
 @partial(jax.jit, static_argnames="structure")

@@ -63,12 +63,21 @@ class Captured(NamedTuple):
     v: Array
 
 
+class Turned(NamedTuple):
+    """Queries [B,T,Hq,D] and keys [B,T,Hkv,D] of one layer and call, as heads compare them: normed and rotated."""
+
+    q: Array
+    k: Array
+
+
 class Forward(NamedTuple):
-    """hidden [B,T,E], after the last norm; the cache with the call's tokens; K and V of the layers asked for."""
+    """hidden [B,T,E], after the last norm; the cache with the call's tokens; of the layers asked for K and V, or Q and
+    K as heads compare them.
+    """
 
     hidden: Array
     cache: ModelCache
-    captured: dict[int, Captured]
+    captured: Mapping[int, Captured | Turned]
 
 
 class Linear(nnx.Module):
@@ -119,14 +128,16 @@ class Attention(nnx.Module):
         """What compiled code of this layer is specialised to."""
         return shape_of(self.spec)._replace(sharding=self.sharding)
 
-    def __call__(self, x: Array, call: Call, attached: Attached | None) -> tuple[Array, Cache, Captured]:
-        """Output [B,T,E] for x [B,T,E], the cache with the call's tokens, and the call's K and V."""
+    def __call__(self, x: Array, call: Call, attached: Attached | None) -> tuple[Array, Cache, tuple[Captured, Turned]]:
+        """Output [B,T,E] for x [B,T,E], the cache with the call's tokens, and the call's K and V, Q and K."""
         constants = constants_of(self.spec)
         if attached is not None:
             constants = constants._replace(rule=attached.rule, split=attached.split)
             call = call._replace(static=attached.static, gates=attached.gates)
         output, cache, trace = run_layer(x, Layer(self.weights(), constants, self.shape), call)
-        return output, cache, Captured(trace.get("k_norm", trace["k_proj"]), trace["v_proj"])
+        captured = Captured(trace.get("k_norm", trace["k_proj"]), trace["v_proj"])
+        q = trace.get("q_norm", trace["q_proj"])
+        return output, cache, (captured, Turned(trace.get("q_rope", q), trace.get("k_rope", captured.k)))
 
 
 class MLP(nnx.Module):
@@ -155,8 +166,8 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Array, call: Call, attached: Attached | Block | None, memory: LiveCache | None
-    ) -> tuple[Array, Cache, Captured, LiveCache | None]:
-        """The residual stream [B,T,E] behind this layer, its cache, its K and V, and the live keys of its block."""
+    ) -> tuple[Array, Cache, tuple[Captured, Turned], LiveCache | None]:
+        """The residual stream [B,T,E] behind this layer, its cache, its K and V, Q and K, and its block's live keys."""
         of_heads = attached if isinstance(attached, Attached) else None
         attended, cache, captured = self.self_attn(self.input_layernorm(x), call, of_heads)
         x = x + self.post_attention_layernorm(attended)
@@ -208,16 +219,18 @@ class Gemma3(nnx.Module):
         attached: Mapping[int, Attached | Block],
         *,
         capture: Collection[int] = (),
+        turned: bool = False,
         first: bool = False,
     ) -> Forward:
         """Run the decoder over ids [B,T], mask [B,T]; real tokens stand side by side (clause POSITION-4).
 
-        `capture` names layers whose K and V are returned; `first` says that the cache is empty.
+        `capture` names layers whose K and V are returned, or Q and K if `turned`; `first` says that the cache is empty.
         """
         positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         x = self.embed_tokens(ids)
         turns = {rope: turn_once(positions, frequencies) for rope, frequencies in self._frequencies().items()}
-        caches, captured, blocks = [], {}, dict(cache.blocks)
+        captured: dict[int, Captured | Turned] = {}
+        caches, blocks = [], dict(cache.blocks)
         for index, (layer, past) in enumerate(zip(self.layers, cache.layers, strict=True)):
             turn = turns.get(layer.self_attn.spec.rope)
             call, memory = Call(positions, mask, None, past, first, turn=turn), cache.blocks.get(index)
@@ -226,7 +239,7 @@ class Gemma3(nnx.Module):
             if memory is not None:
                 blocks[index] = memory
             if index in capture:
-                captured[index] = found
+                captured[index] = found[turned]
         counts = cache.counts + mask.sum(axis=1, dtype=jnp.int32)
         return Forward(self.norm(x), ModelCache(tuple(caches), counts, blocks), captured)
 

@@ -20,6 +20,7 @@ from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from . import forward
+from .attentions import look, unpack
 from .capture import capture
 from .dtype import DTYPES
 from .forward import Graph, split_module
@@ -50,6 +51,7 @@ class JaxEngine:
         self.module, self.source = module, source
         self.spec = module.spec
         self._attached: dict[int, Attached | Block] = {}
+        self._slots: dict[int, int] = {}  # of the context in each layer whose heads read one, before padding
 
     @classmethod
     def load(
@@ -134,10 +136,18 @@ class JaxEngine:
             raise InputError(f"capture: ids has {len(tokens.ids)} rows; a context is captured from one")
         if chunk_size < 1:
             raise InputError(f"capture: chunk_size is {chunk_size}; expected 1 or more")
-        outside = [layer for layer in layers if not 0 <= layer < self.spec.num_hidden_layers]
-        if outside:
-            raise InputError(f"capture: there are no layers {outside}; the model has {self.spec.num_hidden_layers}")
+        self._check_layers("capture", layers)
         return capture(split_module(self.module), tokens.ids, layers, chunk_size, on_chunk)
+
+    def attentions(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, *, layers: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        """By layer the softmax weights of its heads, float32 [B,Hq,T,S+T], context first. Raises InputError."""
+        tokens = self._tokens(ids, mask)
+        self._check_layers("attentions", layers)
+        packed = pack_left(tokens)
+        found = look(split_module(self.module), packed, self._attached, layers)
+        return {layer: unpack(one, packed, tokens, self._slots.get(layer, 0)) for layer, one in found.items()}
 
     def attach(self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec) -> None:
         """Give global layers their static K/V and head split; keys are rotated here, once. Replaces what was attached.
@@ -148,6 +158,8 @@ class JaxEngine:
         specs = specs_by_layer(self.spec, static, splits, mode)
         attached = {layer: self._prepared(spec, static.get(layer)) for layer, spec in specs.items()}
         self._attached = {layer: one for layer, one in attached.items() if one is not None}
+        read = {layer: one.static for layer, one in attached.items() if one is not None and one.static is not None}
+        self._slots = {layer: static[layer].mask.shape[1] for layer in read}
 
     def inject(self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]) -> None:
         """Put a block behind the self-attention of each layer of `blocks`, with its context (clause SEQUENTIAL).
@@ -159,7 +171,7 @@ class JaxEngine:
             layer: make_block(block, self._static(block.attention, static.get(layer)))
             for layer, block in blocks.items()
         }
-        self._attached = dict(jax.device_put(made))
+        self._attached, self._slots = dict(jax.device_put(made)), {}
 
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Change the gates of injected blocks, by layer. Raises InputError for a layer without one."""
@@ -171,7 +183,7 @@ class JaxEngine:
 
     def detach(self) -> None:
         """Back to the unmodified model, bit for bit."""
-        self._attached = {}
+        self._attached, self._slots = {}, {}
 
     def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> GatedText:
         """Ids [1,T], whose last `scored` are scored, behind a context, under gates of heads. Raises InputError."""
@@ -208,6 +220,11 @@ class JaxEngine:
         if rows - {len(tokens.ids)}:
             raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
         return tokens
+
+    def _check_layers(self, what: str, layers: Sequence[int]) -> None:
+        outside = [layer for layer in layers if not 0 <= layer < self.spec.num_hidden_layers]
+        if outside:
+            raise InputError(f"{what}: there are no layers {outside}; the model has {self.spec.num_hidden_layers}")
 
     def _hidden(self, graph: Graph, tokens: Tokens) -> np.ndarray:
         """The decoder's output for every token, in the caller's order: [B,T,E]."""

@@ -89,14 +89,20 @@ def _blocks(rows: Array, size: int) -> Array:
     return jnp.moveaxis(padded.reshape(*rows.shape[:2], count, size, rows.shape[3]), 2, 0)
 
 
-def _block(
-    query: Array, keys: Array, values: Array, visible: Array | None, scale: Array, softcap: Array | None, add: Add
-) -> Partial:
+def masked_scores(query: Array, keys: Array, visible: Array | None, scale: Array, softcap: Array | None) -> Array:
+    """The scores [N,G,Q,K] of queries over keys, as `partial_attention` takes them, float32; -inf for hidden keys."""
     scores = jnp.matmul(query, keys, precision=HIGHEST, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if visible is not None:
         scores = jnp.where(visible, scores, -jnp.inf)
+    return scores
+
+
+def _block(
+    query: Array, keys: Array, values: Array, visible: Array | None, scale: Array, softcap: Array | None, add: Add
+) -> Partial:
+    scores = masked_scores(query, keys, visible, scale, softcap)
     maximum = jnp.max(scores, axis=-1, keepdims=True)
     # The largest score cancels out of the result, so no gradient has to flow through it.
     maximum = lax.stop_gradient(maximum)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import Gemma3TextConfig
@@ -20,28 +21,36 @@ from transformers.models.gemma3.modeling_gemma3 import (
     eager_attention_forward,
 )
 
-from lyra.spec.attention import AttentionSpec, Live, RopeSpec, StaticSpec
+from lyra.spec.attention import AttentionSpec, RopeSpec, StaticSpec
 from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
-from . import projections, visibility
+from . import projections
+from .attention_kinds import check_gives_weights, check_kind
+from .attentions import attentions, show_slots
 from .heads import LyraHeads, lyra_heads, unfold
 from .layer import add_static
 from .offload import device_of
 from .partial import finish, partial_attention
 from .rope import cos_sin, inverse_frequencies, rotate
 from .static import PreparedStatic
+from .visibility import visible_slots
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-ATTENTION_KINDS = ("sdpa", "eager")
-"""Hugging Face's attention implementations whose masks say which key is seen."""
-
 SHARED = ("q_proj", "o_proj", "q_norm", "k_norm")
 """The submodules that both streams and the original module share."""
+
+OF_THE_MODULE = (
+    "scaling", "attention_dropout", "is_causal",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+"""What the original module has now, whatever its config says, and its hooks, which belong to the place in the model:
+transformers collects `output_attentions` by some that it registers once."""
 
 TUNED = ("static_k", "static_v")
 """The parameters of a context that is tuned. They belong into its file, not into the model's."""
@@ -86,6 +95,7 @@ class LyraGemma3Attention(Gemma3Attention):
         self.static_group: ProcessGroup | None = None
         self.static_trainable = False
         self.given: StaticContext | None = None  # the whole context, of which static_k and static_v are this layer's
+        self.shown: np.ndarray | None = None  # which of its slots, bool [S], static_k and static_v are of; None for all
         self._original: tuple[Gemma3Attention, ...] = ()  # in a tuple, so that it is no submodule
         self._cut(self.k_proj, self.v_proj)
         for name in ("static_k", "static_v", "static_visible", "static_positions"):
@@ -110,7 +120,7 @@ class LyraGemma3Attention(Gemma3Attention):
         """
         if isinstance(original, LyraGemma3Attention):
             raise InputError("load_weights_from_original: this is a LyraGemma3Attention; give its to_original()")
-        for name in SHARED:
+        for name in (*SHARED, *OF_THE_MODULE):
             setattr(self, name, getattr(original, name))
         self._cut(original.k_proj, original.v_proj)
         self._original = (original,)
@@ -133,13 +143,21 @@ class LyraGemma3Attention(Gemma3Attention):
         original.train(self.training)
         return original
 
-    def attend_to(self, static: PreparedStatic | None, mode: StaticSpec, *, trainable: bool = False) -> None:
-        """Put a prepared context, or none, in the place of the present one.
+    def attend_to(
+        self,
+        static: PreparedStatic | None,
+        mode: StaticSpec,
+        *,
+        trainable: bool = False,
+        mask: np.ndarray | None = None,
+    ) -> None:
+        """Put a prepared context, or none, in the place of the present one; `mask` [Bc,S] is that of all its slots.
 
         With `trainable` its keys have not been rotated yet; they and its values become parameters, in float32, and are
         rotated in every call (clauses STORED-2, GRAD).
         """
         self.given = None
+        self.shown = None if mask is None or len(mask) > 1 or mask.all() else mask[0]
         device, dtype = device_of(self.k_norm), self.k_norm.weight.dtype
         self.spec = self.spec.replace(static=mode)
         self.static_trainable = trainable and static is not None
@@ -160,36 +178,51 @@ class LyraGemma3Attention(Gemma3Attention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: object,
-    ) -> tuple[torch.Tensor, None]:
-        """hidden_states [B,T,E] -> [B,T,E]; live tokens at the positions of `position_embeddings`, all heads alike."""
-        if self.training and self.attention_dropout:
-            raise InputError(
-                f"attention_dropout={self.attention_dropout} while training: a layer with a static context has none; "
-                f"set it to 0 in the config"
-            )
-        if kwargs.get("output_attentions") or self.config.output_attentions:
-            raise InputError(
-                f"output_attentions: layer {self.layer_idx} has a context, and its heads no weights to give out, since "
-                f"they are never formed for all keys at once; leave it out, or disable the context first"
-            )
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [B,T,E] -> [B,T,E]; live tokens at the positions of `position_embeddings`, all heads alike.
+
+        With `output_attentions`, also what the heads look at, as in `look`; it changes nothing. Hugging Face's own
+        attention runs where there is no context, and gives what it gives. Raises InputError for a call that the layer
+        cannot serve.
+        """
         batch, tokens = hidden_states.shape[:2]
         self._check_batch(batch)
-        shape = (batch, tokens, -1, self.head_dim)
-        # In the parent's order: tensor parallel ranks, some of which have the parent, must reduce gradients in step.
-        q = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        k = self._project("k_proj", hidden_states).view(shape).transpose(1, 2)
-        v = self._project("v_proj", hidden_states).view(shape).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *position_embeddings)
+        q, k, v = self._rotated(hidden_states, position_embeddings)
         offset: int | torch.Tensor = 0
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
             offset = past_key_values.get_seq_length(self.layer_idx) - tokens
         if self._is_plain(attention_mask, tokens, k.shape[2]):
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            heads, _ = interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-            return self.o_proj(heads.reshape(batch, tokens, -1)), None
+            dropout = self.attention_dropout if self.training else 0.0
+            heads, weights = interface(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+            return self.o_proj(heads.reshape(batch, tokens, -1)), weights
+        check_kind(self.config._attn_implementation)
+        if asked := kwargs.get("output_attentions") or self.config.output_attentions:
+            check_gives_weights(self.config._attn_implementation)
+        if self.training and self.attention_dropout:
+            raise InputError(
+                f"attention_dropout={self.attention_dropout} while training: a layer with a static context has none; "
+                f"set it to 0 in the config, before the model is made"
+            )
         seen = self._visible(attention_mask, tokens, k.shape[2], offset, k.device)
-        return self.o_proj(self.attend(q, k, v, seen)), None
+        return self.o_proj(self.attend(q, k, v, seen)), self._weights(q, k, seen).to(q.dtype) if asked else None
+
+    def look(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **others: object,
+    ) -> torch.Tensor:
+        """What the heads look at in a call without a cache: their softmax weights, float32 [B,Hq,T,S+T].
+
+        The S slots of the context stand first. A head that does not read it has 0 there; so has a hidden slot, and a
+        query that sees nothing has 0 everywhere.
+        """
+        q, k, _ = self._rotated(hidden_states, position_embeddings)
+        seen = self._visible(attention_mask, q.shape[2], k.shape[2], 0, k.device)
+        return self._weights(q, k, seen)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """Every head over the live keys, Lyra heads over the context too: q [B,Hq,T,D], k and v [B,Hkv,L,D], all
@@ -247,6 +280,30 @@ class LyraGemma3Attention(Gemma3Attention):
             return getattr(getattr(self, module), kind)
         vanilla, lyra = (getattr(part, kind) for part in self._parts(module))
         return projections.join(vanilla, lyra, self.kv_order, self.head_dim, dim=0)
+
+    def _rotated(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [B,Hq,T,D], k and v [B,Hkv,T,D] of hidden_states [B,T,E], q and k normed and rotated.
+
+        In the parent's order: tensor parallel ranks, some of which have the parent, must reduce gradients in step.
+        """
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        k = self._project("k_proj", hidden_states).view(shape).transpose(1, 2)
+        v = self._project("v_proj", hidden_states).view(shape).transpose(1, 2)
+        return *apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *position_embeddings), v
+
+    def _weights(self, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        """What the heads look at, for `attend`'s q and k: float32 [B,Hq,T,S+L]."""
+        if self.static_group is not None:
+            raise InputError(
+                f"layer {self.layer_idx}: the context's slots are spread over processes, none of which sees what a "
+                f"head looks at; enable it without a group for that"
+            )
+        queries = q.unflatten(1, (k.shape[1], -1))
+        found = attentions(queries, k, seen, self.static, self.lyra, self.scaling, self.spec.softcap)
+        return found if self.shown is None else show_slots(found, self.shown)
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x [B,T,E] through "k_proj" or "v_proj", [B,T,Hkv·D], heads in their original order."""
@@ -317,34 +374,6 @@ class LyraGemma3Attention(Gemma3Attention):
                 f"attach a context of one row (shared by all), of {batch}, or of one row a prompt where each prompt "
                 f"stands in several rows side by side (beams)"
             )
-
-
-def visible_slots(
-    live: Live,
-    lyra: torch.Tensor,
-    mask: torch.Tensor | None,
-    tokens: int,
-    keys: int,
-    offset: int | torch.Tensor,
-    device: torch.device,
-) -> torch.Tensor:
-    """Which slot of a model's cache a query sees, bool, broadcastable to [B,Hkv,R,T,L]. Clause LIVE.
-
-    lyra bool [Hkv,R]; the model's mask hides padding, and without one every key is real; the call's `tokens` stand in
-    the slots from `offset` on, and slots in causal order.
-    """
-    query_slots = torch.arange(tokens, device=device)[:, None] + offset
-    key_slots = torch.arange(keys, device=device)[None, :]
-    causal = (key_slots <= query_slots)[None] if mask is None else live_keys(mask)[..., :keys]
-    own = (key_slots == query_slots)[None] if live == "self" else None
-    return visibility.by_head(causal, own, lyra, live)
-
-
-def live_keys(mask: torch.Tensor) -> torch.Tensor:
-    """The visible keys of a model's mask [B,1,T,L], boolean or additive (0 where seen), as bool [B,T,L]."""
-    if mask.ndim != 4 or mask.shape[1] != 1:
-        raise InputError(f"attention_mask has shape {tuple(mask.shape)}; expected [batch, 1, queries, keys]")
-    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
 
 
 def _join_state(module: LyraGemma3Attention, state: dict[str, Any], prefix: str, _metadata: object) -> None:

@@ -21,13 +21,14 @@ from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.sequential import SequentialSpec
 
 from .block_cache import WatchedCache, keep_live
-from .gemma3 import LyraGemma3Attention, visible_slots
+from .gemma3 import LyraGemma3Attention
 from .heads import LyraHeads, fold, lyra_heads, unfold
 from .layer import add_static
 from .offload import device_of
 from .partial import finish, nothing, partial_attention
 from .rope import rotate
 from .static import PreparedStatic, prepare_static
+from .visibility import visible_slots
 
 LAYER_PARTS = {
     "self_attn",

@@ -32,10 +32,11 @@ from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
+from .attention_kinds import check_kind
 from .block_injector import BlockInjector
 from .capture import capture
 from .external import from_cache
-from .gemma3 import ATTENTION_KINDS, LyraGemma3Attention
+from .gemma3 import LyraGemma3Attention
 from .offload import at_hand, device_of
 from .tensor_parallel import prepare_own, share_of, whole
 from .tokens import check_tokens
@@ -64,9 +65,7 @@ class GemmaInjector(BlockInjector):
         self.text = text_model(model)
         name = Path(self.text.config.name_or_path)
         self.spec = ModelSpec.from_hf_config(self.text.config.to_dict(), name.name if name.is_dir() else str(name))
-        kind = self.text.config._attn_implementation
-        if kind not in ATTENTION_KINDS:
-            raise InputError(f"attn_implementation is {kind!r}; expected one of {', '.join(ATTENTION_KINDS)}")
+        check_kind(self.text.config._attn_implementation)
         if self.spec.attention.softcap is not None:
             raise InputError(
                 f"attn_logit_softcapping is {self.spec.attention.softcap}; Hugging Face's Gemma-3 ignores it, so this "
@@ -195,7 +194,8 @@ class GemmaInjector(BlockInjector):
             if layer not in kept:
                 decoder_layer = self.text.layers[layer]
                 decoder_layer.self_attn = LyraGemma3Attention.around(decoder_layer.self_attn, spec)
-            self.text.layers[layer].self_attn.attend_to(prepared[layer], mode, trainable=trainable)
+            mask = static[layer].mask if layer in static else None
+            self.text.layers[layer].self_attn.attend_to(prepared[layer], mode, trainable=trainable, mask=mask)
 
     def capture(
         self,

@@ -21,6 +21,7 @@ from lyra.spec.split import HeadSplit
 
 from .capture import capture
 from .gates import GatedText
+from .gemma3 import LyraGemma3Attention
 from .generate import generate
 from .injector import GemmaInjector
 from .loading import load_module
@@ -111,10 +112,37 @@ class TorchEngine:
             raise InputError(f"capture: ids has {len(tokens.ids)} rows; a context is captured from one")
         if chunk_size < 1:
             raise InputError(f"capture: chunk_size is {chunk_size}; expected 1 or more")
-        outside = [layer for layer in layers if not 0 <= layer < self.spec.num_hidden_layers]
-        if outside:
-            raise InputError(f"capture: there are no layers {outside}; the model has {self.spec.num_hidden_layers}")
+        self._check_layers("capture", layers)
         return capture(self.module.model, tokens.ids, layers, chunk_size, on_chunk)
+
+    @torch.inference_mode()
+    def attentions(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, *, layers: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        """By layer the softmax weights of its heads, float32 [B,Hq,T,S+T], context first. Raises InputError."""
+        tokens = self._tokens(ids, mask)
+        self._check_layers("attentions", layers)
+        found: dict[int, np.ndarray] = {}
+
+        def watch(layer: int) -> Callable[..., None]:
+            def look(module: Any, _: object, call: dict[str, Any]) -> None:
+                if not isinstance(module, LyraGemma3Attention):
+                    module = LyraGemma3Attention.around(module, self.spec.layer(layer))
+                weights = module.look(**call)
+                if tokens.mask is not None:
+                    weights = torch.where(tokens.mask[:, None, :, None] == 1, weights, 0.0)
+                found[layer] = weights.cpu().numpy()
+
+            return look
+
+        attentions = {layer: self.module.model.layers[layer].self_attn for layer in layers}
+        hooks = [one.register_forward_pre_hook(watch(layer), with_kwargs=True) for layer, one in attentions.items()]
+        try:
+            self.module.model(**self._inputs(tokens))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     def attach(self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec) -> None:
         """Give global layers their static K/V and head split; keys are rotated here, once. Replaces what was attached.
@@ -158,6 +186,11 @@ class TorchEngine:
         if rows - {len(tokens.ids)}:
             raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
         return tokens
+
+    def _check_layers(self, what: str, layers: Sequence[int]) -> None:
+        outside = [layer for layer in layers if not 0 <= layer < self.spec.num_hidden_layers]
+        if outside:
+            raise InputError(f"{what}: there are no layers {outside}; the model has {self.spec.num_hidden_layers}")
 
     @staticmethod
     def _inputs(tokens: Tokens) -> dict[str, object]:

@@ -91,14 +91,14 @@ def finish(partial: Partial) -> torch.Tensor:
     return torch.where(seen, partial.out / torch.where(seen, partial.sum, 1.0), 0.0)
 
 
-def _block(
+def masked_scores(
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
     visible: torch.Tensor | None,
     scale: float,
-    softcap: float | None,
-) -> Partial:
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The scores [N,H,R,T,L] of q over k, as `partial_attention` takes them, in float32; -inf where a key is hidden."""
     group, tokens = q.shape[-3:-1]
     queries = (q.float() * scale).flatten(-3, -2)  # [N,H,R·T,D]: one product per KV head
     scores = torch.matmul(queries, k.float().transpose(-1, -2))
@@ -107,11 +107,24 @@ def _block(
     scores = scores.unflatten(-2, (group, tokens))
     if visible is not None:
         scores = torch.where(visible, scores, -math.inf)
+    return scores
+
+
+def _block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    scores = masked_scores(q, k, visible, scale, softcap)
     # The largest score cancels out of the result, so no gradient has to flow through it.
     top = scores.detach().amax(dim=-1, keepdim=True)
     weights = scores.sub_(top.clamp_min(torch.finfo(torch.float32).min)).exp_()
+    group, tokens = q.shape[-3:-1]
     if _exporting() and isinstance(group, int):  # where `flatten`, of two symbolic axes, is a condition on their sizes
-        out = torch.stack([torch.matmul(head, v.float()) for head in weights.unbind(-3)], dim=-3)
+        out = torch.stack([torch.matmul(head, v.to(torch.float32)) for head in weights.unbind(-3)], dim=-3)
     else:
         out = torch.matmul(weights.flatten(-3, -2), v.float()).unflatten(-2, (group, tokens))
     return Partial(out, top, weights.sum(dim=-1, keepdim=True))

@@ -1,10 +1,14 @@
-"""Which live key a query sees (clauses LIVE, SLIDING, MASKED). True means seen."""
+"""Which live key a query sees (clauses LIVE, SLIDING, MASKED). True means seen.
+
+In a layer by positions, in a model of Hugging Face's by the slots of its cache and its mask.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from lyra.spec.attention import Live
+from lyra.spec.errors import InputError
 
 
 def causal(
@@ -42,3 +46,31 @@ def by_head(causal: torch.Tensor, own: torch.Tensor | None, lyra: torch.Tensor, 
         return everyone
     to_lyra = lyra[:, :, None, None]
     return torch.where(to_lyra, own[:, None, None], everyone) if own is not None else everyone & ~to_lyra
+
+
+def visible_slots(
+    live: Live,
+    lyra: torch.Tensor,
+    mask: torch.Tensor | None,
+    tokens: int,
+    keys: int,
+    offset: int | torch.Tensor,
+    device: torch.device,
+) -> torch.Tensor:
+    """Which slot of a model's cache a query sees, bool, broadcastable to [B,Hkv,R,T,L]. Clause LIVE.
+
+    lyra bool [Hkv,R]; the model's mask hides padding, and without one every key is real; the call's `tokens` stand in
+    the slots from `offset` on, and slots in causal order.
+    """
+    query_slots = torch.arange(tokens, device=device)[:, None] + offset
+    key_slots = torch.arange(keys, device=device)[None, :]
+    earlier = (key_slots <= query_slots)[None] if mask is None else live_keys(mask)[..., :keys]
+    same = (key_slots == query_slots)[None] if live == "self" else None
+    return by_head(earlier, same, lyra, live)
+
+
+def live_keys(mask: torch.Tensor) -> torch.Tensor:
+    """The visible keys of a model's mask [B,1,T,L], boolean or additive (0 where seen), as bool [B,T,L]."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
+        raise InputError(f"attention_mask has shape {tuple(mask.shape)}; expected [batch, 1, queries, keys]")
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
