@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,10 +75,12 @@ def run(
     junit: str | None = None,
     only: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    plugins: Sequence[object] = (),
 ) -> Run:
     """Run the properties against the session's backends, in this process, and give what was seen.
 
-    `only` is an expression over the properties' names, such as "rope and not far". Raises InputError where it is none.
+    `only` is an expression over the properties' names, such as "rope and not far"; `plugins` are further ones for
+    pytest. Raises InputError for an `only` that is no expression.
     """
     selects(only or "test", "", "")
     folder = Path(__file__).parent / "properties"
@@ -89,11 +91,11 @@ def run(
     arguments += ["--lyra-replay", replay] if replay else []
     arguments += ["--junitxml", junit] if junit else []
     arguments += ["--lyra-only", only] if only else []
-    plugins: list[object] = [SessionPlugin(session)] + ([Progress(progress)] if progress else [])
+    own: list[object] = [SessionPlugin(session)] + ([Progress(progress)] if progress else [])
     forget_properties()
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        code = pytest.main(arguments, plugins=plugins)
+        code = pytest.main(arguments, plugins=[*own, *plugins])
     return Run(int(code), log.getvalue(), session.record)
 
 

@@ -14,6 +14,7 @@ from lyra.backends.protocol import Attention
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.gradients import ask, cotangent_of, hold, wanted_gradients
 from lyra.conformance.judge import Judge
+from lyra.conformance.premises import CONTEXT, Premise
 from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
 from lyra.conformance.registry import prop
 from lyra.conformance.strategies import FAR, block_cases, cases
@@ -27,6 +28,9 @@ ALIGNMENT = 64
 
 SLOTS = 64
 """Of a context that is attached to a whole model: as many as a backend may pad a short one to, so that it need not."""
+
+SEEDS = 1, 2
+"""Of the ids that one array holds, one after the other."""
 
 GARBAGE = 3.0
 """What an array is filled with that its owner has no more use for; any finite number will do."""
@@ -84,6 +88,19 @@ def others(case: Case) -> tuple[Problem, Problem]:
     return one, other.problem().replace(weights=one.weights)
 
 
+def differ(one: Problem, other: Problem) -> bool:
+    """Whether a row's context is another one in the other problem."""
+    if one.static is None or other.static is None:
+        return False
+    return not np.array_equal(one.static.v, other.static.v)
+
+
+OTHER_VALUES = Premise(
+    "the same arrays with another context in them", names={"others": lambda case: (case.problem(), case.problem())}
+)
+OTHER_IDS = Premise("the same array with other ids in it", names={"SEEDS": (1, 1)})
+
+
 def in_one_call(case: Case) -> Case:
     """The case with all its tokens in a single call."""
     return case.replace(calls=(case.tokens,))
@@ -110,6 +127,7 @@ def held(subject: Subject, layer: Attention, problem: Problem, mine: Problem) ->
 def hold_refilled(case: Case, judge: Judge) -> None:
     """One layer, one set of arrays, filled with one input, with another and with the first again."""
     one, other = others(in_one_call(case))
+    judge.meet(OTHER_VALUES, differ(one, other))
 
     def check(subject: Subject) -> None:
         mine = handed(one)
@@ -124,6 +142,7 @@ def hold_refilled(case: Case, judge: Judge) -> None:
     "ARRAYS-1",
     "ARRAYS-2",
     "STATIC-5",
+    premise=(OTHER_VALUES, CONTEXT),
     case=cases(context=True, min_context=2, frames=1).map(Case.hiding),
     needs=("static",),
     weight=0.25,
@@ -136,6 +155,7 @@ def test_arrays_filled_anew_are_read_anew(case: Case, judge: Judge) -> None:
 @prop(
     "ARRAYS-1",
     "ARRAYS-2",
+    premise=OTHER_VALUES,
     case=block_cases(context=True, min_context=2, frames=1).map(Case.hiding),
     needs=("sequential", "static"),
     weight=0.15,
@@ -149,6 +169,7 @@ def test_blocks_read_their_arrays_anew(case: Case, judge: Judge) -> None:
     "ARRAYS-1",
     "ARRAYS-3",
     "STATIC-5",
+    premise=OTHER_VALUES,
     case=cases(context=True, min_context=2, frames=1, padding=False),
     needs=("static", "cache"),
     weight=0.25,
@@ -157,6 +178,7 @@ def test_decoding_with_one_array(case: Case, judge: Judge) -> None:
     """Token after token in one array, the context exchanged in its own half way: each output is right, and stays."""
     one, other = others(case)
     other = one.replace(static=other.static)
+    judge.meet(OTHER_VALUES, differ(one, other))
 
     def check(subject: Subject) -> None:
         mine = handed(one.part([0], (1,)))
@@ -178,6 +200,7 @@ def test_decoding_with_one_array(case: Case, judge: Judge) -> None:
 
 @prop(
     "ARRAYS-3",
+    premise=OTHER_VALUES,
     case=cases(context=True, min_context=2, min_tokens=2, frames=1, padding=False),
     needs=("static", "cache", "trace"),
     weight=0.25,
@@ -185,6 +208,7 @@ def test_decoding_with_one_array(case: Case, judge: Judge) -> None:
 def test_what_is_returned_is_the_callers(case: Case, judge: Judge) -> None:
     """Output and trace stay as they are in later calls, and writing to them changes none of these."""
     one, other = others(case)
+    judge.meet(OTHER_VALUES, differ(one, other))
     head, last = slice(0, case.tokens - 1), slice(case.tokens - 1, None)
     prompts = [problem.part(head, (case.tokens - 1,)) for problem in (one, other)]
 
@@ -216,6 +240,7 @@ def returned(outcome: Outcome) -> dict[str, np.ndarray]:
     "ARRAYS-2",
     "ARRAYS-3",
     "GRAD-1",
+    premise=OTHER_VALUES,
     case=cases(context=True, min_context=2, frames=1).map(Case.hiding),
     needs=("grad", "static"),
     weight=0.15,
@@ -224,6 +249,7 @@ def test_gradients_of_arrays_filled_anew(case: Case, judge: Judge) -> None:
     """Gradients in arrays filled anew are those of what the arrays hold now; those returned before stay."""
     case = in_one_call(case)
     one, other = others(case)
+    judge.meet(OTHER_VALUES, differ(one, other))
     cotangents = [cotangent_of(case), cotangent_of(case.with_other_data(1))]
     wanted = [wanted_gradients(problem, given) for problem, given in zip((one, other), cotangents, strict=True)]
 
@@ -243,7 +269,7 @@ def test_gradients_of_arrays_filled_anew(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("ARRAYS-1", "ARRAYS-2", "ARRAYS-3", "CAPTURE-3", needs=("model",))
+@prop("ARRAYS-1", "ARRAYS-2", "ARRAYS-3", "CAPTURE-3", premise=OTHER_IDS, needs=("model",))
 def test_a_model_keeps_what_it_attached(judge: Judge) -> None:
     """A model's context is its own once it is attached, ids are read anew, and what it returned can be written to."""
     judged = oracle(small_folder())
@@ -255,7 +281,8 @@ def test_a_model_keeps_what_it_attached(judge: Judge) -> None:
     shown[:, ::5] = False
     contexts[layers[0]] = contexts[layers[0]]._replace(mask=shown)
     mode, splits = StaticSpec(), dict.fromkeys(layers, split)
-    inputs = [tokens(11, seed=seed, rows=2) for seed in (1, 2)]
+    inputs = [tokens(11, seed=seed, rows=2) for seed in SEEDS]
+    judge.meet(OTHER_IDS, not np.array_equal(*inputs))
     wanted = [judged.logits_with(ids, contexts, splits, mode) for ids in inputs]
 
     def check(subject: Subject) -> None:

@@ -117,7 +117,7 @@ def test_stages_of_the_rotation(case: Case, judge: Judge) -> None:
 @prop(
     "ROPE-2",
     "POSITION-4",
-    premise=(ROTATED, SEVERAL_TOKENS),
+    premise=SEVERAL_TOKENS,
     case=cases(context=False, far=False, padding=False).map(rotated),
 )
 def test_only_distances_matter(case: Case, judge: Judge) -> None:

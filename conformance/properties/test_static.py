@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lyra.conformance import tame
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import (
@@ -31,6 +32,8 @@ STATIC_ALONE = Premise(
     lambda one: visible_slots(one) > 0 and one.spec.static.live == "none",
     lambda case: case.respec(static=case.spec.static.replace(live="causal")),
 )
+
+PREFIX = Premise("a prefix as context, and tokens behind it", ONE_SOFTMAX.holds, tame.no_token)
 
 SLOT_AXES = (2, 2, 1, 1)
 """Where the slots are in each array of a StaticLayer."""
@@ -280,7 +283,7 @@ def test_a_doubled_context_weighs_twice(case: Case, judge: Judge) -> None:
     "STATIC-1",
     "POSITION-1",
     "COMPOSE-1",
-    premise=ONE_SOFTMAX,
+    premise=PREFIX,
     case=cases(context=False, min_tokens=2, padding=False, live=("causal",)),
     needs=("static", "trace"),
 )
