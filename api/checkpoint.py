@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,13 +72,19 @@ def check_folder(folder: Path) -> Path:
 
 def _converted(path: Path) -> Path:
     from .gguf_file import MAGIC
+    from .gguf_parts import parts_of
 
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise CheckpointError(f"{path} is no model: expected a .gguf file, or the folder that the file lies in")
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _cached(path.stem, digest, lambda _: path)
+    digests = [_digest(part) for part in parts_of(path)]
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return _cached(path.stem, whole, lambda _: path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _extra_or_explain(asked: bool = False) -> Path:
@@ -97,14 +105,18 @@ def _choices() -> str:
 
 
 def _cached(stem: str, digest: str, source: Callable[[Path], Path]) -> Path:
-    """The converted folder of a file with this hash, made now if need be: in a temporary folder, then renamed."""
+    """The converted folder of a file with this hash, made now if need be: in a temporary folder, then renamed.
+
+    What does not load is never kept: neither a new conversion, nor an old one that is damaged.
+    """
     from .gguf_convert import CONVERTER_VERSION, convert
     from .progress import steps
 
     folder, key = cache_folder() / "checkpoints", f"{digest[:16]}-v{CONVERTER_VERSION}"
-    found = sorted(folder.glob(f"*-{key}"))  # the same file under another name is the same model
-    if found:
-        return check_folder(found[0])
+    for found in sorted(folder.glob(f"*-{key}")):  # the same file under another name is the same model
+        with suppress(CheckpointError):
+            return check_folder(found)
+        shutil.rmtree(found, ignore_errors=True)
     target = folder / f"{stem}-{key}"
     try:
         with (
@@ -112,11 +124,25 @@ def _cached(stem: str, digest: str, source: Callable[[Path], Path]) -> Path:
             tempfile.TemporaryDirectory(dir=made) as work,
             steps(f"Converting {stem} (once)") as progress,
         ):
-            convert(source(Path(work)), made, progress)
+            file = source(Path(work))
+            convert(file, made, progress)
+            _check_converted(file, made)
     except OSError:
         if not target.is_dir():  # another process may have finished the same conversion first
             raise
     return check_folder(target)
+
+
+def _check_converted(file: Path, made: Path) -> None:
+    """The folder that was made of a file loads. Raises CheckpointError, which names the file."""
+    from .text import Text
+
+    try:
+        check_folder(made)
+        Text.from_folder(made)
+    except CheckpointError as error:
+        reason = str(error).replace(f"{made}/", "").replace(str(made), "the folder")
+        raise CheckpointError(f"{file} does not become a model that loads: {reason}") from None
 
 
 def _from_hub(name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from .errors import CheckpointError
+from .gguf_parts import GGUFModel
 
 SPACE = "▁"
 CONTROL, USER_DEFINED = 3, 4
@@ -22,16 +23,18 @@ SPECIAL_KEYS = {
 """Names in tokenizer_config.json and under `tokenizer.ggml.` of the special tokens."""
 
 
-def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a Gemma file's metadata; it puts the BOS in front where the file says so.
+def build_tokenizer(file: GGUFModel) -> Tokenizer:
+    """The tokenizer of a Gemma file; it puts the BOS in front where the file says so.
 
-    Raises CheckpointError where the file holds no SentencePiece vocabulary.
+    Raises CheckpointError where the file holds no SentencePiece vocabulary, or one that is not that of its model.
     """
+    metadata = file.metadata
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "llama" or "tokenizer.ggml.tokens" not in metadata:
         raise CheckpointError(
-            f"the file holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r}); Gemma's is 'llama'"
+            f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r:.100}); Gemma's is 'llama'"
         )
+    check_vocabulary(file)
     names = special_tokens(metadata)
     pieces: list[str] = metadata["tokenizer.ggml.tokens"]
     tokens = [_respell(piece) for piece in pieces]
@@ -56,6 +59,32 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
         )
     return tokenizer
+
+
+def check_vocabulary(file: GGUFModel) -> None:
+    """The vocabulary is a list of texts, no longer than the embedding, and the special ids lie in it.
+
+    Raises CheckpointError, naming the field.
+    """
+    pieces, kinds = (file.metadata.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type"))
+    rows = file.tensors["token_embd.weight"].shape[0]
+
+    def wrong(field: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(f"{file.path}: tokenizer.ggml.{field} is {value!r:.100}; expected {expected}")
+
+    if not isinstance(pieces, list) or not pieces or not all(isinstance(piece, str) for piece in pieces):
+        raise wrong("tokens", pieces, "a list of texts")
+    if len(pieces) > rows:
+        raise wrong("tokens", f"{len(pieces):,} texts", f"one for each of the {rows:,} rows of token_embd.weight")
+    if len(kinds) not in (0, len(pieces)):
+        raise wrong("token_type", f"{len(kinds):,} kinds", f"one for each of {len(pieces):,} tokens")
+    ends = ("eot_token_id", "eom_token_id")
+    for field in (*SPECIAL_KEYS.values(), *ends):
+        value = file.metadata.get(f"tokenizer.ggml.{field}", 0)
+        if type(value) is not int or not 0 <= value < len(pieces):
+            raise wrong(field, value, f"an id from 0 to {len(pieces) - 1:,}")
+    if not isinstance(file.metadata.get("tokenizer.chat_template", ""), str):
+        raise CheckpointError(f"{file.path}: tokenizer.chat_template is no text")
 
 
 def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:

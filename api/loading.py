@@ -57,8 +57,8 @@ def load(
         )
     folder = resolve(model)
     options: dict[str, Any] = {} if mesh is None else {"mesh": mesh}
-    engine = maker.load(str(folder), dtype=dtype, device=device, **options)
-    made = Model(engine, Text.from_folder(folder), split=split, mode=mode)
+    text = Text.from_folder(folder)  # before the weights: a folder that is refused costs nothing
+    made = Model(maker.load(str(folder), dtype=dtype, device=device, **options), text, split=split, mode=mode)
     if context is not None:
         made.attach(context)
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,22 @@ BACKENDS = ("torch", "jax")
 CONTROL, USER_DEFINED, BYTE, NORMAL = 3, 4, 6, 1
 
 
-def write_tiny_gguf(path: Path, seed: int = 0, layers: int = 4, pattern: int = 2) -> Path:
-    """A random Gemma-3 with every `pattern`-th layer global; its projections are Q8_0, its norms float32."""
+def write_tiny_gguf(
+    path: Path,
+    seed: int = 0,
+    layers: int = 4,
+    pattern: int | list[bool] = 2,
+    controls: Sequence[str] = (),
+    tensors_each: int = 0,
+    **metadata: int,
+) -> Path:
+    """A random Gemma-3 with every `pattern`-th layer global; its projections are Q8_0, its norms float32.
+
+    `controls` are control tokens at the end of the vocabulary, `tensors_each` splits it into files of so many tensors,
+    and `metadata` are numbers under `tokenizer.ggml.`.
+    """
     rng = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "gemma3")
+    writer = gguf.GGUFWriter(path, "gemma3", split_max_tensors=tensors_each)
     writer.add_name("Tiny Gemma")
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
@@ -37,9 +49,13 @@ def write_tiny_gguf(path: Path, seed: int = 0, layers: int = 4, pattern: int = 2
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1_000_000.0)
     writer.add_sliding_window(WINDOW)
-    writer.add_uint32("gemma3.attention.sliding_window_pattern", pattern)
+    name = "gemma3.attention.sliding_window_pattern"
+    writer.add_array(name, pattern) if isinstance(pattern, list) else writer.add_uint32(name, pattern)
+    for key, value in metadata.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}", value)
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{byte:02X}>" for byte in range(256)] + WORDS + ["<note>"]
-    kinds = [CONTROL] * 4 + [BYTE] * 256 + [NORMAL] * len(WORDS) + [USER_DEFINED]
+    kinds = [CONTROL] * 4 + [BYTE] * 256 + [NORMAL] * len(WORDS) + [USER_DEFINED] + [CONTROL] * len(controls)
+    tokens += controls
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))

@@ -88,9 +88,9 @@ def read_spec(source: str) -> ModelSpec | AttentionSpec:
         return ModelSpec.from_hf_config(config, name=path.name)
     if path.suffix == ".gguf" and path.is_file():
         from lyra.gguf_convert import hf_config
-        from lyra.gguf_file import GGUFFile
+        from lyra.gguf_parts import GGUFModel
 
-        return ModelSpec.from_hf_config(hf_config(GGUFFile(path)))
+        return ModelSpec.from_hf_config(hf_config(GGUFModel(path)))
     if path.suffix == ".toml" or source in presets():
         return load_spec(source)
     raise SpecError(

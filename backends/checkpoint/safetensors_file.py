@@ -84,11 +84,11 @@ def read_table(path: Path) -> tuple[StoredTensor, ...]:
         raise CheckpointError(_damaged(path, str(error))) from None
     header.pop("__metadata__", None)
     entries = sorted((_entry(path, name, entry) for name, entry in header.items()), key=lambda one: one[3:])
-    ends = [0, *(end for *_, end in entries)]
-    if [begin for *_, begin, _ in entries] != ends[:-1] or ends[-1] != len(data) - 8 - size:
-        raise CheckpointError(
-            _damaged(path, f"its tensors need {max(ends):,} bytes in a row, {len(data) - 8 - size:,} are there")
-        )
+    ends, there = [0, *(end for *_, end in entries)], len(data) - 8 - size
+    if ends[-1] != there:
+        raise CheckpointError(_damaged(path, f"its tensors need {ends[-1]:,} bytes, {there:,} are there"))
+    if [begin for *_, begin, _ in entries] != ends[:-1]:
+        raise CheckpointError(_damaged(path, "its tensors do not lie one behind the other"))
     return tuple(
         StoredTensor(path, name, dtype, shape, data, 8 + size + begin) for name, dtype, shape, begin, _ in entries
     )
