@@ -17,6 +17,7 @@ import json
 import resource
 import signal
 import struct
+import sys
 import tempfile
 import traceback
 import warnings
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).parent))  # where Python is told to look in no script's folder
 from test_context import make_context, make_fingerprint
 
 from lyra.spec import ContextError, StaticContext, UncheckedContextWarning

@@ -217,7 +217,7 @@ BESIDES = {
     "backends/jax_impl/saving.py": "into the folder of folder_renamed_into",
     "bench/speed": "into its own scratch folder, gone in the end; /proc; the pipe to its worker",
     "bench/peft_prefix.py": "into its own scratch folder",
-    "conformance/properties/models.py": "into its own scratch folder",
+    "conformance/properties": "into their own scratch folders",
     "conformance/report/markdown.py": "a job's summary, which is appended to",
     "spec/files.py": "the door",
     "spec/tensor_file.py": "into the file of renamed_into",
@@ -226,31 +226,25 @@ BESIDES = {
 }
 """Where files are written without the door, and why."""
 
-WRITERS = {"write_text", "write_bytes", "save_file", "savefig", "mkstemp", "NamedTemporaryFile", "replace", "rename"}
+WRITERS = {"write_text", "write_bytes", "save_file", "savefig", "mkstemp", "NamedTemporaryFile"}
+
+
+def makes_a_file(call: ast.Call) -> bool:
+    """Whether a call opens a file to write to it, or is another way to make one."""
+    of = call.func.value if isinstance(call.func, ast.Attribute) else None
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = [
+        one.value for one in (*call.args, *(word.value for word in call.keywords)) if isinstance(one, ast.Constant)
+    ]
+    if name in {"open", "fdopen"}:
+        return any(isinstance(mode, str) and len(mode) < 4 and set(mode) & set("wax+") for mode in given)
+    return name in WRITERS or (name in {"replace", "rename"} and getattr(of, "id", "") == "os")
 
 
 def writes(path: Path) -> bool:
-    """Whether a module opens a file to write to it, or has another way to make one."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call):
-            continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        texts = [
-            one.value for one in (*node.args, *(word.value for word in node.keywords)) if type(one) is ast.Constant
-        ]
-        if name in {"open", "fdopen"} and any(
-            isinstance(text, str) and set(text) & set("wax+") and len(text) < 4 for text in texts
-        ):
-            return True
-        if name in WRITERS - {"replace", "rename"}:
-            return True
-        if (
-            name in {"replace", "rename"}
-            and isinstance(node.func, ast.Attribute)
-            and getattr(node.func.value, "id", "") == "os"
-        ):
-            return True
-    return False
+    """Whether a module makes files."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.Call) and makes_a_file(node) for node in ast.walk(tree))
 
 
 def test_every_file_is_written_through_one_door() -> None:
@@ -261,3 +255,27 @@ def test_every_file_is_written_through_one_door() -> None:
     assert "spec/files.py" in found
     unknown = {name for name in found if not any(name == one or name.startswith(f"{one}/") for one in BESIDES)}
     assert not unknown, "write files with renamed_into, folder_renamed_into or write_atomically of lyra.spec.files"
+
+
+@posix
+def test_capturing_onto_a_full_disk_ends_in_a_line(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    from typer.testing import CliRunner
+
+    from lyra.cli import application
+
+    monkeypatch.setenv("LYRA_MODEL", str(tiny_folder))
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("the hand and the note of the other", encoding="utf-8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        done = CliRunner().invoke(application(), ["capture", "book.txt", "book.safetensors"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == "error: [Errno 27] File too large: 'book.safetensors'"
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import tempfile
 from pathlib import Path
 
@@ -27,9 +29,14 @@ from lyra.spec.split import HeadSplit
 LAYER = 0
 BOS = 2
 
-ROUNDED = Premise(
-    "a visible value that storing rounds",
-    tame=lambda case: case if case.context is None else case.replace(context=case.context.replace(hidden=(999_999,))),
+ROUNDED, DAMAGED = (
+    Premise(
+        name,
+        tame=lambda case: (
+            case if case.context is None else case.replace(context=case.context.replace(hidden=(999_999,)))
+        ),
+    )
+    for name in ("a visible value that storing rounds", "damage to a visible value")
 )
 
 
@@ -157,6 +164,51 @@ def test_a_context_in_fewer_bits(case: Case, judge: Judge, storage: str) -> None
             subject.expect_oracle(stands_for, first)
 
         judge.each(case, check)
+
+
+def damaged(file: bytes, seed: int) -> dict[str, bytes]:
+    """A context's file with one bit of its values flipped, and with keys and values under each other's names."""
+    start = 8 + struct.unpack("<Q", file[:8])[0]
+    header = json.loads(file[8:start])
+    k, v = f"layers.{LAYER}.k", f"layers.{LAYER}.v"
+    begin, end = header[v]["data_offsets"]
+    at = start + begin + 4 * seed % (end - begin)  # the last bits of a float32, so that it stays finite
+    flipped = file[:at] + bytes([file[at] ^ (1 << seed % 7)]) + file[at + 1 :]
+    text = json.dumps(header | {k: header[v], v: header[k]}).encode()
+    return {
+        "a bit flipped": flipped,
+        "keys for values": struct.pack("<Q", len(text)) + text + file[start:],
+    }
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@prop(
+    "STORED-6",
+    premise=(CONTEXT, DAMAGED),
+    case=cases(context=True, min_context=1).map(rotated),
+    needs=("static",),
+    weight=0.5,
+)
+def test_a_damaged_context_is_refused(case: Case, judge: Judge, storage: str) -> None:
+    """A file with one bit flipped, or keys in the place of values, is refused by name; as it was saved it serves."""
+    problem = case.problem()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "context.safetensors"
+        context_of(problem).astype(storage).save(path)
+        whole = path.read_bytes()
+        served = with_context(problem, StaticContext.load(path))
+        assert served.static is not None
+        for what, file in damaged(whole, case.seed).items():
+            other = path.with_name(what)  # a loaded context is mapped: written over in place, it would change
+            other.write_bytes(file)
+            with pytest.raises(ContextError, match="damaged") as refusal:
+                StaticContext.load(other)
+            assert str(other) in str(refusal.value), f"{what}: the file is not named"
+            there = with_context(problem, StaticContext.load(other, verify=False)).static
+            assert there is not None
+            seen = served.static.mask[:, None, :, None]
+            judge.meet(DAMAGED, bool(((there.v != served.static.v) & seen).any()))
+        judge.each(case, lambda subject: subject.expect_oracle(served, subject.run(served)))
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
