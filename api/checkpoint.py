@@ -77,9 +77,16 @@ def _converted(path: Path) -> Path:
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise CheckpointError(f"{path} is no model: expected a .gguf file, or the folder that the file lies in")
+    states = [_state(part) for part in parts_of(path)]
     digests = [_digest(part) for part in parts_of(path)]
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return _cached(path.stem, whole, lambda _: path)
+    return _cached(path.stem, whole, lambda _: path, lambda: [_state(part) for part in parts_of(path)] == states)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes where a file is written to or replaced."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _digest(path: Path) -> str:
@@ -104,10 +111,13 @@ def _choices() -> str:
     )
 
 
-def _cached(stem: str, digest: str, source: Callable[[Path], Path]) -> Path:
+def _cached(
+    stem: str, digest: str, source: Callable[[Path], Path], unchanged: Callable[[], bool] = lambda: True
+) -> Path:
     """The converted folder of a file with this hash, made now if need be: in a temporary folder, then renamed.
 
-    What does not load is never kept: neither a new conversion, nor an old one that is damaged.
+    What does not load is never kept: neither a new conversion, nor an old one that is damaged. Neither is what was made
+    of another file than was hashed, because the file was not `unchanged` until the end.
     """
     from .gguf_convert import CONVERTER_VERSION, convert
     from .progress import steps
@@ -127,6 +137,8 @@ def _cached(stem: str, digest: str, source: Callable[[Path], Path]) -> Path:
             file = source(Path(work))
             convert(file, made, progress)
             _check_converted(file, made)
+            if not unchanged():
+                raise CheckpointError(f"{file} was replaced while it was read; load it again")
     except OSError:
         if not target.is_dir():  # another process may have finished the same conversion first
             raise

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from lyra.checkpoint import cache_folder, check_folder, resolve
 from lyra.errors import CheckpointError
-from lyra.gguf_convert import hf_name
+from lyra.gguf_convert import convert, hf_name
 from lyra.gguf_file import GGUFFile
 from lyra.gguf_tokenizer import derive_merges
 from lyra.spec import ModelSpec
@@ -151,6 +152,21 @@ def test_a_failed_conversion_leaves_nothing(tiny_gguf: Path, cache: Path, monkey
     monkeypatch.setattr("lyra.gguf_convert.write_weights", fail)
     with pytest.raises(OSError, match="disk full"):
         resolve(tiny_gguf)
+    assert list((cache / "checkpoints").iterdir()) == []
+
+
+def test_a_file_that_is_replaced_meanwhile_is_not_kept_under_the_old_ones_name(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = write_tiny_gguf(tmp_path / "tiny.gguf"), write_tiny_gguf(tmp_path / "other.gguf", seed=1)
+
+    def replaced(file: Path, *rest: Any) -> None:
+        os.replace(other, path)
+        convert(file, *rest)
+
+    monkeypatch.setattr("lyra.gguf_convert.convert", replaced)
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf was replaced while it was read; load it again"):
+        resolve(path)
     assert list((cache / "checkpoints").iterdir()) == []
 
 

@@ -99,6 +99,7 @@ def test_a_saved_model_is_the_model(
     weight[...] = weight[...] * 2
     save_model(engine.module, gemma_folder, target, shard_bytes)
     assert (target / "model.safetensors.index.json").is_file() == (dtype == "float32")
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # weights are no more private than their config
     theirs = transformers.Gemma3ForCausalLM.from_pretrained(target, dtype="auto")
     assert theirs.dtype == getattr(torch, dtype)
     for name, value in gemma.state_dict().items():
