@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from lyra.choosing import choose_split
     from lyra.spec.attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
     from lyra.spec.context import StaticContext
-    from lyra.spec.errors import ContextError, InputError, SpecError, UncheckedContextWarning
+    from lyra.spec.errors import (
+        ContextError,
+        InputError,
+        NotFiniteError,
+        SpecError,
+        TextWarning,
+        UncheckedContextWarning,
+    )
     from lyra.spec.model import ModelSpec
     from lyra.spec.sequential import SequentialSpec
     from lyra.spec.split import HeadSplit
@@ -27,7 +34,8 @@ if TYPE_CHECKING:
     from .drop_in import Lyra
     from .errors import CheckpointError, ModelError
     from .loading import load
-    from .model import Model, Score
+    from .model import Model
+    from .scoring import Score
 
 __all__ = [
     "AttentionSpec",
@@ -40,6 +48,7 @@ __all__ = [
     "Model",
     "ModelError",
     "ModelSpec",
+    "NotFiniteError",
     "QKNormSpec",
     "RopeSpec",
     "Score",
@@ -47,6 +56,7 @@ __all__ = [
     "SpecError",
     "StaticContext",
     "StaticSpec",
+    "TextWarning",
     "UncheckedContextWarning",
     "__version__",
     "choose_split",
@@ -59,10 +69,18 @@ _HOMES = {
     "lyra.drop_in": ("Lyra",),
     "lyra.errors": ("CheckpointError", "ModelError"),
     "lyra.loading": ("load",),
-    "lyra.model": ("Model", "Score"),
+    "lyra.model": ("Model",),
+    "lyra.scoring": ("Score",),
     "lyra.spec.attention": ("AttentionSpec", "QKNormSpec", "RopeSpec", "StaticSpec"),
     "lyra.spec.context": ("StaticContext",),
-    "lyra.spec.errors": ("ContextError", "InputError", "SpecError", "UncheckedContextWarning"),
+    "lyra.spec.errors": (
+        "ContextError",
+        "InputError",
+        "NotFiniteError",
+        "SpecError",
+        "TextWarning",
+        "UncheckedContextWarning",
+    ),
     "lyra.spec.model": ("ModelSpec",),
     "lyra.spec.sequential": ("SequentialSpec",),
     "lyra.spec.split": ("HeadSplit",),

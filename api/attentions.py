@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from lyra.backends.protocol import AttentionsEngine, Engine
+from lyra.spec.arguments import check_indices
 from lyra.spec.context import StaticContext
 from lyra.spec.split import HeadSplit
 
@@ -28,7 +29,8 @@ def looked_at(
     if blocks:
         raise ModelError("attentions: blocks read the context, and they are not looked into; take mode='parallel'")
     readers = [layer for layer, split in splits.items() if split.lyra_q_heads]
-    chosen = sorted(set((readers or engine.spec.global_layers) if layers is None else layers))
+    asked = (readers or engine.spec.global_layers) if layers is None else check_indices("layers", layers)
+    chosen = sorted(set(asked))
     found = engine.attentions(ids, mask, layers=chosen)
     slots = 0 if context is None else context.mask.shape[1]
     return {layer: _with_slots(one, slots if layer in readers else 0) for layer, one in found.items()}

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from lyra.backends.protocol import Engine, Sampling, SequentialEngine
+from lyra.backends.protocol import Engine, SequentialEngine
+from lyra.spec.arguments import (
+    check_callable,
+    check_chunk_size,
+    check_flag,
+    check_ids,
+    check_new_tokens,
+    check_path,
+    shown,
+)
 from lyra.spec.attaching import (
     Gate,
     SplitSource,
     block_contexts,
     blocks_by_layer,
     check_origin,
+    chosen_heads,
     chosen_layers,
     gates_by_layer,
     heads_read,
@@ -26,15 +34,18 @@ from lyra.spec.attaching import (
     static_layers,
 )
 from lyra.spec.attention import Live, Positions, StaticSpec
+from lyra.spec.bos import warn_of_repeated_bos
 from lyra.spec.context import ContextLayer, StaticContext
-from lyra.spec.errors import InputError
+from lyra.spec.errors import InputError, NotFiniteError
 from lyra.spec.fingerprint import Fingerprint, hash_weights
 from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
+from .asked import Asked
 from .attentions import looked_at
 from .errors import ModelError
+from .scoring import Score
 from .streaming import iterate
 from .text import Text, TextStream
 
@@ -44,36 +55,6 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 GATE = 0.25
 """How far `attach` opens the gates of blocks whose weights nobody has tuned; wide open they do more harm than good."""
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """How likely a text is: nll [T-1] float32, the negative log-likelihood in nats of each token but the first."""
-
-    nll: np.ndarray
-
-    def __repr__(self) -> str:
-        return f"Score({self.num_tokens} tokens, mean_nll {self.mean_nll:.4f}, perplexity {self.perplexity:.4g})"
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens were scored."""
-        return len(self.nll)
-
-    @property
-    def total(self) -> float:
-        """The sum over the tokens, in nats."""
-        return float(self.nll.sum(dtype=np.float64))
-
-    @property
-    def mean_nll(self) -> float:
-        """The mean over the tokens, in nats."""
-        return self.total / self.num_tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean."""
-        return float(np.exp(self.mean_nll))
 
 
 class Model:
@@ -123,18 +104,22 @@ class Model:
     def logits(self, text: str | Ids, mask: np.ndarray | None = None) -> np.ndarray:
         """float32 [T,V] for a text (BOS in front) or ids [T]; [B,T,V] for ids [B,T], whose mask is False at padding.
 
-        Raises InputError.
+        Raises InputError, and NotFiniteError for a model that gives NaN or infinity.
         """
         ids = self._ids(text)
         found = self.engine.logits(self._rows(ids), mask)
         return found if ids.ndim == 2 else found[0]
 
     def score(self, text: str | Ids) -> Score:
-        """How likely a text or ids [T] are, each token given all before it and the context. Raises InputError."""
-        ids = self._ids(text)
-        if ids.ndim != 1 or len(ids) < 2:
-            raise InputError(f"score: ids have shape {ids.shape}; expected one sequence of at least 2 tokens")
-        return Score(-self.engine.log_probs(self._rows(ids))[0])
+        """How likely a text or ids [T] are, each token given all before it and the context.
+
+        Raises InputError, and NotFiniteError for a model that gives NaN or infinity.
+        """
+        log_probs = self.engine.log_probs(self._rows(self._ids(text, axes=(1,), least=2)))[0]
+        if not np.isfinite(log_probs).all():
+            token = int(np.isfinite(log_probs).argmin())
+            raise NotFiniteError(f"score: the backend gives NaN or infinity for the probability of token {token + 1}")
+        return Score(-log_probs)
 
     def attentions(
         self, text: str | Ids, mask: np.ndarray | None = None, *, layers: Iterable[int] | None = None
@@ -191,37 +176,16 @@ class Model:
 
         Temperature 0 takes the most likely token at each step; above 0 tokens are drawn, from what `top_k` and `top_p`
         leave, as `lyra.backends.protocol.Sampling` says. The same call with the same `seed` gives the same text in one
-        backend; without a seed each call draws anew. `on_text` gets the text of a single prompt piece by piece. Raises
-        InputError for a value out of range, ModelError for a model without a tokenizer.
+        backend; without a seed each call draws anew. With `max_new_tokens` 0 nothing is generated. `on_text` gets the
+        text of a single prompt piece by piece.
+
+        Raises InputError for a value of another type or out of range, ModelError for a model without a tokenizer,
+        NotFiniteError for one that gives NaN or infinity.
         """
-        sampling = _sampling(temperature, top_k, top_p, seed)
-        texts = self._texts()
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            return []
-        if on_text is not None and len(prompts) > 1:
-            raise ModelError(f"generate: on_text serves one prompt, got {len(prompts)}; generate them one by one")
-        ids, mask = texts.left_padded([texts.encode(one) for one in prompts])
-        stream = TextStream(texts)
-
-        def on_token(tokens: np.ndarray) -> None:
-            piece = stream.step(int(tokens[0]))
-            if piece and on_text is not None:
-                on_text(piece)
-
-        made = self.engine.generate(
-            self._rows(ids),
-            mask,
-            max_new_tokens=max_new_tokens,
-            stop_ids=texts.stops,
-            on_token=None if on_text is None else on_token,
-            sampling=sampling,
-            seed=secrets.randbits(32) if seed is None else seed,
-        )
-        found = [texts.decode(row) for row in made]
-        if on_text is not None and (rest := stream.rest(found[0])):
-            on_text(rest)
-        return found[0] if isinstance(prompt, str) else found
+        check_callable("on_text", on_text)
+        asked = Asked.of(prompt, max_new_tokens, temperature, top_k, top_p, seed)
+        found = self._generate(asked, on_text)
+        return found[0] if asked.alone else found
 
     def stream(
         self,
@@ -233,9 +197,15 @@ class Model:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """The pieces of `generate(prompt, …)` as they come; closing the iterator ends the generation."""
-        draw: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        return iterate(lambda emit: self.generate(prompt, max_new_tokens, on_text=emit, **draw))
+        """The pieces of `generate(prompt, …)` as they come; closing the iterator ends the generation.
+
+        Raises what `generate` raises, for its arguments at once.
+        """
+        asked = Asked.of(prompt, max_new_tokens, temperature, top_k, top_p, seed)
+        if not asked.alone:
+            raise InputError(f"prompt is {shown(prompt)}; expected one text (str), which is what can be streamed")
+        self._texts()
+        return iterate(lambda emit: self._generate(asked, emit))
 
     def capture(
         self,
@@ -251,22 +221,20 @@ class Model:
 
         `layers` are global layers, all of them by default; `kv_heads` those to keep, by layer if a mapping. Or `split`
         says both: the layers that have Lyra heads, and the KV heads that these read. `on_progress` gets (tokens done,
-        tokens in all). Raises InputError while a context is attached, SpecError for a split that does not fit.
+        tokens in all). Raises InputError while a context is attached, SpecError for a split that does not fit,
+        NotFiniteError for a model that gives NaN or infinity.
         """
         if split is not None:
             if layers is not None or kv_heads is not None:
                 raise InputError("capture: a split says which layers and KV heads are kept; leave out layers, kv_heads")
             kv_heads = heads_read(self.engine.spec, split)
-        ids = self._ids(text)
-        if ids.ndim != 1 or len(ids) == 0:
-            raise InputError(f"capture: ids have shape {ids.shape}; expected one sequence of at least 1 token")
-        chosen = chosen_layers(
-            self.engine.spec, layers if layers is not None else kv_heads if isinstance(kv_heads, Mapping) else None
-        )
+        wanted = chosen_heads(self.engine.spec, layers, kv_heads)
+        check_callable("on_progress", on_progress)
+        size, ids, chosen = check_chunk_size(chunk_size), self._ids(text, axes=(1,)), list(wanted)
         found = self.engine.capture(
             ids[None],
             chosen,
-            chunk_size=chunk_size,
+            chunk_size=size,
             on_chunk=None if on_progress is None else lambda done: on_progress(done, len(ids)),
         )
         heads = tuple(range(self.engine.spec.num_key_value_heads))
@@ -277,7 +245,7 @@ class Model:
             tokens=ids[None],
             fingerprint=self.fingerprint(chosen),
         )
-        return context if kv_heads is None else context.take(kv_heads)
+        return context if kv_heads is None else context.take(wanted)
 
     def attach(
         self,
@@ -306,20 +274,23 @@ class Model:
         """
         if self.mode == "parallel" and (gate, residual) != (None, None):
             raise ModelError("attach: gate and residual are those of blocks; load the model with mode='sequential'")
+        check_flag("override", override)
+        if residual is not None:
+            check_flag("residual", residual)
         if not isinstance(context, StaticContext):
-            context = StaticContext.load(context)
+            context = StaticContext.load(check_path("context", context, "a StaticContext or the path of its file"))
         if not override:
             self._check_fingerprint(context)
         split = split if split is not None else self._split
         if isinstance(self.engine, SequentialEngine) and self.mode == "sequential":
-            sees = StaticSpec(live=live or "none", positions=positions)
+            sees = StaticSpec(live="none" if live is None else live, positions=positions)
             gate, residual = GATE if gate is None else gate, residual is not False
             blocks = blocks_by_layer(self.engine.spec, context.kv_heads, split, sees, gate, residual)
             self.engine.inject(block_contexts(context, blocks), blocks)
             self.context, self.blocks = context, blocks
             return
         splits = splits_by_layer(self.engine.spec, context, split)
-        sees = StaticSpec(live=live or "causal", positions=positions)
+        sees = StaticSpec(live="causal" if live is None else live, positions=positions)
         self.engine.attach(static_layers(context, splits), splits, sees)
         self.context, self._splits, self._static = context, splits, sees
 
@@ -362,13 +333,42 @@ class Model:
             raise ModelError(f"the model {self.engine.spec.name!r} came without a tokenizer.json; give it token ids")
         return self.text
 
-    def _ids(self, text: str | Ids) -> np.ndarray:
-        ids = np.asarray(self._texts().encode(text) if isinstance(text, str) else text)
-        if ids.ndim not in {1, 2} or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(
-                f"ids have shape {ids.shape} and dtype {ids.dtype}; expected a text or integers [T] or [B,T]"
-            )
-        return ids.astype(np.int64)
+    def _generate(self, asked: Asked, on_text: Callable[[str], None] | None) -> list[str]:
+        """The continuation of each prompt. Raises what `generate` raises."""
+        texts, prompts = self._texts(), asked.prompts
+        if not prompts:
+            return []
+        if on_text is not None and len(prompts) > 1:
+            raise ModelError(f"generate: on_text serves one prompt, got {len(prompts)}; generate them one by one")
+        ids, mask = texts.left_padded([texts.encode(one) for one in prompts])
+        stream = TextStream(texts)
+
+        def on_token(tokens: np.ndarray) -> None:
+            piece = stream.step(int(tokens[0]))
+            if piece and on_text is not None:
+                on_text(piece)
+
+        made = self.engine.generate(
+            self._rows(ids),
+            mask,
+            max_new_tokens=check_new_tokens(asked.max_new_tokens, ids.shape[1]),
+            stop_ids=texts.stops,
+            on_token=None if on_text is None else on_token,
+            sampling=asked.sampling,
+            seed=asked.seed,
+        )
+        found = [texts.decode(row) for row in made]
+        if on_text is not None and (rest := stream.rest(found[0])):
+            on_text(rest)
+        return found
+
+    def _ids(self, text: str | Ids, *, axes: tuple[int, ...] = (1, 2), least: int = 1) -> np.ndarray:
+        """The ids of a text, or ids as they are, checked: int64 [T], or [B,T] where `axes` allow it."""
+        given = self._texts().encode(text) if isinstance(text, str) else text
+        ids = check_ids(given, self.engine.spec.vocab_size, axes=axes, least=least, what="a text or whole numbers")
+        if self.text is not None:
+            warn_of_repeated_bos(np.atleast_2d(ids), self.text.bos)
+        return ids
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
         rows = np.atleast_2d(ids)
@@ -379,19 +379,3 @@ class Model:
     def _check_fingerprint(self, context: StaticContext) -> None:
         own = self.fingerprint(layer for layer in context.layers if layer in self.engine.spec.global_layers)
         check_origin(context, own)
-
-
-def _sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:
-    """What the options of `generate` ask for; None for the most likely token. Raises InputError."""
-    if seed is not None and not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}; expected 0 to {2**32 - 1}")
-    if temperature != 0:
-        return Sampling(temperature, top_k, 1.0 if top_p is None else top_p)
-    given = {"top_k": top_k, "top_p": top_p, "seed": seed}
-    idle = [name for name, value in given.items() if value is not None]
-    if idle:
-        raise InputError(
-            f"temperature is 0, which takes the most likely token, so {' and '.join(idle)} would have no effect; "
-            f"give a temperature above 0, such as 1"
-        )
-    return None

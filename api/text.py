@@ -12,6 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from lyra.spec.arguments import check_text
+from lyra.spec.bos import with_one_bos
 from lyra.spec.fingerprint import hash_vocabulary
 
 from .errors import CheckpointError
@@ -48,9 +50,11 @@ class Text:
         return hash_vocabulary(self.tokenizer.get_vocab(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, BOS first."""
-        ids = self.tokenizer.encode(text).ids
-        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+        """The token ids of a text, BOS first, once: warns where the text starts with BOS itself.
+
+        Raises InputError for what is no text.
+        """
+        return with_one_bos(self.tokenizer.encode(check_text("text", text)).ids, self.bos)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated ids, up to the first that ends a text; special tokens are left out."""

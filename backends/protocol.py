@@ -6,15 +6,12 @@ A third-party backend implements `Backend` and `Attention`; the model level is o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from lyra.spec.attention import AttentionSpec, StaticSpec
-from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
@@ -29,6 +26,7 @@ from .registry import (
     import_extra,
     known_backends,
 )
+from .sampling import Sampling
 
 __all__ = [
     "CAPABILITIES",
@@ -168,44 +166,11 @@ class CapturedLayer(NamedTuple):
     v: np.ndarray
 
 
-COLDEST = 1e-6
-"""The lowest temperature that `Sampling` takes: differences of float32 scores stay finite over it."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The distribution that the next token is drawn from, made of a model's scores in this order:
-
-    1. the scores are divided by `temperature`;
-    2. `top_k` keeps the k highest ones; all of them where it is None or more than there are;
-    3. `top_p` keeps the smallest set of the most probable tokens whose probabilities, after step 2, add up to it or
-       more, one token at least; all of them where it is 1;
-    4. what is kept is drawn by its softmax.
-
-    Tokens that tie with the last one kept are kept too, in both steps. Raises InputError for a value out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse what is no distribution."""
-        if not (self.temperature >= COLDEST and math.isfinite(self.temperature)):
-            raise InputError(
-                f"temperature is {self.temperature}; expected a finite number from {COLDEST} up. For the most likely "
-                f"token at each step do without sampling"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k is {self.top_k}; expected the number of tokens to choose from, 1 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; expected a probability above 0, at most 1")
-
-
 class Engine(Protocol):
     """A whole model in one framework: token ids in, NumPy out. Text, files and splits are the front door's business.
 
-    ids [B,T] int; mask [B,T] bool (False = padding, on the left for generation) or None.
+    ids [B,T] int; mask [B,T] bool (False = padding, on the left for generation) or None. What is NaN or infinite in an
+    answer, padding aside, is raised as NotFiniteError and never returned.
     """
 
     spec: ModelSpec

@@ -2,7 +2,7 @@
 
 from .attention import AttentionSpec, QKNormSpec, RopeSpec, StaticSpec
 from .context import ContextLayer, StaticContext
-from .errors import ContextError, InputError, SpecError, UncheckedContextWarning
+from .errors import ContextError, InputError, NotFiniteError, SpecError, TextWarning, UncheckedContextWarning
 from .fingerprint import Fingerprint
 from .model import LayerSplit, ModelSpec, load_spec, presets
 from .sequential import SequentialSpec
@@ -17,12 +17,14 @@ __all__ = [
     "InputError",
     "LayerSplit",
     "ModelSpec",
+    "NotFiniteError",
     "QKNormSpec",
     "RopeSpec",
     "SequentialSpec",
     "SpecError",
     "StaticContext",
     "StaticSpec",
+    "TextWarning",
     "UncheckedContextWarning",
     "load_spec",
     "presets",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import overload
 
+from .arguments import check_indices, check_number, check_path, check_whole, shown
 from .attention import AttentionSpec, StaticSpec
 from .context import StaticContext
 from .errors import ContextError, InputError, SpecError
@@ -32,8 +33,16 @@ def read_split(spec: ModelSpec, source: SplitSource | None) -> Split | None: ...
 def read_split(spec: ModelSpec, source: SplitSource | None) -> Split | None:
     """A split as it is, or that of a file or a preset, which must have the global layers and heads of `spec`.
 
-    Raises SpecError where there is no such file or preset, where it has no split, and where it is another model's.
+    Raises SpecError where there is no such file or preset, where it has no split, and where it is another model's;
+    InputError for what is neither a split nor a name.
     """
+    if isinstance(source, Mapping):
+        for layer, one in source.items():
+            check_whole("a layer of split", layer, 0)
+            if not isinstance(one, HeadSplit):
+                raise InputError(f"split of layer {layer} is {shown(one)}; expected a HeadSplit")
+    elif source is not None and not isinstance(source, HeadSplit):
+        check_path("split", source, "a HeadSplit, one for each layer, a file or a preset's name")
     if source is None or isinstance(source, HeadSplit | Mapping):
         return source
     found, name = load_spec(source), os.fspath(source)
@@ -100,11 +109,31 @@ def specs_by_layer(
 def chosen_layers(spec: ModelSpec, layers: Iterable[int] | None) -> list[int]:
     """Global layers, ascending, each once; all of them for None. Raises InputError for others. Clause SLIDING."""
     known = spec.global_layers
-    chosen = sorted(set(known if layers is None else layers))
+    chosen = sorted(set(known if layers is None else check_indices("layers", layers)))
     wrong = [layer for layer in chosen if layer not in known]
     if wrong:
         raise InputError(f"layers {wrong} are not global; the global layers are {list(known)} (clause SLIDING)")
     return chosen
+
+
+def chosen_heads(
+    spec: ModelSpec, layers: Iterable[int] | None, kv_heads: Iterable[int] | Mapping[int, Iterable[int]] | None
+) -> dict[int, tuple[int, ...]]:
+    """The KV heads that a capture keeps, by global layer, ascending: all where nothing is said. Raises InputError."""
+    by_layer = kv_heads if isinstance(kv_heads, Mapping) else None
+    chosen = chosen_layers(spec, list(by_layer) if layers is None and by_layer is not None else layers)
+    every = range(spec.num_key_value_heads)
+    given = by_layer or dict.fromkeys(chosen, every if kv_heads is None else check_indices("kv_heads", kv_heads))
+    outside = sorted(set(given) - set(chosen))
+    if outside:
+        raise InputError(f"kv_heads names layers {outside}; those that are captured are {chosen}")
+    found = {layer: tuple(sorted(set(check_indices("kv_heads", given[layer])))) for layer in sorted(given)}
+    wrong = sorted({head for heads in found.values() for head in heads if head not in every})
+    if wrong:
+        raise InputError(f"kv_heads are {wrong}; the layers have KV heads 0 to {every[-1]}")
+    if not found or not all(found.values()):
+        raise InputError("layers and kv_heads name nothing to keep; give at least one layer, and one KV head for each")
+    return found
 
 
 class StaticLayers(Mapping[int, StaticLayer]):
@@ -170,13 +199,16 @@ def block_contexts(context: StaticContext, blocks: Mapping[int, SequentialSpec])
 
 
 def gates_by_layer(gate: Gate, layers: Iterable[int]) -> dict[int, float]:
-    """The gate of each layer's block. Raises SpecError where `gate` names other layers than these."""
+    """The gate of each layer's block.
+
+    Raises SpecError where `gate` names other layers than these, InputError where a gate is no finite number.
+    """
     layers = list(layers)
     if not isinstance(gate, Mapping):
-        return dict.fromkeys(layers, float(gate))
+        return dict.fromkeys(layers, check_number("gate", gate))
     if set(gate) != set(layers):
-        raise SpecError(f"gate names layers {sorted(gate)}; the layers with a block are {sorted(layers)}")
-    return {layer: float(gate[layer]) for layer in layers}
+        raise SpecError(f"gate names layers {shown(list(gate))}; the layers with a block are {sorted(layers)}")
+    return {layer: check_number(f"gate of layer {layer}", gate[layer]) for layer in layers}
 
 
 def check_origin(context: StaticContext, own: Fingerprint) -> None:

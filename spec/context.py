@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from .bos import leading_bos
 from .errors import ContextError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
@@ -209,7 +210,7 @@ class StaticContext:
         )
 
     def compose(self, other: StaticContext) -> StaticContext:
-        """This context, then the other one, moved to follow it; a second BOS is dropped (clause COMPOSE).
+        """This context, then the other one, moved to follow it; its leading BOS is dropped (clause COMPOSE).
 
         Either may have batch 1, which then serves every row of the other. Without token ids no BOS is known, and none
         is dropped. Raises ContextError for contexts of different models, layers, KV heads or batches.
@@ -305,7 +306,7 @@ class StaticContext:
 
 def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:
     """Two contexts of one row, all slots visible."""
-    start = 1 if _starts_with_bos(first) and _starts_with_bos(second) else 0
+    start = _leading_bos(second) if _leading_bos(first) else 0
     own = second.positions[:, start:]
     shifted = own - (own.min() if own.size else 0) + first._next_position()[:, None]
     tokens = None
@@ -327,9 +328,9 @@ def _concatenate(first: StaticContext, second: StaticContext) -> StaticContext:
     )
 
 
-def _starts_with_bos(context: StaticContext) -> bool:
-    tokens, bos = context.tokens, context.fingerprint.bos
-    return tokens is not None and bos is not None and tokens.size > 0 and int(tokens[0, 0]) == bos
+def _leading_bos(context: StaticContext) -> int:
+    """How many BOS tokens a context of one row starts with; 0 where its tokens are not known."""
+    return 0 if context.tokens is None else leading_bos(context.tokens[0].tolist(), context.fingerprint.bos)
 
 
 def _indices(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -40,6 +40,17 @@ class InputError(ValueError):
     """Arguments of an attention call that contradict the spec (shape, dtype, static heads)."""
 
 
+class NotFiniteError(ValueError):
+    """A model that gives NaN or infinity in place of an answer: its numbers do not fit the type that it computes in.
+
+    The message names the layer and the token where that begins.
+    """
+
+
+class TextWarning(UserWarning):
+    """A text or token ids that a model can read, but hardly as they were meant."""
+
+
 class UncheckedContextWarning(UserWarning):
     """A context was loaded from a file that has no digest: were it damaged, nobody would know."""
 

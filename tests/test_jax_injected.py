@@ -94,7 +94,7 @@ def in_pieces(engine: JaxEngine, ids: np.ndarray, mask: np.ndarray) -> np.ndarra
     cache = forward.open_cache(graph, *ids.shape, forward.remembering(engine._attached))
     cuts = list(range(7, ids.shape[1]))
     for part in zip(np.split(ids, cuts, axis=1), np.split(mask, cuts, axis=1), strict=True):
-        hidden, cache, _ = forward.prefill(graph, *part, cache, engine._attached)
+        hidden, cache, *_ = forward.prefill(graph, *part, cache, engine._attached)
         parts.append(np.asarray(hidden))
     hidden = np.concatenate(parts, axis=1)
     return np.asarray(forward.logits(graph, hidden.reshape(-1, hidden.shape[-1]))).reshape(*ids.shape, -1)

@@ -284,7 +284,7 @@ def test_refusals(jax_engine: JaxEngine) -> None:
     ids, context = random_ids(2, 6), make_context(jax_engine, 5, CUT, rows=2)
     with pytest.raises(InputError, match="the vocabulary has ids 0 to 96"):
         jax_engine.logits(ids + VOCAB)
-    with pytest.raises(InputError, match="expected integers"):
+    with pytest.raises(InputError, match="expected whole numbers"):
         jax_engine.logits(ids[0])
     with pytest.raises(InputError, match="mask has shape"):
         jax_engine.logits(ids, np.ones((2, 5), bool))

@@ -73,7 +73,7 @@ def test_logits_in_jax_do_not_depend_on_how_the_text_is_fed(
     graph, parts, mask = forward.split_module(models["jax"].module), [], np.ones((1, TOKENS), bool)
     cache = forward.open_cache(graph, 1, TOKENS)
     for part in np.split(np.arange(TOKENS), [*range(7, CHUNKED, 7), *range(CHUNKED, TOKENS)]):
-        hidden, cache, _ = forward.prefill(graph, ids[None, part].astype(np.int32), mask[:, part], cache, {})
+        hidden, cache, *_ = forward.prefill(graph, ids[None, part].astype(np.int32), mask[:, part], cache, {})
         parts.append(np.asarray(hidden[0]))
     check_logits(np.asarray(forward.logits(graph, np.concatenate(parts))), theirs)
 

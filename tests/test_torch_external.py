@@ -119,7 +119,7 @@ def test_refusals(torch_engine, injector):
         foreign.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), layer)
     with pytest.raises(InputError, match="holds 2 KV heads of 8; the model has 2 of 16"):
         injector.context_of(foreign)
-    with pytest.raises(InputError, match="ids has 2 rows"):
+    with pytest.raises(InputError, match="ids have 2 rows"):
         injector.capture(some_ids(2, 5))
     with pytest.raises(InputError, match="chunk_size is 0"):
         injector.capture(ids, chunk_size=0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lyra.backends.protocol import BackendNotFound
 from lyra.errors import CheckpointError, ModelError
-from lyra.spec.errors import ContextError, InputError, SpecError
+from lyra.spec.errors import ContextError, InputError, NotFiniteError, SpecError, TextWarning
 from lyra.terminal import console, prepare_terminal, visible
 
 KNOWN_ERRORS = (
@@ -24,6 +26,7 @@ KNOWN_ERRORS = (
     ContextError,
     InputError,
     ModelError,
+    NotFiniteError,
     SpecError,
     ImportError,
     MemoryError,
@@ -41,9 +44,14 @@ PIPE_CLOSED = 141
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """A known error becomes one red line on standard error and exit code 2; behind a closed pipe there is silence."""
+    """A known error becomes one red line on standard error and exit code 2, a warning of a text a yellow one; behind a
+    closed pipe there is silence.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", TextWarning)
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            yield
         _flush()  # here, where a full disk can still be told
     except BrokenPipeError:
         _drop_output()
@@ -74,6 +82,14 @@ def _drop_output() -> None:
     """What is still to be written to standard output goes nowhere, or it would fail once more when Python ends."""
     with suppress(OSError, ValueError):  # a stream of a test has no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_warning(others: Callable[..., None], message: Warning | str, kind: type[Warning], *where: Any) -> None:
+    """A TextWarning as a line of its own; `others` shows the rest."""
+    if issubclass(kind, TextWarning):
+        console(stderr=True).print(Text(f"warning: {visible(str(message))}", style="yellow"), soft_wrap=True)
+    else:
+        others(message, kind, *where)
 
 
 class Group(TyperGroup):

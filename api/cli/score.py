@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lyra.model import Score
+from lyra.scoring import Score
 from lyra.terminal import new_table
 
 from .files import check_files

@@ -33,7 +33,7 @@ def look(
     found: dict[int, tuple[list[Array], list[Array]]] = {layer: ([], []) for layer in wanted}
     for start, stop in chunks(width, CHUNK):
         part, alone = (packed.ids[:, start:stop], packed.mask[:, start:stop]), width <= CHUNK
-        _, cache, turned = prefill(graph, *part, cache, attached, capture=wanted, turned=True, first=alone)
+        _, cache, turned, _ = prefill(graph, *part, cache, attached, capture=wanted, turned=True, first=alone)
         for layer, parts in turned.items():
             for kept, made in zip(found[layer], parts, strict=True):
                 kept.append(made)

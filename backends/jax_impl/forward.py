@@ -74,10 +74,11 @@ def prefill(
     capture: tuple[int, ...] = (),
     turned: bool = False,
     first: bool = False,
+    watch: bool = False,
 ) -> Forward:
     """One chunk, ids and mask [B,T], behind what the cache holds; `first` saves work where it is known to be empty."""
-    options = {"capture": capture, "turned": turned, "first": first}
-    made: Forward = _prefill(graph.structure, graph.state, ids, mask, cache, attached, **options)
+    asked = {"capture": capture, "turned": turned, "first": first, "watch": watch}
+    made: Forward = _prefill(graph.structure, graph.state, ids, mask, cache, attached, **asked)
     return made
 
 
@@ -92,7 +93,7 @@ def prefill_all(
     cache = open_cache(graph, batch, width + room, remembering(attached))
     for start, stop in chunks(width, chunk):
         part = packed.ids[:, start:stop], packed.mask[:, start:stop]
-        hidden, cache, _ = prefill(graph, *part, cache, attached, first=width <= chunk)
+        hidden, cache, *_ = prefill(graph, *part, cache, attached, first=width <= chunk)
         yield hidden, cache
 
 
@@ -136,7 +137,7 @@ def chunks(width: int, chunk: int) -> Iterator[tuple[int, int]]:
 _known = lru_cache(maxsize=64)(Structure)
 
 
-@partial(jax.jit, static_argnames=("structure", "capture", "turned", "first"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("structure", "capture", "turned", "first", "watch"), donate_argnames="cache")
 def _prefill(
     structure: Structure,
     state: Sequence[Array],
@@ -148,9 +149,10 @@ def _prefill(
     capture: tuple[int, ...],
     turned: bool,
     first: bool,
+    watch: bool,
 ) -> Forward:
     module = structure.merge(state)
-    return module(ids, mask, cache, attached, capture=capture, turned=turned, first=first)
+    return module(ids, mask, cache, attached, capture=capture, turned=turned, first=first, watch=watch)
 
 
 @partial(jax.jit, static_argnames="structure")

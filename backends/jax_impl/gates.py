@@ -21,6 +21,7 @@ from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.split import HeadSplit
 
 from . import forward
+from .finite import locate
 from .forward import Graph, Structure
 from .gemma3 import Attached, Gemma3, empty_model_cache
 from .heads import SplitArrays, split_arrays
@@ -52,7 +53,7 @@ class GatedText:
         """The last `scored` tokens are scored. Raises InputError for ids, a number or a context that do not fit."""
         if len(tokens.ids) != 1 or not 0 < scored < tokens.ids.shape[1]:
             raise InputError(f"gated: ids have shape {tokens.ids.shape} and {scored} are scored; expected one row")
-        self._graph, self._targets = graph, tokens.ids[0, -scored:]
+        self._graph, self._tokens, self._targets = graph, tokens, tokens.ids[0, -scored:]
         self._layers = tuple(sorted(static))
         self._shape = (len(self._layers), graph.spec.num_attention_heads)
         every = graph.spec.attention.replace(split=HeadSplit.all(graph.spec))
@@ -71,7 +72,10 @@ class GatedText:
         self._start = _start(graph.structure, graph.state, packed.ids, packed.mask, stop=self._layers[0])
 
     def nll(self, gates: np.ndarray) -> np.ndarray:
-        """Mean NLL in nats of the scored tokens, float64 [C], under gates [C,L,Hq]. Raises InputError."""
+        """Mean NLL in nats of the scored tokens, float64 [C], under gates [C,L,Hq].
+
+        Raises InputError, and NotFiniteError for NaN or infinity.
+        """
         rows = share_rows(check_gates(gates, self._shape))
         hidden, structure, state = self._start, self._graph.structure, self._graph.state
         stops = [*self._layers[1:], self._graph.spec.num_hidden_layers]
@@ -80,17 +84,27 @@ class GatedText:
             gated = {layer: self._gated(layer, own)}
             hidden = _segment(structure, state, hidden, self._mask, parents, gated, start=layer, stop=stop)
         last = np.asarray(hidden[:, -1 - len(self._targets) : -1])
-        return np.array([self._nll(one) for one in last[: rows.ends.max() + 1]])[rows.ends]
+        return self._finite(np.array([self._nll(one) for one in last[: rows.ends.max() + 1]]))[rows.ends]
 
     def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
-        """The same under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq]. Raises InputError."""
+        """The same under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq].
+
+        Raises what `nll` raises.
+        """
         wanted = check_gates(gates, self._shape).astype(np.float32)
         gated = {layer: self._gated(layer, row[None]) for layer, row in zip(self._layers, wanted, strict=True)}
         made = _loss_and_gradient(
             self._graph.structure, self._graph.state, self._start, self._mask, self._targets, gated
         )
         nll, found = made
-        return float(nll), np.stack([np.asarray(found[layer][0], np.float64) for layer in self._layers])
+        slopes = np.stack([np.asarray(found[layer][0], np.float64) for layer in self._layers])
+        return float(self._finite(np.asarray(nll))), self._finite(slopes)
+
+    def _finite(self, values: np.ndarray) -> np.ndarray:
+        """The values. Raises NotFiniteError where one of them is NaN or infinite."""
+        if not np.isfinite(values).all():
+            raise locate(self._graph, self._tokens, {}, "the scores behind the context")
+        return values
 
     def _gated(self, layer: int, gates: np.ndarray) -> Gated:
         assert self._split is not None

@@ -73,11 +73,14 @@ class Turned(NamedTuple):
 class Forward(NamedTuple):
     """hidden [B,T,E], after the last norm; the cache with the call's tokens; of the layers asked for K and V, or Q and
     K as heads compare them.
+
+    finite bool [L+1,B,T] says of which tokens the embedding and each layer's output is finite, if that was asked for.
     """
 
     hidden: Array
     cache: ModelCache
     captured: Mapping[int, Captured | Turned]
+    finite: Array | None = None
 
 
 class Linear(nnx.Module):
@@ -221,27 +224,31 @@ class Gemma3(nnx.Module):
         capture: Collection[int] = (),
         turned: bool = False,
         first: bool = False,
+        watch: bool = False,
     ) -> Forward:
         """Run the decoder over ids [B,T], mask [B,T]; real tokens stand side by side (clause POSITION-4).
 
-        `capture` names layers whose K and V are returned, or Q and K if `turned`; `first` says that the cache is empty.
+        `capture` names layers whose K and V are returned, or Q and K if `turned`; `first` says that the cache is empty;
+        `watch` asks for what is finite.
         """
         positions = jnp.maximum(cache.counts[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         x = self.embed_tokens(ids)
         turns = {rope: turn_once(positions, frequencies) for rope, frequencies in self._frequencies().items()}
         captured: dict[int, Captured | Turned] = {}
-        caches, blocks = [], dict(cache.blocks)
+        caches, blocks, stages = [], dict(cache.blocks), [x]
         for index, (layer, past) in enumerate(zip(self.layers, cache.layers, strict=True)):
             turn = turns.get(layer.self_attn.spec.rope)
             call, memory = Call(positions, mask, None, past, first, turn=turn), cache.blocks.get(index)
             x, past, found, memory = layer(x, call, attached.get(index), memory)
             caches.append(past)
+            stages.append(x)
             if memory is not None:
                 blocks[index] = memory
             if index in capture:
                 captured[index] = found[turned]
         counts = cache.counts + mask.sum(axis=1, dtype=jnp.int32)
-        return Forward(self.norm(x), ModelCache(tuple(caches), counts, blocks), captured)
+        finite = jnp.stack([jnp.isfinite(stage).all(axis=-1) for stage in stages]) if watch else None
+        return Forward(self.norm(x), ModelCache(tuple(caches), counts, blocks), captured, finite)
 
     def _frequencies(self) -> dict[RopeSpec | None, Array]:
         """Those of every RoPE that the layers have."""

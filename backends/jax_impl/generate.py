@@ -11,6 +11,7 @@ from jax import Array
 
 from lyra.backends.protocol import Sampling
 
+from .finite import finite_rows, locate
 from .forward import Graph, decode, next_scores, prefill_all
 from .gemma3 import Attached
 from .injected import Block
@@ -30,20 +31,26 @@ def generate(
 ) -> np.ndarray:
     """The continuation of ids [B,T], int64 [B,N]: at each step the most likely token, or one drawn by `sampling`.
 
-    Stops when every row has produced a token of `stop_ids`; rows that stopped earlier repeat theirs.
+    Stops when every row has produced a token of `stop_ids`; rows that stopped earlier repeat theirs. Raises
+    NotFiniteError for scores that are NaN or infinite.
     """
     batch = len(tokens.ids)
     if max_new_tokens == 0:
         return np.zeros((batch, 0), np.int64)
     key = jax.random.key(seed)
 
-    def choose(scores: Array, step: int) -> np.ndarray:
-        return np.asarray(most_likely(scores) if sampling is None else draw(scores, sampling, key, step))
+    def choose(scores: Array) -> np.ndarray:
+        fine = finite_rows(scores)
+        token = np.asarray(most_likely(scores) if sampling is None else draw(scores, sampling, key, len(made)))
+        if not (np.asarray(fine) | stopped).all():
+            raise locate(graph, longer(tokens, made), attached)
+        return token
 
     prefilled = prefill_all(graph, pack_left(tokens), attached, room=max_new_tokens)
     hidden, cache = deque(prefilled, maxlen=1).pop()
-    made = [choose(next_scores(graph, hidden), 0)]
+    made: list[np.ndarray] = []
     stopped = np.zeros(batch, bool)
+    made.append(choose(next_scores(graph, hidden)))
     while True:
         if on_token is not None:
             on_token(made[-1].astype(np.int64))
@@ -51,4 +58,10 @@ def generate(
         if stopped.all() or len(made) == max_new_tokens:
             return np.stack(made, axis=1).astype(np.int64)
         scores, cache = decode(graph, made[-1], cache, attached)
-        made.append(np.where(stopped, made[-1], choose(scores, len(made))))
+        made.append(np.where(stopped, made[-1], choose(scores)))
+
+
+def longer(tokens: Tokens, made: Sequence[np.ndarray]) -> Tokens:
+    """Tokens with those that were made of them, int [B] each."""
+    ids = np.concatenate([tokens.ids, *(one[:, None].astype(np.int32) for one in made)], axis=1)
+    return Tokens(ids, np.pad(tokens.mask, ((0, 0), (0, len(made))), constant_values=True))

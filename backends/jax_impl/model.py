@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.protocol import CapturedLayer, Sampling
+from lyra.backends.sampling import check_sampling
+from lyra.spec.arguments import check_capture, check_generation, check_layers
 from lyra.spec.attaching import specs_by_layer
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.errors import InputError
@@ -23,6 +25,7 @@ from . import forward
 from .attentions import look, unpack
 from .capture import capture
 from .dtype import DTYPES
+from .finite import locate
 from .forward import Graph, split_module
 from .gates import GatedText
 from .gemma3 import Attached, Gemma3
@@ -76,16 +79,24 @@ class JaxEngine:
         save_model(self.module, self.source, Path(folder))
 
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """float32 [B,T,V] for ids [B,T]; the logits at padding are finite and mean nothing. Raises InputError."""
+        """float32 [B,T,V] for ids [B,T]; the logits at padding are finite and mean nothing.
+
+        Raises InputError, and NotFiniteError for NaN or infinity.
+        """
         tokens, graph = self._tokens(ids, mask), split_module(self.module)
         hidden = self._hidden(graph, tokens).reshape(tokens.ids.size, self.spec.hidden_size)
         result = np.empty((len(hidden), self.spec.vocab_size), np.float32)
         for rows in pieces(len(hidden), self.spec.vocab_size):
             result[rows] = forward.logits(graph, filled(hidden[rows]))[: len(result[rows])]
+            if not (np.isfinite(result[rows]).all(axis=-1) | ~tokens.mask.ravel()[rows]).all():
+                raise locate(graph, tokens, self._attached)
         return result.reshape(*tokens.ids.shape, -1)
 
     def log_probs(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """float32 [B,T-1]: log-probability of ids[:, 1:], each given all before it. Raises InputError."""
+        """float32 [B,T-1]: log-probability of ids[:, 1:], each given all before it.
+
+        Raises InputError, and NotFiniteError for NaN or infinity.
+        """
         tokens, graph = self._tokens(ids, mask), split_module(self.module)
         batch, length = tokens.ids.shape
         hidden = self._hidden(graph, tokens)[:, :-1].reshape(batch * (length - 1), self.spec.hidden_size)
@@ -94,7 +105,10 @@ class JaxEngine:
         for rows in pieces(len(targets), self.spec.vocab_size):
             scores = forward.log_probs(graph, filled(hidden[rows]), filled(targets[rows]))
             result[rows] = scores[: len(result[rows])]
-        return result.reshape(batch, length - 1)
+        found = result.reshape(batch, length - 1)
+        if not (np.isfinite(found) | ~tokens.mask[:, 1:]).all():
+            raise locate(graph, tokens, self._attached)
+        return found
 
     def generate(
         self,
@@ -109,15 +123,21 @@ class JaxEngine:
     ) -> np.ndarray:
         """The continuation of ids [B,T], int [B,N]: the most likely one, or one drawn as `sampling` says.
 
-        Padding must be on the left. Raises InputError.
+        Padding must be on the left. Raises InputError, and NotFiniteError for NaN or infinity.
         """
         tokens = self._tokens(ids, mask)
         if not tokens.mask[:, -1].all():
             raise InputError("generate: a row ends in padding; put the padding on the left")
-        if max_new_tokens < 0:
-            raise InputError(f"generate: max_new_tokens is {max_new_tokens}; expected 0 or more")
+        asked = check_generation(tokens.ids.shape[1], max_new_tokens, stop_ids, seed, on_token)
         return generate(
-            split_module(self.module), tokens, self._attached, max_new_tokens, stop_ids, on_token, sampling, seed
+            split_module(self.module),
+            tokens,
+            self._attached,
+            asked.max_new_tokens,
+            asked.stop_ids,
+            on_token,
+            check_sampling(sampling),
+            asked.seed,
         )
 
     def capture(
@@ -128,23 +148,22 @@ class JaxEngine:
         chunk_size: int = 512,
         on_chunk: Callable[[int], None] | None = None,
     ) -> dict[int, CapturedLayer]:
-        """K and V of `layers` for ids [1,S], all KV heads, k normed, unrotated. Clause CAPTURE. Raises InputError."""
+        """K and V of `layers` for ids [1,S], all KV heads, k normed, unrotated. Clause CAPTURE.
+
+        Raises InputError, and NotFiniteError for NaN or infinity.
+        """
         if self._attached:
             raise InputError("capture: a context is attached; a context is captured by the unmodified model, so detach")
         tokens = self._tokens(ids, None)
-        if len(tokens.ids) != 1:
-            raise InputError(f"capture: ids has {len(tokens.ids)} rows; a context is captured from one")
-        if chunk_size < 1:
-            raise InputError(f"capture: chunk_size is {chunk_size}; expected 1 or more")
-        self._check_layers("capture", layers)
-        return capture(split_module(self.module), tokens.ids, layers, chunk_size, on_chunk)
+        chosen, size = check_capture(len(tokens.ids), layers, self.spec.num_hidden_layers, chunk_size, on_chunk)
+        return capture(split_module(self.module), tokens.ids, chosen, size, on_chunk)
 
     def attentions(
         self, ids: np.ndarray, mask: np.ndarray | None = None, *, layers: Sequence[int]
     ) -> dict[int, np.ndarray]:
         """By layer the softmax weights of its heads, float32 [B,Hq,T,S+T], context first. Raises InputError."""
         tokens = self._tokens(ids, mask)
-        self._check_layers("attentions", layers)
+        layers = check_layers("attentions", layers, self.spec.num_hidden_layers)
         packed = pack_left(tokens)
         found = look(split_module(self.module), packed, self._attached, layers)
         return {layer: unpack(one, packed, tokens, self._slots.get(layer, 0)) for layer, one in found.items()}
@@ -220,11 +239,6 @@ class JaxEngine:
         if rows - {len(tokens.ids)}:
             raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
         return tokens
-
-    def _check_layers(self, what: str, layers: Sequence[int]) -> None:
-        outside = [layer for layer in layers if not 0 <= layer < self.spec.num_hidden_layers]
-        if outside:
-            raise InputError(f"{what}: there are no layers {outside}; the model has {self.spec.num_hidden_layers}")
 
     def _hidden(self, graph: Graph, tokens: Tokens) -> np.ndarray:
         """The decoder's output for every token, in the caller's order: [B,T,E]."""

@@ -63,6 +63,10 @@ def nucleus(probabilities: Array, top_p: float) -> Array:
 
 
 def least_kept(ordered: Array, top_p: float) -> Array:
-    """The smallest probability that top-p keeps, [B,1], of probabilities [B,N] in descending order."""
+    """The smallest probability that top-p keeps, [B,1], of probabilities [B,N] in descending order.
+
+    The first one is kept even where `top_p` is so small that float32 has 0 for it.
+    """
     before = jnp.cumsum(ordered, axis=-1) - ordered
-    return jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+    kept_ones = jnp.where(before < top_p, ordered, jnp.inf)
+    return jnp.minimum(kept_ones.min(axis=-1, keepdims=True), ordered[..., :1])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lyra.spec.errors import InputError
+from lyra.spec.arguments import check_ids, check_mask
 
 from .cache import bucket
 
@@ -34,17 +34,8 @@ class Packed(NamedTuple):
 
 def check_tokens(ids: np.ndarray, mask: np.ndarray | None, vocab_size: int) -> Tokens:
     """Check ids [B,T] and mask [B,T] (bool, False = padding) and fill in an absent mask. Raises InputError."""
-    ids = np.asarray(ids)
-    if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(
-            f"ids has shape {ids.shape} and dtype {ids.dtype}; expected integers [batch, tokens], not empty"
-        )
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise InputError(f"ids range from {ids.min()} to {ids.max()}; the vocabulary has ids 0 to {vocab_size - 1}")
-    mask = np.ones(ids.shape, dtype=bool) if mask is None else np.asarray(mask)
-    if mask.shape != ids.shape or mask.dtype != np.bool_:
-        raise InputError(f"mask has shape {mask.shape} and dtype {mask.dtype}; expected bool {ids.shape}")
-    return Tokens(ids.astype(np.int32), mask)
+    ids = check_ids(ids, vocab_size)
+    return Tokens(ids.astype(np.int32), check_mask(mask, ids.shape))
 
 
 def padded_width(tokens: int, chunk: int = CHUNK) -> int:

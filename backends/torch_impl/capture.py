@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers import DynamicCache, Gemma3TextModel
 
 from lyra.backends.protocol import CapturedLayer
+from lyra.spec.finite import first_token
+
+from .finite import locate
 
 
 def capture(
@@ -22,6 +26,8 @@ def capture(
 
     The model's own cache carries the sliding-window layers from chunk to chunk; what is kept is read off k_norm and
     v_proj, because that cache holds rotated keys and forgets what has left the window. Clauses CAPTURE-1, CAPTURE-2.
+
+    Raises NotFiniteError for keys or values that are NaN or infinite.
     """
     found: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {layer: ([], []) for layer in layers}
     cache = DynamicCache(config=module.config)
@@ -31,10 +37,16 @@ def capture(
             module(input_ids=chunk, past_key_values=cache, use_cache=True)
             if on_chunk is not None:
                 on_chunk(start + chunk.shape[1])
-    return {
+    captured = {
         layer: CapturedLayer(*(torch.cat(part, dim=2).float().cpu().numpy() for part in parts))
         for layer, parts in found.items()
     }
+    for layer, pair in sorted(captured.items()):
+        for name, values in zip(("keys", "values"), pair, strict=True):
+            if not np.isfinite(values).all():
+                place = f"the {name} of layer {layer} at token {first_token(values)}"
+                raise locate(module, ids, otherwise=place)
+    return captured
 
 
 @contextmanager

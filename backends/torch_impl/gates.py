@@ -22,6 +22,7 @@ from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
+from .finite import locate
 from .gemma3 import LyraGemma3Attention
 from .heads import unfold
 from .layer import add_static
@@ -47,7 +48,7 @@ class GatedText:
         """The last `scored` tokens are scored. Raises InputError for ids, a number or a context that do not fit."""
         if len(ids) != 1 or not 0 < scored < ids.shape[1]:
             raise InputError(f"gated: ids have shape {tuple(ids.shape)} and {scored} are scored; expected one row")
-        self._model, self._targets = model, ids[0, -scored:]
+        self._model, self._ids, self._targets = model, ids, ids[0, -scored:]
         self._layers = sorted(static)
         self._softcap = spec.final_softcap
         self._shape = (len(self._layers), spec.num_attention_heads)
@@ -60,21 +61,33 @@ class GatedText:
         self._start = stop.seen
 
     def nll(self, gates: np.ndarray) -> np.ndarray:
-        """Mean NLL in nats of the scored tokens, float64 [C], under gates [C,L,Hq]. Raises InputError."""
+        """Mean NLL in nats of the scored tokens, float64 [C], under gates [C,L,Hq].
+
+        Raises InputError, and NotFiniteError for NaN or infinity.
+        """
         rows = share_rows(check_gates(gates, self._shape))
         with torch.inference_mode():
             hidden = self._hidden(rows, [torch.from_numpy(layer.gates) for layer in rows.layers])
             found = [self._nll(row, grad=False) for row in hidden]
-        return np.array([float(one) for one in found])[rows.ends]
+        return self._finite(np.array([float(one) for one in found]))[rows.ends]
 
     def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
-        """The same under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq]. Raises InputError."""
+        """The same under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq].
+
+        Raises what `nll` raises.
+        """
         rows = share_rows(check_gates(gates, self._shape)[None])
         leaves = [torch.from_numpy(layer.gates).requires_grad_() for layer in rows.layers]
         with torch.enable_grad():
             nll = self._nll(self._hidden(rows, leaves)[0], grad=True)
         found = torch.autograd.grad(nll, leaves)
-        return float(nll.detach()), torch.cat(found).double().numpy()
+        return float(self._finite(np.array(float(nll.detach())))), self._finite(torch.cat(found).double().numpy())
+
+    def _finite(self, values: np.ndarray) -> np.ndarray:
+        """The values. Raises NotFiniteError where one of them is NaN or infinite."""
+        if not np.isfinite(values).all():
+            raise locate(self._model.model, self._ids, otherwise="the scores behind the context")
+        return values
 
     def _hidden(self, rows: SharedRows, gates: list[torch.Tensor]) -> torch.Tensor:
         """What the model's head reads at the places before the scored tokens, [N,scored,E]."""

@@ -10,6 +10,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM
 
 from lyra.backends.protocol import Sampling
 
+from .finite import finite_rows, locate
 from .sampling import draw, most_likely
 from .tokens import token_positions
 
@@ -27,7 +28,7 @@ def generate(
     """The continuation of ids [B,T], int [B,N]: at each step the most likely token, or one drawn by `sampling`.
 
     Padding, if any, is on the left. Stops when every row has produced a token of `stop_ids`; rows that stopped earlier
-    repeat theirs.
+    repeat theirs. Raises NotFiniteError for scores that are NaN or infinite.
     """
     cache = DynamicCache(config=module.config)
     generator = torch.Generator(ids.device).manual_seed(seed)
@@ -45,6 +46,8 @@ def generate(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        if not bool((finite_rows(logits) | stopped).all()):
+            raise locate(module.model, torch.cat((ids, *(one[:, None] for one in made)), dim=1), mask)
         token = most_likely(logits) if sampling is None else draw(logits, sampling, generator)
         token = torch.where(stopped, made[-1], token) if made else token
         made.append(token)

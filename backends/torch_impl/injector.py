@@ -15,6 +15,7 @@ from transformers import Gemma3TextModel
 from transformers.cache_utils import Cache
 
 from lyra.backends.protocol import CapturedLayer
+from lyra.spec.arguments import check_capture, check_flag, check_path
 from lyra.spec.attaching import (
     SplitSource,
     check_origin,
@@ -119,13 +120,15 @@ class GemmaInjector(BlockInjector):
         split. A refusal changes nothing.
         """
         mode = StaticSpec(live=live, positions=positions)
+        check_flag("override", override)
+        check_flag("trainable", trainable)
         if context is None:
             chosen = HeadSplit.half(self.spec) if split is None else read_split(self.spec, split)
             by_layer = chosen if isinstance(chosen, Mapping) else dict.fromkeys(self.spec.global_layers, chosen)
             self.place({}, by_layer, mode)
             return self
         if not isinstance(context, StaticContext):
-            context = StaticContext.load(context)
+            context = StaticContext.load(check_path("context", context, "a StaticContext or the path of its file"))
         if not override:
             check_origin(context, self.fingerprint(set(context.layers) & set(self.spec.global_layers)))
         by_layer = splits_by_layer(self.spec, context, split)
@@ -212,17 +215,14 @@ class GemmaInjector(BlockInjector):
         """
         chosen = chosen_layers(self.spec, layers)
         tokens = check_tokens(ids, None, self.spec.vocab_size, device_of(self.text.embed_tokens))
-        if len(tokens.ids) != 1 or chunk_size < 1:
-            raise InputError(
-                f"capture: ids has {len(tokens.ids)} rows and chunk_size is {chunk_size}; expected one row, 1 or more"
-            )
+        _, size = check_capture(len(tokens.ids), chosen, self.spec.num_hidden_layers, chunk_size, on_chunk)
         if self.enabled or self.attached:
             raise InputError(
                 "capture: Lyra is in the model, and contexts are captured by the plain one; take it out first"
             )
         self._check_in_one_piece("capture: a context", chosen)
         with torch.inference_mode():
-            found = capture(self.text, tokens.ids, chosen, chunk_size, on_chunk)
+            found = capture(self.text, tokens.ids, chosen, size, on_chunk)
         positions = np.arange(tokens.ids.shape[1])[None]
         return self._context(found, np.ones(positions.shape, dtype=bool), positions, tokens.ids.cpu().numpy())
 

@@ -12,7 +12,9 @@ import numpy as np
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.cache_utils import Cache
 
-from lyra.spec.attaching import SplitSource
+from lyra.spec.arguments import check_ids, check_text
+from lyra.spec.attaching import SplitSource, chosen_heads
+from lyra.spec.bos import warn_of_repeated_bos, with_one_bos
 from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import hash_vocabulary
@@ -121,20 +123,25 @@ class LyraForCausalLM(Gemma3ForCausalLM):
         `layers` are global layers, all of them by default; `kv_heads` those to keep, by layer if a mapping. Raises
         InputError while a context is enabled, and for a text where there is no tokenizer.
         """
-        ids = self._ids(text) if isinstance(text, str) else text
-        context = GemmaInjector(self).capture(np.asarray(ids)[None], layers=layers, chunk_size=chunk_size)
+        injector = GemmaInjector(self)
+        wanted, given = (
+            chosen_heads(injector.spec, layers, kv_heads),
+            self._ids(text) if isinstance(text, str) else text,
+        )
+        ids = check_ids(given, injector.spec.vocab_size, axes=(1,), what="a text or whole numbers")
+        warn_of_repeated_bos(ids[None], self.config.bos_token_id)
+        context = injector.capture(ids[None], layers=list(wanted), chunk_size=chunk_size)
         if self.tokenizer is not None:
             vocabulary = hash_vocabulary(self.tokenizer.get_vocab())
             known = replace(context.fingerprint, tokenizer=vocabulary, bos=self.config.bos_token_id)
             context = replace(context, fingerprint=known)
-        return context if kv_heads is None else context.take(kv_heads)
+        return context if kv_heads is None else context.take(wanted)
 
     def _ids(self, text: str) -> list[int]:
-        """The ids of a text, BOS first whether the tokenizer adds it or not."""
+        """The ids of a text, BOS first, once, whether the tokenizer adds it or not, and whether the text has it."""
         if self.tokenizer is None:
             raise InputError("capture: this model has no tokenizer; set model.tokenizer, or give token ids")
-        ids, bos = list(self.tokenizer(text)["input_ids"]), self.config.bos_token_id
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        return with_one_bos(self.tokenizer(check_text("text", text))["input_ids"], self.config.bos_token_id)
 
 
 # transformers goes by a class's name to choose the loss, to know what a pipeline serves and to save `architectures`.

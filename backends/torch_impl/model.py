@@ -12,6 +12,8 @@ from transformers import Gemma3ForCausalLM
 
 from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.protocol import CapturedLayer, Sampling
+from lyra.backends.sampling import check_sampling
+from lyra.spec.arguments import check_capture, check_generation, check_layers
 from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer
@@ -20,6 +22,7 @@ from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from .capture import capture
+from .finite import finite_rows, locate
 from .gates import GatedText
 from .gemma3 import LyraGemma3Attention
 from .generate import generate
@@ -54,12 +57,23 @@ class TorchEngine:
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """float32 [B,T,V] for ids [B,T]; the logits at padding are finite and mean nothing. Raises InputError."""
-        return self.module(**self._inputs(self._tokens(ids, mask))).logits.float().cpu().numpy()
+        """float32 [B,T,V] for ids [B,T]; the logits at padding are finite and mean nothing.
+
+        Raises InputError, and NotFiniteError for NaN or infinity.
+        """
+        tokens = self._tokens(ids, mask)
+        found = self.module(**self._inputs(tokens)).logits.float()
+        fine = finite_rows(found)
+        if not bool((fine if tokens.mask is None else fine | (tokens.mask == 0)).all()):
+            raise locate(self.module.model, *tokens)
+        return found.cpu().numpy()
 
     @torch.inference_mode()
     def log_probs(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """float32 [B,T-1]: log-probability of ids[:, 1:], each given all before it. Raises InputError."""
+        """float32 [B,T-1]: log-probability of ids[:, 1:], each given all before it.
+
+        Raises InputError, and NotFiniteError for NaN or infinity.
+        """
         tokens = self._tokens(ids, mask)
         hidden = self.module.model(**self._inputs(tokens)).last_hidden_state[:, :-1].flatten(0, 1)
         targets = tokens.ids[:, 1:].reshape(-1, 1)
@@ -68,7 +82,11 @@ class TorchEngine:
             torch.log_softmax(logits(self.module.lm_head, part, self.spec.final_softcap), dim=-1).gather(1, target)
             for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
-        return torch.cat(found).view(len(tokens.ids), -1).cpu().numpy()
+        result = torch.cat(found).view(len(tokens.ids), -1)
+        fine = torch.isfinite(result)
+        if not bool((fine if tokens.mask is None else fine | (tokens.mask[:, 1:] == 0)).all()):
+            raise locate(self.module.model, *tokens)
+        return result.cpu().numpy()
 
     @torch.inference_mode()
     def generate(
@@ -84,14 +102,22 @@ class TorchEngine:
     ) -> np.ndarray:
         """The continuation of ids [B,T], int [B,N]: the most likely one, or one drawn as `sampling` says.
 
-        Padding must be on the left. Raises InputError.
+        Padding must be on the left. Raises InputError, and NotFiniteError for NaN or infinity.
         """
         tokens = self._tokens(ids, mask)
         if tokens.mask is not None and not tokens.mask[:, -1].all():
             raise InputError("generate: a row ends in padding; put the padding on the left")
-        if max_new_tokens < 0:
-            raise InputError(f"generate: max_new_tokens is {max_new_tokens}; expected 0 or more")
-        return generate(self.module, tokens.ids, tokens.mask, max_new_tokens, stop_ids, on_token, sampling, seed)
+        asked = check_generation(tokens.ids.shape[1], max_new_tokens, stop_ids, seed, on_token)
+        return generate(
+            self.module,
+            tokens.ids,
+            tokens.mask,
+            asked.max_new_tokens,
+            asked.stop_ids,
+            on_token,
+            check_sampling(sampling),
+            asked.seed,
+        )
 
     @torch.inference_mode()
     def capture(
@@ -102,18 +128,17 @@ class TorchEngine:
         chunk_size: int = 512,
         on_chunk: Callable[[int], None] | None = None,
     ) -> dict[int, CapturedLayer]:
-        """K and V of `layers` for ids [1,S], k normed and unrotated. Raises InputError. Clause CAPTURE."""
+        """K and V of `layers` for ids [1,S], k normed and unrotated. Clause CAPTURE.
+
+        Raises InputError, and NotFiniteError for NaN or infinity.
+        """
         if self.injector.enabled or self.injector.attached:
             raise InputError(
                 "capture: a context is attached, and contexts are captured by the plain model; detach first"
             )
         tokens = self._tokens(ids, None)
-        if len(tokens.ids) != 1:
-            raise InputError(f"capture: ids has {len(tokens.ids)} rows; a context is captured from one")
-        if chunk_size < 1:
-            raise InputError(f"capture: chunk_size is {chunk_size}; expected 1 or more")
-        self._check_layers("capture", layers)
-        return capture(self.module.model, tokens.ids, layers, chunk_size, on_chunk)
+        chosen, size = check_capture(len(tokens.ids), layers, self.spec.num_hidden_layers, chunk_size, on_chunk)
+        return capture(self.module.model, tokens.ids, chosen, size, on_chunk)
 
     @torch.inference_mode()
     def attentions(
@@ -121,7 +146,7 @@ class TorchEngine:
     ) -> dict[int, np.ndarray]:
         """By layer the softmax weights of its heads, float32 [B,Hq,T,S+T], context first. Raises InputError."""
         tokens = self._tokens(ids, mask)
-        self._check_layers("attentions", layers)
+        layers = check_layers("attentions", layers, self.spec.num_hidden_layers)
         found: dict[int, np.ndarray] = {}
 
         def watch(layer: int) -> Callable[..., None]:
@@ -186,11 +211,6 @@ class TorchEngine:
         if rows - {len(tokens.ids)}:
             raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
         return tokens
-
-    def _check_layers(self, what: str, layers: Sequence[int]) -> None:
-        outside = [layer for layer in layers if not 0 <= layer < self.spec.num_hidden_layers]
-        if outside:
-            raise InputError(f"{what}: there are no layers {outside}; the model has {self.spec.num_hidden_layers}")
 
     @staticmethod
     def _inputs(tokens: Tokens) -> dict[str, object]:

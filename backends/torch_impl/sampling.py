@@ -50,6 +50,10 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def least_kept(ordered: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest probability that top-p keeps, [B,1], of probabilities [B,N] in descending order."""
+    """The smallest probability that top-p keeps, [B,1], of probabilities [B,N] in descending order.
+
+    The first one is kept even where `top_p` is so small that float32 has 0 for it.
+    """
     before = ordered.cumsum(dim=-1) - ordered
-    return ordered.masked_fill(before >= top_p, torch.inf).amin(dim=-1, keepdim=True)
+    kept_ones = ordered.masked_fill(before >= top_p, torch.inf)
+    return torch.minimum(kept_ones.amin(dim=-1, keepdim=True), ordered[..., :1])
