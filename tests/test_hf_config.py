@@ -125,7 +125,7 @@ def has_rope(table: Any) -> bool:
     return kind in ("default", "linear") and all(isinstance(one, int | float) and one > 0 for one in numbers)
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(configs())
 @example({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {}}})
 @example({"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}, "rope_theta": 3e5})
@@ -187,17 +187,14 @@ def test_every_field_of_transformers_config_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outer", "inner", "tied"), [(None, None, True), (False, None, False), (None, False, False), (True, True, True)]
+    ("outer", "inner", "tied"),
+    [(None, None, True), (False, None, False), (None, False, False), (True, True, True), (False, True, False)],
 )
-def test_either_level_of_a_multimodal_config_says_whether_the_head_is_tied(
-    outer: bool | None, inner: bool | None, tied: bool
-) -> None:
+def test_a_multimodal_config_says_whether_the_head_is_tied(outer: bool | None, inner: bool | None, tied: bool) -> None:
+    """The outer one where it does: transformers writes True into every text_config."""
     config = {"model_type": "gemma3", "text_config": {} if inner is None else {"tie_word_embeddings": inner}}
     config |= {} if outer is None else {"tie_word_embeddings": outer}
     assert ModelSpec.from_hf_config(config).tie_word_embeddings is tied
-    contradiction = {"model_type": "gemma3", "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}
-    with pytest.raises(SpecError, match="tie_word_embeddings is True, that of text_config False"):
-        ModelSpec.from_hf_config(contradiction)
 
 
 def test_defaults_are_the_same_without_transformers() -> None:

@@ -220,6 +220,47 @@ def test_odd_folders_that_are_the_model(change: Callable[[Path], None], tiny_fol
     same_weights(folder, tiny_folder)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "language_model."])
+def test_the_text_model_of_a_multimodal_folder(prefix: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Of every age; what sees pictures is left alone, whatever it holds, but does not belong to a text model."""
+    folder = copied(tiny_folder, tmp_path / "model")
+    vision = {
+        "vision_tower.x.position_ids": np.arange(3),
+        "model.multi_modal_projector.y": np.full(2, np.nan, np.float32),
+    }
+    with_tensors(lambda tensors: {name.replace("model.", prefix, 1): tensors[name] for name in tensors} | vision)(
+        folder
+    )
+    with pytest.raises(CheckpointError, match=r"(vision_tower|multi_modal_projector).* has no place in the model"):
+        lyra.load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    write_fields(folder / "config.json", {"model_type": "gemma3", "text_config": config, "eos_token_id": [1, 9]})
+    same_weights(folder, tiny_folder)
+    text = lyra.load(folder).text
+    assert text is not None
+    assert text.stops == (1, 9)
+
+
+def test_a_folder_that_transformers_saved_of_a_multimodal_model(tmp_path: Path) -> None:
+    """With an untied head, which only the outer config tells of."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    text = sizes | {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 40}
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=39, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    expected = model(torch.tensor([[2, 5, 7]])).logits.detach().numpy()
+    for backend in FRAMEWORKS:
+        loaded = lyra.load(tmp_path, backend=backend)
+        assert not loaded.spec.tie_word_embeddings
+        np.testing.assert_allclose(loaded.logits([2, 5, 7])[None], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_a_header_of_odd_length_leaves_the_weights_unaligned(tiny_folder: Path, tmp_path: Path) -> None:
     folder = copied(tiny_folder, tmp_path / "model")
     header, body = split_weights((folder / WEIGHTS).read_bytes())

@@ -68,9 +68,10 @@ def read_config(folder: Path) -> Config:
 
 
 def check_ids(path: Path, name: str, value: Any, vocab_size: int) -> None:
-    """Token ids, one, a list of them or none, lie in the vocabulary. Raises CheckpointError, naming file and field."""
-    for one in value if isinstance(value, list) else [value]:
-        if one is not None and not (type(one) is int and 0 <= one < vocab_size):
+    """An id, or none, lies in the vocabulary; of ends there may be a list. Raises CheckpointError, naming the field."""
+    several = isinstance(value, list) and name == "eos_token_id"
+    for one in value if several else [value]:
+        if (one is not None or several) and not (type(one) is int and 0 <= one < vocab_size):
             raise CheckpointError(f"{path}: {name} is {value!r:.100}; expected ids from 0 to {vocab_size - 1:,}")
 
 
