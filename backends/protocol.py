@@ -173,8 +173,12 @@ class Engine(Protocol):
     answer, padding aside, is raised as NotFiniteError and never returned.
     """
 
-    spec: ModelSpec
     module: Any
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model does; no split, whatever is attached."""
+        ...
 
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """float32 [B,T,V]."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax")
-pytest.importorskip("flax")
+nnx = pytest.importorskip("flax.nnx")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
@@ -316,3 +316,14 @@ def test_specs_of_the_layers_are_the_models(jax_engine: JaxEngine) -> None:
         spec: AttentionSpec = layer.self_attn.spec
         assert (spec.sliding_window is None) == (index in GLOBAL)
         assert spec == jax_engine.spec.layer(index)
+
+
+def test_a_vocabulary_that_has_grown_since_is_the_models(gemma_folder: Path) -> None:
+    engine = JaxEngine.load(str(gemma_folder))
+    rows = engine.module.embed_tokens.weight[...]
+    more = np.concatenate([rows, np.full((3, rows.shape[1]), 0.5, np.float32)])
+    engine.module.embed_tokens.weight = nnx.Param(jax.numpy.asarray(more))
+    assert engine.logits(np.array([[2, VOCAB + 2]])).shape == (1, 2, VOCAB + 3)
+    assert engine.log_probs(np.array([[2, VOCAB + 2]])).shape == (1, 1)
+    with pytest.raises(InputError, match=f"ids range from 2 to {VOCAB + 3}"):
+        engine.logits(np.array([[2, VOCAB + 3]]))

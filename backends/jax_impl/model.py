@@ -18,6 +18,7 @@ from lyra.spec.attaching import specs_by_layer
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_dtype, check_static
+from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
@@ -52,9 +53,14 @@ class JaxEngine:
     def __init__(self, module: Gemma3, source: Path) -> None:
         """`source` is the folder that the module comes from."""
         self.module, self.source = module, source
-        self.spec = module.spec
         self._attached: dict[int, Attached | Block] = {}
         self._slots: dict[int, int] = {}  # of the context in each layer whose heads read one, before padding
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model does, with the vocabulary that it has now."""
+        spec, size = self.module.spec, self.module.embed_tokens.weight.shape[0]
+        return spec if spec.vocab_size == size else spec.replace(vocab_size=size)
 
     @classmethod
     def load(

@@ -29,7 +29,11 @@ class BlockInjector(ABC):
     """Gives layers of a Gemma-3 injected blocks and takes them away again; `GemmaInjector` is one, for any model."""
 
     text: Gemma3TextModel
-    spec: ModelSpec
+
+    @property
+    @abstractmethod
+    def spec(self) -> ModelSpec:
+        """What the model does."""
 
     @abstractmethod
     def fingerprint(self, layers: Iterable[int]) -> Fingerprint:

@@ -65,7 +65,7 @@ class GemmaInjector(BlockInjector):
         self.model = model
         self.text = text_model(model)
         name = Path(self.text.config.name_or_path)
-        self.spec = ModelSpec.from_hf_config(self.text.config.to_dict(), name.name if name.is_dir() else str(name))
+        self._spec = ModelSpec.from_hf_config(self.text.config.to_dict(), name.name if name.is_dir() else str(name))
         check_kind(self.text.config._attn_implementation)
         if self.spec.attention.softcap is not None:
             raise InputError(
@@ -79,6 +79,12 @@ class GemmaInjector(BlockInjector):
     def __exit__(self, *_: object) -> None:
         self.detach()
         self.disable()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model does, with the vocabulary and the layers that it has now."""
+        self._spec = spec_now(self._spec, self.text)
+        return self._spec
 
     @property
     def enabled(self) -> dict[int, LyraGemma3Attention]:
@@ -256,6 +262,13 @@ class GemmaInjector(BlockInjector):
         heads = tuple(range(self.spec.num_key_value_heads))
         layers = {layer: ContextLayer(heads, one.k, one.v) for layer, one in found.items()}
         return StaticContext(layers, mask, positions, self.fingerprint(layers), tokens)
+
+
+def spec_now(spec: ModelSpec, text: Gemma3TextModel) -> ModelSpec:
+    """The spec of a model whose embeddings have been resized since, or whose last layers have been cut off."""
+    pattern = spec.pattern[: len(text.layers[: text.config.num_hidden_layers])]
+    now = {"vocab_size": text.embed_tokens.get_parameter("weight").shape[0], "pattern": pattern}
+    return spec if (spec.vocab_size, spec.pattern) == tuple(now.values()) else spec.replace(**now)
 
 
 def text_model(model: nn.Module) -> Gemma3TextModel:

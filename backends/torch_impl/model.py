@@ -26,7 +26,7 @@ from .finite import finite_rows, locate
 from .gates import GatedText
 from .gemma3 import LyraGemma3Attention
 from .generate import generate
-from .injector import GemmaInjector
+from .injector import GemmaInjector, spec_now
 from .loading import load_module
 from .logits import logits, rows_at_once
 from .tokens import Tokens, check_tokens, token_positions
@@ -39,7 +39,7 @@ class TorchEngine:
 
     def __init__(self, module: Gemma3ForCausalLM, spec: ModelSpec) -> None:
         self.module = module
-        self.spec = spec
+        self._spec = spec
         self.injector = GemmaInjector(module)
 
     @classmethod
@@ -54,6 +54,12 @@ class TorchEngine:
         checkpoint = open_checkpoint(Path(folder))
         module: Any = load_module(checkpoint, DTYPES[dtype])
         return cls(module.to(device or "cpu").eval(), checkpoint.spec)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model does, with the vocabulary and the layers that it has now."""
+        self._spec = spec_now(self._spec, self.module.model)
+        return self._spec
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -77,9 +83,9 @@ class TorchEngine:
         tokens = self._tokens(ids, mask)
         hidden = self.module.model(**self._inputs(tokens)).last_hidden_state[:, :-1].flatten(0, 1)
         targets = tokens.ids[:, 1:].reshape(-1, 1)
-        rows = rows_at_once(self.spec.vocab_size)
+        rows, softcap = rows_at_once(self.spec.vocab_size), self.module.config.final_logit_softcapping
         found = [
-            torch.log_softmax(logits(self.module.lm_head, part, self.spec.final_softcap), dim=-1).gather(1, target)
+            torch.log_softmax(logits(self.module.lm_head, part, softcap), dim=-1).gather(1, target)
             for part, target in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         result = torch.cat(found).view(len(tokens.ids), -1)

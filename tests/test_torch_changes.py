@@ -1,0 +1,77 @@
+"""What users change on a loaded model between two calls: whatever holds it asks the model, not what it once was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_gemma import CUT, GLOBAL, LAYERS, make_model, random_ids
+
+from lyra.backends.torch_impl.injector import GemmaInjector
+from lyra.backends.torch_impl.model import TorchEngine
+from lyra.spec import InputError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor(random_ids(2, 11))).logits
+
+
+def resized(model: Any) -> int:
+    """Give a model eight more tokens and return the new vocabulary's size."""
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    return model.config.vocab_size
+
+
+def halved(model: Any) -> int:
+    """Cut the last two layers off, as one does with a ModuleList."""
+    model.model.layers = model.model.layers[: LAYERS // 2]
+    model.config.num_hidden_layers = LAYERS // 2
+    model.config.layer_types = model.config.layer_types[: LAYERS // 2]
+    return model.config.vocab_size
+
+
+@pytest.mark.parametrize("change", [resized, halved])
+def test_what_has_changed_on_the_module_since_is_asked_of_the_module(change: Callable[[Any], int]) -> None:
+    model = make_model()
+    injector, engine = GemmaInjector(model), TorchEngine(model, GemmaInjector(model).spec)
+    size = change(model)
+    ids = np.array([[2, size - 1, size - 2, 5, 7, 9]])
+    layers = tuple(layer for layer in GLOBAL if layer < len(model.model.layers))
+    context = injector.capture(ids[:, :3])
+    assert tuple(context.layers) == layers == tuple(engine.capture(ids, layers))
+    assert (injector.spec.vocab_size, engine.spec.num_hidden_layers) == (size, len(model.model.layers))
+    assert engine.logits(ids).shape == (1, 6, size)
+    expected = engine.log_probs(ids)
+    assert tuple(injector.enable(split=CUT).enabled) == layers
+    np.testing.assert_allclose(engine.log_probs(ids), expected, rtol=0, atol=1e-5)
+    injector.enable(context, CUT)
+    assert np.abs(engine.log_probs(ids) - expected).max() > 1e-3
+    assert engine.generate(ids, max_new_tokens=2).shape == (1, 2)
+    with pytest.raises(InputError, match=f"ids range from 2 to {size}; the vocabulary has ids 0 to {size - 1}"):
+        engine.logits(np.array([[2, size]]))
+
+
+def test_the_cap_of_logits_and_the_attention_are_those_that_the_model_has_now() -> None:
+    model = make_model()
+    injector, engine = GemmaInjector(model), TorchEngine(model, GemmaInjector(model).spec)
+    context, ids = injector.capture(random_ids(1, 9)), random_ids(1, 6)
+    model.config.final_logit_softcapping = 3.0
+    scores = torch.log_softmax(torch.tensor(engine.logits(ids)[0, :-1]), dim=-1)
+    np.testing.assert_allclose(
+        engine.log_probs(ids)[0], scores.gather(1, torch.tensor(ids[0, 1:, None]))[:, 0], atol=1e-5
+    )
+    with injector.enable(context, CUT):
+        with_sdpa = logits(model)
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(logits(model), with_sdpa, rtol=0, atol=1e-5)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 2
+    expected = logits(model)
+    with injector.enable(split=CUT):
+        assert torch.equal(logits(model), expected)
