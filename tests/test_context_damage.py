@@ -216,3 +216,24 @@ def test_inspect_tells_the_digest_and_refuses_damage(tmp_path: Path) -> None:
     path.write_bytes(older(path.read_bytes()))
     code, output = inspected()
     assert (code, "none: the file is older than digests" in output) == (0, True)
+
+
+def test_commands_tell_of_an_older_file_in_a_line(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    import lyra
+
+    monkeypatch.setenv("LYRA_MODEL", str(tiny_folder))
+    monkeypatch.chdir(tmp_path)
+    path = Path("book.safetensors")
+    lyra.load(tiny_folder).capture(np.arange(2, 12)).save(path)
+    path.write_bytes(older(path.read_bytes()))
+    done = CliRunner().invoke(application(), ["generate", "the hand", "--context", str(path), "-n", "1"])
+    assert done.exit_code == 0, done.output
+    notices = [line for line in done.stderr.splitlines() if "older" in line]
+    assert notices == [
+        "warning: book.safetensors: the file is older than digests, so that damage to it would not show; save the "
+        "context again to give it one"
+    ]

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lyra.backends.protocol import BackendNotFound
 from lyra.errors import CheckpointError, ModelError
-from lyra.spec.errors import ContextError, InputError, NotFiniteError, SpecError, TextWarning
+from lyra.spec.errors import ContextError, InputError, NotFiniteError, SpecError, TextWarning, UncheckedContextWarning
 from lyra.terminal import console, prepare_terminal, visible
 
 KNOWN_ERRORS = (
@@ -36,6 +36,9 @@ KNOWN_ERRORS = (
 )
 """What a user can put right: shown as one line. Anything else is a defect of Lyra and keeps its traceback."""
 
+NOTICES = (TextWarning, UncheckedContextWarning)
+"""Warnings that are for whoever gave the command: shown as one line each."""
+
 USAGE = 2
 
 PIPE_CLOSED = 141
@@ -44,12 +47,13 @@ PIPE_CLOSED = 141
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """A known error becomes one red line on standard error and exit code 2, a warning of a text a yellow one; behind a
+    """A known error becomes one red line on standard error and exit code 2, a notice a yellow one; behind a
     closed pipe there is silence.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always", TextWarning)
+            for kind in NOTICES:
+                warnings.simplefilter("always", kind)
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
             yield
         _flush()  # here, where a full disk can still be told
@@ -85,8 +89,8 @@ def _drop_output() -> None:
 
 
 def _show_warning(others: Callable[..., None], message: Warning | str, kind: type[Warning], *where: Any) -> None:
-    """A TextWarning as a line of its own; `others` shows the rest."""
-    if issubclass(kind, TextWarning):
+    """One of the NOTICES as a line of its own; `others` shows the rest."""
+    if issubclass(kind, NOTICES):
         console(stderr=True).print(Text(f"warning: {visible(str(message))}", style="yellow"), soft_wrap=True)
     else:
         others(message, kind, *where)
