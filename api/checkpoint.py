@@ -38,12 +38,18 @@ def resolve(model: str | os.PathLike[str] | None = None) -> Path:
         model = os.environ.get("LYRA_MODEL") or None
     if model is None:
         return _extra_or_explain()
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return check_folder(path)
-    if path.is_file():
-        return _converted(path)
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise CheckpointError(f"a model is named by a text or a path, got {model!r:.100}. {_choices()}")
     name = os.fspath(model)
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, TypeError) as error:  # a name too long, a home that is not there, a path of bytes
+        raise CheckpointError(f"{name!r:.100} is no path ({error!s:.200}). {_choices()}") from None
+    if is_folder:
+        return check_folder(path)
+    if is_file:
+        return _converted(path)
     if name == EXTRA_MODEL:
         return _extra_or_explain(asked=True)
     if name in presets() and not name.startswith("gemma-3"):
@@ -57,7 +63,7 @@ def resolve(model: str | os.PathLike[str] | None = None) -> Path:
         )
     if HUB_ID.fullmatch(name):
         return check_folder(_from_hub(name))
-    raise CheckpointError(f"there is no model {name!r}. {_choices()}")
+    raise CheckpointError(f"there is no model {name!r:.200}. {_choices()}")
 
 
 def cache_folder() -> Path:
@@ -74,11 +80,14 @@ def _converted(path: Path) -> Path:
     from .gguf_file import MAGIC
     from .gguf_parts import parts_of
 
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise CheckpointError(f"{path} is no model: expected a .gguf file, or the folder that the file lies in")
-    states = [_state(part) for part in parts_of(path)]
-    digests = [_digest(part) for part in parts_of(path)]
+    try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise CheckpointError(f"{path} is no model: expected a .gguf file, or the folder that the file lies in")
+        states = [_state(part) for part in parts_of(path)]
+        digests = [_digest(part) for part in parts_of(path)]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return _cached(path.stem, whole, lambda _: path, lambda: [_state(part) for part in parts_of(path)] == states)
 

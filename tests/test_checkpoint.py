@@ -210,6 +210,12 @@ def test_refusals_name_what_was_given(tmp_path: Path, tiny_gguf: Path) -> None:
         resolve(tiny_gguf.parent)
 
 
+@pytest.mark.parametrize("name", ["", 5, b"model", "x" * 5000, "~nobody-of-this-name/model", "a\0b", ["gemma-3-270m"]])
+def test_a_name_that_is_none(name: Any) -> None:
+    with pytest.raises(CheckpointError, match="Name one of: a folder"):
+        resolve(name)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

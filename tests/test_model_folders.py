@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from model_damage import WEIGHTS, copied, joined_weights, replaced, split_weights, write_fields
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import lyra
 from lyra.backends.checkpoint import open_checkpoint
+from lyra.backends.checkpoint.safetensors_file import SCANNED_AT_ONCE, read_table
 from lyra.errors import CheckpointError
 from lyra.spec import ModelSpec
 
@@ -332,3 +334,19 @@ def test_the_spec_of_a_model_names_every_weight_of_it(tiny_folder: Path) -> None
     assert spec.weight_shapes() == {name: value.shape for name, value in load_file(tiny_folder / WEIGHTS).items()}
     own = spec.replace(tie_word_embeddings=False).weight_shapes()
     assert own["lm_head.weight"] == (spec.vocab_size, spec.hidden_size)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_only_what_is_not_finite_is_refused(dtype: str, tmp_path: Path) -> None:
+    """Also the largest numbers of a type, whose sum is infinite, and where only the last of many values is bad."""
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    largest = np.full((SCANNED_AT_ONCE + 5, 1), ml_dtypes.finfo(kind).max, kind)
+    for last in (1.0, -np.inf, np.nan):
+        largest[-1] = last
+        save_file({"x": largest}, tmp_path / WEIGHTS)
+        (tensor,) = read_table(tmp_path / WEIGHTS)
+        if np.isfinite(last):
+            np.testing.assert_array_equal(tensor.array(), largest)
+        else:
+            with pytest.raises(CheckpointError, match="'x' holds NaN or infinity"):
+                tensor.array()
