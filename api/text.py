@@ -38,10 +38,7 @@ class Text:
         path = folder / "tokenizer.json"
         if not path.is_file():
             return None
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{path} is no tokenizer ({error})") from None
+        tokenizer = read_tokenizer(path)
         return cls(tokenizer, *special_ids(folder, tokenizer))
 
     @cached_property
@@ -78,6 +75,23 @@ class Text:
             ids[index, length - len(row) :] = row
             mask[index, length - len(row) :] = True
         return ids, None if mask.all() else mask
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file, which takes whole texts: files may keep a truncation or padding from their last use.
+
+    Raises CheckpointError, also where it encodes no text: a part that contradicts another shows only then.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode("a")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, or PanicException, which is none
+        raise CheckpointError(f"{path} is no tokenizer ({error!s:.200})") from None
+    return tokenizer
 
 
 class TextStream:

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from model_damage import WEIGHTS, copied, joined_weights, replaced, split_weights, write_fields
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 import lyra
 from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.checkpoint.safetensors_file import SCANNED_AT_ONCE, read_table
 from lyra.errors import CheckpointError
 from lyra.spec import ModelSpec
+from lyra.text import Text
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("jax")
@@ -350,3 +352,32 @@ def test_only_what_is_not_finite_is_refused(dtype: str, tmp_path: Path) -> None:
         else:
             with pytest.raises(CheckpointError, match="'x' holds NaN or infinity"):
                 tensor.array()
+
+
+def test_a_tokenizer_file_that_cuts_or_fills_texts_does_neither_here(tiny_folder: Path, tmp_path: Path) -> None:
+    """A file keeps what its last user set."""
+    folder = copied(tiny_folder, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=12)
+    (folder / "tokenizer.json").unlink()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    plain, found = Text.from_folder(tiny_folder), Text.from_folder(folder)
+    assert plain is not None
+    assert found is not None
+    assert found.encode("and the end of a note") == plain.encode("and the end of a note")
+    assert found.encode("a") == plain.encode("a")
+
+
+def test_a_tokenizer_whose_parts_contradict_each_other_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """Where the library panics, when it reads the file or at the first text."""
+    for case, change in enumerate(("post_processor", "merges")):
+        folder = copied(tiny_folder, tmp_path / str(case))
+        fields = json.loads((folder / "tokenizer.json").read_text())
+        if change == "merges":
+            fields["model"]["merges"][4][1] = "<eos>"
+        else:
+            fields["post_processor"]["single"][0]["SpecialToken"]["id"] = "nothing"
+        write_fields(folder / "tokenizer.json", fields)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+            lyra.load(folder)
