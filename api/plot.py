@@ -177,7 +177,7 @@ def _strip(axes: Axes, weights: np.ndarray, norm: PowerNorm) -> None:
 
 def _name_strongest(axes: Axes, weights: np.ndarray, names: Sequence[str], most: int) -> None:
     """Names below: the strongest tokens first, none where it would touch the name of a stronger one."""
-    width, height = axes.get_position().size * axes.figure.get_size_inches()
+    width, height = (pixels / axes.figure.dpi for pixels in (axes.bbox.width, axes.bbox.height))
     below = transforms.blended_transform_factory(axes.transData, axes.transAxes)
     taken: list[tuple[float, float]] = []  # inches
     for slot in map(int, np.argsort(-weights)):
