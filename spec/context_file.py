@@ -77,7 +77,10 @@ def read_context(path: str | os.PathLike[str], verify: bool = True) -> OpenedCon
     What is there is held to the digests that the file has, unless `verify` is False. Of an older file, which has none,
     an UncheckedContextWarning says so.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError:
+        raise ContextError(f"a context is read from a file; expected its name, got {shown(path)}") from None
     try:
         return _read(path, verify)
     except ContextError as error:

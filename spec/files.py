@@ -23,7 +23,8 @@ _DESCRIPTOR = re.compile(r"(?:/proc/(?:self|thread-self|[0-9]+)(?:/task/[0-9]+)?
 _TEMPORARY = ".lyra-"
 """What stands in the name of a temporary file, between that of the file it becomes and twelve digits."""
 
-_NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
+_AS_IT_IS: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""To open what somebody else may have put there: no link is followed, no pipe waited for."""
 
 _LONGEST = 200
 """Bytes of a file's name that its temporary file still carries; 255 is the most that file systems take."""
@@ -89,7 +90,7 @@ def sweep(target: Path) -> None:
         found = [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name)]
     for left in found:
         with suppress(OSError):  # another's, or gone meanwhile
-            handle = os.open(left, os.O_RDONLY | _NO_LINK)
+            handle = os.open(left, os.O_RDONLY | _AS_IT_IS)
             try:
                 if _lock(handle):
                     _remove(left)

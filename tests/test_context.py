@@ -179,6 +179,12 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
         StaticContext.load(path)
 
 
+@pytest.mark.parametrize("name", [None, 5, b"book.safetensors", ["book.safetensors"]])
+def test_what_is_no_name_of_a_file_is_refused(name: object) -> None:
+    with pytest.raises(ContextError, match="expected its name, got"):
+        StaticContext.load(name)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ContextError, match="there is no such file"):
         StaticContext.load(tmp_path / "none.safetensors")

@@ -1,11 +1,15 @@
-"""Rows of what contexts cost: bytes by preset, nats in fewer bits, memory while attached."""
+"""Rows of what contexts cost: bytes by preset, nats in fewer bits, memory while attached, time to load."""
 
 from __future__ import annotations
 
-from ..row import Count, Framework
+from ..row import Contestant, Count, Framework, Race, Rival
 
 BYTES = "lyra.speed.contestants.context_bytes"
 MEMORY = "lyra.speed.contestants.context_memory"
+LOAD = "lyra.speed.contestants.context_load"
+SLOTS = 16384
+"""1 GiB of keys and values of the 12B's eight global layers, four KV heads of each."""
+
 BACKENDS: dict[Framework, str] = {"torch": "PyTorch", "jax": "JAX"}
 
 ROWS = (
@@ -43,5 +47,22 @@ ROWS = (
             "layers comes to the peak of attaching.",
         )
         for backend, name in BACKENDS.items()
+    ),
+    Race(
+        "context-load",
+        "loading a context's file of 1 GiB, which is in the page cache, and holding it to its digests",
+        Contestant("load", "torch", f"{LOAD}:load", {"slots": SLOTS, "verify": True}),
+        (
+            Rival(Contestant("load, verify=False", "torch", f"{LOAD}:load", {"slots": SLOTS, "verify": False})),
+            Rival(
+                Contestant(
+                    "load, verify=False, and the hash by itself", "torch", f"{LOAD}:load_and_hash", {"slots": SLOTS}
+                ),
+                at_least=0.95,
+            ),
+        ),
+        rounds=9,
+        note="The hash reads every tensor once, at the speed of memory. Without it a load looks through the keys and "
+        "values for NaN and infinity, and at the tables of cosines.",
     ),
 )
