@@ -11,13 +11,13 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 if sys.platform != "win32":
     import fcntl
 
-_DESCRIPTOR = re.compile(r"(?:/proc/(?:self|thread-self|[0-9]+)(?:/task/[0-9]+)?|/dev)/fd/([0-9]+)")
+_DESCRIPTOR = re.compile(r"(?:/proc/(?P<owner>[^/]+)(?:/task/[0-9]+)?|/dev)/fd/(?P<number>[0-9]+)")
 """What stands for a file that a process holds open: replaced, nobody would read what is written."""
 
 _TEMPORARY = ".lyra-"
@@ -57,8 +57,9 @@ def renamed_into(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name and rename. What is no file, such as /dev/stdout, is written to. Raises OSError."""
     if _is_stream(path):
-        number = _descriptor(path)
-        with _named(path), open(path if number is None else os.dup(number), "ab") as stream:
+        found = _descriptor(path)
+        own = found is not None and found["owner"] in {None, "self", "thread-self", str(os.getpid())}
+        with _named(path), open(os.dup(int(found["number"])) if found and own else path, "ab") as stream:
             stream.write(data)
         return
     with renamed_into(path) as temporary:
@@ -164,12 +165,12 @@ def _is_stream(path: Path) -> bool:
     return (path.exists() and not path.is_file()) or _descriptor(path) is not None
 
 
-def _descriptor(path: Path) -> int | None:
-    """The number of the descriptor that a path such as /dev/stdout stands for, which may be a file's."""
+def _descriptor(path: Path) -> re.Match[str] | None:
+    """The descriptor that a path such as /dev/stdout stands for, which may be a file's: its owner and its number."""
     step = os.path.abspath(path)
     for _ in range(40):
         if found := _DESCRIPTOR.fullmatch(step):
-            return int(found[1])
+            return found
         if not os.path.islink(step):
             break
         step = os.path.abspath(os.path.join(os.path.dirname(step), os.readlink(step)))
@@ -191,12 +192,8 @@ def _make_like(path: Path, old: os.stat_result) -> None:
 
 def _sync(path: Path) -> None:
     """Write a file, or the names in a folder, to the disk. Raises OSError for a file, where a disk may be full."""
-    if path.is_file():
-        with path.open("r+b") as written:
-            os.fsync(written.fileno())
-        return
-    with suppress(OSError):  # folders cannot be synced everywhere
-        handle = os.open(path, os.O_RDONLY)
+    with suppress(OSError) if path.is_dir() else nullcontext():  # folders cannot be synced everywhere
+        handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -114,6 +114,10 @@ def test_a_descriptor_is_written_to_and_never_replaced(tmp_path: Path) -> None:
         subprocess.run(command, stdout=out, check=True)
     assert (tmp_path / "out").read_text() == "before\nwithin\nafter\n"
     assert Path("/dev/stdout").is_symlink()
+    with (tmp_path / "out").open("ab") as out:
+        command[2] = command[2].replace("/dev/stdout", f"/proc/{os.getpid()}/fd/{out.fileno()}")
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "out").read_text() == "before\nwithin\nafter\nwithin\n"
     with pytest.raises(FileExistsError, match="is no file"), renamed_into(Path("/dev/stdout")):
         pass
 
