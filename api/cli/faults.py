@@ -24,6 +24,7 @@ from .files import check_files
 
 if TYPE_CHECKING:
     from lyra.conformance.faults.catalogue import Fault
+    from lyra.conformance.faults.generators import Tamed
     from lyra.conformance.faults.kill import Verdict
 
 
@@ -54,13 +55,16 @@ def faults(
 ) -> None:
     """Put each catalogued fault into each backend and run the suite: killed or survived.
 
-    Exit code 0: the suite killed all of them; 1: a fault survived; 2: usage, or a fault that cannot be made.
+    Without --only, the suite's own generators too: made tame, so that what a property is about never comes up, they
+    must leave it vacuous. Exit code 0: the suite killed and noticed all of them; 1: a fault survived, or tame cases
+    went unnoticed; 2: usage, or a fault that cannot be made.
     """
     check_files(json_path)
     import_extra("hypothesis", "conformance")
     import_extra("pytest", "conformance")
     from lyra.conformance.faults.catalogue import select
     from lyra.conformance.faults.crew import kill_all
+    from lyra.conformance.faults.generators import tame_all
     from lyra.conformance.launch import prepare_environment
 
     prepare_environment()
@@ -88,12 +92,21 @@ def faults(
     verdicts = [found[place] for place in sorted(found)]
     _report(printer, chosen, verdicts, names)
     printer.print(f"{len(work)} faults in {time.perf_counter() - started:.0f} s, profile {profile.value}")
+    tame = [] if only else tame_all(names[0], profile.value, seed)
+    _report_tame(printer, tame)
     if json_path is not None:
-        data = {"format": 1, "profile": profile.value, "seed": seed, "faults": [one.to_dict() for one in verdicts]}
+        data = {
+            "format": 1,
+            "profile": profile.value,
+            "seed": seed,
+            "faults": [one.to_dict() for one in verdicts],
+            "generators": [one.to_dict() for one in tame],
+        }
         write_atomically(json_path, json.dumps(data, indent=2, ensure_ascii=False).encode())
     if any(one.status == "broken" for one in verdicts):
         raise typer.Exit(2)
-    raise typer.Exit(1 if any(one.status == "survived" for one in verdicts) else 0)
+    unnoticed = any(one.status != "vacuous" for one in tame)
+    raise typer.Exit(1 if unnoticed or any(one.status == "survived" for one in verdicts) else 0)
 
 
 def _list(chosen: list[Fault]) -> Table:
@@ -135,6 +148,17 @@ def _report(printer: Console, chosen: list[Fault], verdicts: list[Verdict], name
         mine = [one for one in verdicts if one.backend == name]
         killed = sum(one.status == "killed" for one in mine)
         printer.print(f"{name}: {killed} of {len(mine)} killed in {sum(one.seconds for one in mine):.0f} s")
+
+
+def _report_tame(printer: Console, tame: list[Tamed]) -> None:
+    """How many premises were missed where tame generators never met them, and which were not."""
+    for one in tame:
+        if one.status != "vacuous":
+            said = f" {one.property}, without any case of: {one.premise}"
+            printer.print(Text.assemble((one.status, COLOURS["survived"]), said))
+    if tame:
+        noticed = sum(one.status == "vacuous" for one in tame)
+        printer.print(f"generators made tame: {noticed} of {len(tame)} properties and premises vacuous")
 
 
 def _cell(verdict: Verdict) -> Text:
