@@ -117,12 +117,17 @@ def _create(target: Path, mode: int | None) -> tuple[Path, int | None]:
         path = target.with_name(_prefix(target.name) + secrets.token_hex(6))
         if mode is None:
             path.mkdir()
-            if sys.platform == "win32":  # there a folder cannot be opened
-                return path, None
-        handle = os.open(path, os.O_RDONLY if mode is None else os.O_RDWR | os.O_CREAT | os.O_EXCL, mode or 0)
+        else:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode))
+        if sys.platform == "win32":  # there what is open cannot be renamed
+            return path, None
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # a sweep of another process came between making and opening it
+            continue
         if _lock(handle) is not False and path.exists():
             return path, handle
-        os.close(handle)  # a sweep of another process came between making and locking it
+        os.close(handle)  # or between opening and locking it
 
 
 def _remove(path: Path) -> None:
