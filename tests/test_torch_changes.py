@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -75,3 +76,25 @@ def test_the_cap_of_logits_and_the_attention_are_those_that_the_model_has_now() 
     expected = logits(model)
     with injector.enable(split=CUT):
         assert torch.equal(logits(model), expected)
+
+
+def test_frequencies_that_are_no_longer_the_configs() -> None:
+    model = make_model()
+    injector = GemmaInjector(model)
+    context = injector.capture(random_ids(1, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        injector.enable(context, CUT)
+        injector.disable()
+    for dtype in (torch.bfloat16, torch.float16):
+        model = make_model()
+        model.model.rotary_emb.to(dtype)  # as model.bfloat16() and model.half() do
+        injector = GemmaInjector(model)
+        with pytest.warns(UserWarning, match=rf"rounded to {dtype}.*Load the model with dtype="):
+            injector.enable(context, CUT)
+        with pytest.warns(UserWarning, match=f"rounded to {dtype}"):
+            injector.attach(context)
+    model = make_model()
+    model.config.rope_parameters["full_attention"]["rope_theta"] = 5e5
+    with pytest.raises(InputError, match=r"theta 500000 .* the config was changed after the model was made"):
+        GemmaInjector(model).enable(context, CUT, override=True)

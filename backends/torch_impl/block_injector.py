@@ -23,6 +23,7 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 
 from .injected import MemoryInjectionBlock, check_place, inject, withdraw
+from .live_rope import check_rope
 from .tensor_parallel import share_of
 
 CONTEXTS = "a StaticContext, the path of its file, or a transformers Cache"
@@ -128,6 +129,8 @@ class BlockInjector(ABC):
         if outside:
             raise InputError(f"attach: layers {outside} have no place for a block or no block for their context")
         self._check_in_one_piece("attach: a block", blocks)
+        if static:
+            check_rope(self.text, self.spec)
         made = {
             layer: MemoryInjectionBlock(
                 self.text.layers[layer],

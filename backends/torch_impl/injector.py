@@ -38,6 +38,7 @@ from .block_injector import BlockInjector
 from .capture import capture
 from .external import from_cache
 from .gemma3 import LyraGemma3Attention
+from .live_rope import check_rope
 from .offload import at_hand, device_of
 from .tensor_parallel import prepare_own, share_of, whole
 from .tokens import check_tokens
@@ -180,6 +181,8 @@ class GemmaInjector(BlockInjector):
         effect, having no visible context and live mode "causal" (clause IDENTITY). Raises InputError, SpecError; then
         nothing has changed.
         """
+        if static:
+            check_rope(self.text, self.spec)
         asked = specs_by_layer(self.spec, static, splits, mode)
         shares = {layer: share_of(self.text.layers[layer].self_attn) for layer in asked}
         own = {layer: shares[layer].own_layer(spec) for layer, spec in asked.items()}
@@ -240,6 +243,7 @@ class GemmaInjector(BlockInjector):
         mask [B,S] bool is that of the tokens in the cache, False at padding. Keys, which a cache holds rotated, are
         turned back (clause STORED). Raises InputError for a cache that is not whole, with the reason.
         """
+        check_rope(self.text, self.spec)
         chosen = chosen_layers(self.spec, layers)
         self._check_in_one_piece("context_of: a context", chosen)
         return self._context(*from_cache(self.text, self.spec, cache, chosen, mask), None)
