@@ -7,7 +7,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 LONGEST = 600
@@ -87,11 +87,19 @@ def interrupted(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) and _Interrupt.came
 
 
+def only_told() -> None:
+    """From now on no signal is the user's Ctrl-C: only `press` says that it was pressed."""
+    _Interrupt.watched = True
+
+
 def press() -> None:
     """Take the next KeyboardInterrupt for the user's."""
     _Interrupt.came = True
 
 
 def _place(file: str, line: int | None) -> str:
-    name = os.path.relpath(file) if os.path.isabs(file) and file.startswith(os.getcwd() + os.sep) else file
-    return f"{name}, line {line}" if line else name
+    """A line of a file, its name as short as it gets from here."""
+    with suppress(OSError):  # the working folder may be gone
+        if file.startswith(os.getcwd() + os.sep):
+            file = os.path.relpath(file)
+    return f"{file}, line {line}" if line else file

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
 from lyra.conformance import session as sessions
+from lyra.conformance.journal import journal
 from lyra.conformance.judge import Judge
 from lyra.conformance.launch import REPLAY, begin
+from lyra.conformance.record import Failure
 from lyra.conformance.registry import Declaration
 from lyra.conformance.replay import describe, write_replay
 from lyra.conformance.selection import selects
+from lyra.conformance.subject import BackendError
 
 
 def declaration_of(item: pytest.Item) -> Declaration | None:
@@ -49,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if kept and not chosen and not hasattr(config, "workerinput"):  # workers have a controller that says it
             raise pytest.UsageError(session.shard.empty())
         kept = {item: one for item, one in kept.items() if property_name(item) in chosen}
+    session.planned = {property_name(item): one for item, one in kept.items()}
+    kept = {item: one for item, one in kept.items() if property_name(item) not in session.done}
     if len(kept) < len(declared):
         config.hook.pytest_deselected(items=[item for item in declared if item not in kept])
         items[:] = [item for item in items if item in kept or item not in declared]
@@ -61,11 +66,11 @@ def judge(request: pytest.FixtureRequest) -> Judge:
     if declaration is None:
         raise pytest.UsageError(f"{request.node.name}: only a property, declared with @prop, can ask for a judge")
     session = sessions.current()
-    summary = (declaration.check.__doc__ or "").strip().splitlines()[0]
     premises = declaration.premises if request.config.stash[REPLAY] is None else ()  # one case, whatever it meets
     names = [premise.name for premise in premises]
-    prop = session.record.register(property_name(request.node), declaration.statements, summary, names)
-    made = Judge(session.backends, session.record, prop, declaration.needs, premises)
+    prop = session.record.register(property_name(request.node), declaration.statements, declaration.summary, names)
+    backends = [one for one in session.backends if one.name not in session.without.get(prop.name, ())]
+    made = Judge(backends, session.record, prop, declaration.needs, premises)
     if not made.subjects:
         pytest.skip("unsupported: " + "; ".join(f"{name} {t.why_unsupported}" for name, t in prop.tallies.items()))
     return made
@@ -91,12 +96,20 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[Any]:
     except pytest.exit.Exception:
         raise
     except Exception as error:
-        if not any(failed == name for failed, _ in record.failures):
-            record.broke(name, error)
+        blame(name, error)
         explain(name, error)
         raise
     finally:
         record.seconds += time.perf_counter() - started
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What pytest counts as a failure the record has too, wherever it came from: the report decides over the run."""
+    report = yield
+    if report.failed and call.excinfo is not None and declaration_of(item) is not None:
+        blame(property_name(item), call.excinfo.value)
+    return report
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -104,9 +117,28 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     sessions.current().record.planned += sum(declaration_of(item) is not None for item in session.items)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A property begins."""
+    if declaration_of(item) is not None:
+        journal.begin(property_name(item))
+
+
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """One more property is done, whatever came of it."""
     sessions.current().record.finished += declaration_of(item) is not None
+    journal.end()
+
+
+def blame(name: str, error: BaseException) -> None:
+    """A property ended with an error: see that the record knows of it. What is a backend's is no other backend's."""
+    record = sessions.current().record
+    if any(failed == name for failed, _ in record.failures):
+        return
+    if isinstance(error, BackendError):
+        cited = record.properties[name].statements
+        record.fail(Failure(name, error.backend, cited, "errored", str(error), stage=None, case=None))
+    else:
+        record.broke(name, error)
 
 
 def explain(name: str, error: Exception) -> None:

@@ -22,22 +22,29 @@ def handed_over() -> str:
     return json.dumps(asdict(seen) | {"failures": failures, "distances": distances})
 
 
-def take_in(seen: str) -> None:
-    """Add what a worker of this run saw to the record of this process."""
+def read_record(seen: str) -> Record:
+    """What another process has handed over."""
     fields = json.loads(seen)
     fields["failures"] = {(one["property"], one["backend"]): one for one in fields["failures"]}
     fields["distances"] = {(backend, compared): ratios for backend, compared, ratios in fields["distances"]}
-    current().record.add(TypeAdapter(Record).validate_python(fields))
+    return TypeAdapter(Record).validate_python(fields)
 
 
-def write_reports(json_path: Path | None, page: Path | None, *, seconds: float) -> None:
-    """Write the report of the current session as JSON and as a page, where a path is given."""
-    if json_path is None and page is None:
-        return
+def take_in(seen: str) -> None:
+    """Add what a worker of this run saw to the record of this process."""
+    current().record.add(read_record(seen))
+
+
+def finish(json_path: Path | None, page: Path | None, *, seconds: float) -> int:
+    """Write the report of the current session as JSON and as a page, where a path is given; the exit code it means."""
     from .report.data import report_data
+    from .report.verdict import exit_code
     from .report.write import write_report
 
-    write_report(report_data(current(), seconds), json_path, page)
+    report = report_data(current(), seconds)
+    if json_path is not None or page is not None:
+        write_report(report, json_path, page)
+    return exit_code(report)
 
 
 def closing_lines() -> list[str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from itertools import combinations
 
 import numpy as np
-from hypothesis.errors import HypothesisException
 
 from lyra.backends.protocol import Backend, ModelBackend
+from lyra.backends.raised import interrupted
 from lyra.spec.uncertain import Uncertain
 
 from .asked import Inputs
 from .case import Case, Problem
+from .journal import journal
 from .premises import Premise
 from .record import Failure, Property, Record
 from .subject import BackendError, Divergence, Subject, expected, label
@@ -35,12 +37,16 @@ class Judge:
         self.premises = premises
         self.subjects: list[Subject] = []
         for backend in backends:
-            missing = [need for need in needs if not has(backend, need)]
-            tally = prop.tally(backend.name)
+            tally, subject = prop.tally(backend.name), Subject(backend, record)
+            try:
+                missing = subject.attempt(partial(lacking, backend, needs))
+            except BackendError as error:
+                self._keep(lambda: "its capabilities", subject, error)
+                continue
             if missing:
                 tally.why_unsupported = f"lacks {', '.join(missing)}"
             else:
-                self.subjects.append(Subject(backend, record))
+                self.subjects.append(subject)
 
     def each(self, case: Case | str, check: Callable[[Subject], None]) -> None:
         """Run a check on every backend; raise the first failure, the others as notes.
@@ -50,10 +56,10 @@ class Judge:
         something else. Whatever else a check raises on a backend's answer (a missing method, an array that cannot be
         indexed) counts as that backend's error.
         """
-        inputs = Inputs()
+        inputs, text = Inputs(), cache(lambda: text_of(case))
         names = [subject.name for subject in self.subjects]
         try:
-            caught = [error for subject in self.subjects if (error := self._caught(case, subject, check, inputs))]
+            caught = [error for subject in self.subjects if (error := self._caught(text, subject, check, inputs))]
         finally:
             compared = inputs.compared(names)
             self.record.cases += max(1, len(compared))
@@ -66,29 +72,30 @@ class Judge:
             self.agree_on(case, one.problem, "output", one.outputs, expected(one.problem)["output"], one.problem.real)
 
     def _caught(
-        self, case: Case | str, subject: Subject, check: Callable[[Subject], None], inputs: Inputs
+        self, text: Callable[[], str], subject: Subject, check: Callable[[Subject], None], inputs: Inputs
     ) -> Divergence | BackendError | None:
         """Run a check on one backend: its failure, if it fails, which is kept."""
         subject.begin(inputs)
         tally = self.property.tally(subject.name)
-        tally.mark("passed")
         found: Divergence | BackendError | None = None
         try:
-            check(subject)
-            subject.hold_answers()
+            with journal.asking(subject.name, text):
+                check(subject)
+                subject.hold_answers()
         except (Divergence, BackendError) as error:
             found = error
-        except HypothesisException:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            if interrupted(error):
+                raise
             found = BackendError(subject.name, error)
             found.__cause__ = error
         tally.cases += max(1, len(inputs.compared([subject.name])))
         if found is None:
+            tally.mark("passed")
             for premise in self.premises:
                 tally.met[premise.name] += any(premise.met_by(one) for one in subject.asked)
         else:
-            self._keep(case, subject, found)
+            self._keep(text, subject, found)
         return found
 
     def meet(self, premise: Premise, holds: bool) -> None:
@@ -121,15 +128,16 @@ class Judge:
             if far.ratio > K_PAIR:
                 blamed = max((one, other), key=lambda name: distance(values[name], wanted, where).ratio)
                 error = Divergence(blamed, f"{far.describe(what, K_PAIR)} between {one} and {other}", problem)
-                self._keep(case, next(s for s in self.subjects if s.name == blamed), error)
+                self._keep(lambda: text_of(case), next(s for s in self.subjects if s.name == blamed), error)
                 raise error
 
-    def _keep(self, case: Case | str, subject: Subject, error: Divergence | BackendError) -> None:
+    def _keep(self, text: Callable[[], str], subject: Subject, error: Divergence | BackendError) -> None:
         stage, message = None, str(error)
         if isinstance(error, Divergence):
             stage = error.stage
             if stage is None and error.problem is not None:
-                stage, of_trace = subject.first_diverging_stage(error.problem)
+                with journal.asking(subject.name, text):
+                    stage, of_trace = subject.first_diverging_stage(error.problem)
                 message += f"; {of_trace}" if of_trace else ""
             error.stage = stage
         self.record.fail(
@@ -140,9 +148,19 @@ class Judge:
                 kind="failed" if isinstance(error, Divergence) else "errored",
                 message=message,
                 stage=stage,
-                case=case.to_json() if isinstance(case, Case) else case,
+                case=text(),
             )
         )
+
+
+def text_of(case: Case | str) -> str:
+    """A case as a failure and a journal keep it."""
+    return case.to_json() if isinstance(case, Case) else case
+
+
+def lacking(backend: Backend, needs: Sequence[str]) -> list[str]:
+    """What a backend does not have of what a property needs."""
+    return [need for need in needs if not has(backend, need)]
 
 
 def has(backend: Backend, need: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import platformdirs
@@ -11,15 +12,16 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from lyra.backends.protocol import Backend, BackendNotFound, get_backend, known_backends
+from lyra.backends.raised import interrupts_watched
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec, load_spec
 from lyra.spec.split import HeadSplit
 
-from .plugin import BEGUN
+from .plugin import BEGUN, OWN
 from .replay import Replay
 from .selection import selects
-from .session import PROFILES, Session, UsageError, start
+from .session import PROFILES, Profile, Session, UsageError, start
 from .shard import Shard
 
 THREADS = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}
@@ -36,18 +38,25 @@ class SessionPlugin:
 
 
 def begin(config: pytest.Config) -> None:
-    """Start the session of this pytest run, unless it has begun."""
+    """Start the session of this pytest run, unless it has begun. Raises UsageError of pytest for what it cannot be."""
     if config.stash.get(BEGUN, False):
         return
     config.stash[BEGUN] = True
+    watch = ExitStack()
+    config.add_cleanup(watch.close)
+    watch.enter_context(interrupts_watched())
     given = next((one for one in config.pluginmanager.get_plugins() if isinstance(one, SessionPlugin)), None)
     path, only = config.getoption("--lyra-replay"), config.getoption("--lyra-only")
     try:
-        selects(only or "test", "", "")
-        config.stash[REPLAY] = Replay.read(path) if path else None
+        if only is not None:
+            selects(only, "", "")
+        config.stash[REPLAY] = Replay.read(path) if path is not None else None
         if given is not None:
             start(given.session)
         else:
+            for option in ("--lyra-json", "--lyra-report"):
+                check_place(config.getoption(option), option)
+            config.stash[OWN] = True
             start(
                 make_session(
                     config.getoption("--lyra-backend"),
@@ -62,36 +71,54 @@ def begin(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
 
 
+def check_place(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written after the run. Raises UsageError."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        wrong = "it is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
+        raise UsageError(f"{option} {str(path)!r} cannot be written: {wrong}")
+
+
 def make_session(
-    names: list[str],
+    names: Sequence[str],
     *,
-    profile: str,
+    profile: str | Profile,
     seed: int,
     spec: str | None,
     shard: str | None = None,
     database: Path | None = None,
 ) -> Session:
     """A session for backends by name, all installed ones if none is named. Raises InputError."""
+    session = settled(profile=profile, seed=seed, spec=spec, shard=shard, database=database)
+    try:
+        backends = load_backends(names)
+    except (BackendNotFound, ImportError) as error:
+        raise UsageError(str(error)) from None
+    session.backends = backends
+    session.asked = dict(zip((backend.name for backend in backends), dict.fromkeys(names), strict=False))
+    return session
+
+
+def settled(
+    *, profile: str | Profile, seed: int, spec: str | None, shard: str | None = None, database: Path | None = None
+) -> Session:
+    """A session without a backend: all that its options say. Raises InputError for what they cannot be."""
     keep_numpy_to_one_thread()
     prepare_environment()
     try:
-        backends = load_backends(names)
-        scope, splits = read_scope(spec) if spec else (None, ())
-        return Session(
-            backends=backends,
-            profile=PROFILES[profile],
-            seed=seed,
-            scope=scope,
-            splits=splits,
-            asked=dict(zip((backend.name for backend in backends), dict.fromkeys(names), strict=False)),
-            shard=Shard.parse(shard) if shard else None,
-            database=database,
-        )
-    except (BackendNotFound, SpecError, ImportError) as error:
-        raise UsageError(str(error)) from None
+        scope, splits = read_scope(spec) if spec is not None else (None, ())
+    except (SpecError, OSError) as error:
+        raise UsageError("; ".join(str(error).splitlines())) from None
+    return Session(
+        profile=PROFILES[profile] if isinstance(profile, str) else profile,
+        seed=seed,
+        scope=scope,
+        splits=splits,
+        shard=Shard.parse(shard) if shard is not None else None,
+        database=database,
+    )
 
 
-def load_backends(names: list[str]) -> list[Backend]:
+def load_backends(names: Sequence[str]) -> list[Backend]:
     """Backends by name; without names, every installed one that loads.
 
     Raises BackendNotFound, ImportError, and UsageError where two have one name.

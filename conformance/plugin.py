@@ -17,6 +17,9 @@ import pytest
 BEGUN = pytest.StashKey[bool]()
 """Whether a session of the suite has been made in this process."""
 
+OWN = pytest.StashKey[bool]()
+"""Whether pytest's options have made it, so that pytest's exit code is to be that of the report."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of `pytest --pyargs lyra.conformance`."""
@@ -62,7 +65,7 @@ class Follower:
     def pytest_sessionstart(self) -> None:
         """Refuse what cannot be followed before workers start: each of them would say so."""
         options = ("lyra_backend", "lyra_spec", "lyra_only", "lyra_shard", "lyra_replay")
-        asked = any(self._config.getoption(name) for name in options)
+        asked = any(self._config.getoption(name) not in (None, []) for name in options)
         if asked and not self._is_worker and self._config.getoption("numprocesses", None):
             from .launch import begin
 
@@ -97,13 +100,19 @@ class Follower:
             begin(self._config)
             take_in(seen)
 
-    def pytest_sessionfinish(self) -> None:
-        """Write the reports that options ask for."""
-        if self._begun and not self._is_worker:
-            from .gather import write_reports
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the reports that options ask for; what they do not call a pass is none for pytest either."""
+        own = self._config.stash.get(OWN, False)
+        if not own or self._is_worker or self._config.getoption("collectonly"):
+            return
+        from .gather import finish
+        from .session import current
 
-            paths = self._config.getoption("lyra_json"), self._config.getoption("lyra_report")
-            write_reports(*paths, seconds=time.monotonic() - self._started)
+        paths = self._config.getoption("lyra_json"), self._config.getoption("lyra_report")
+        code = finish(*paths, seconds=time.monotonic() - self._started)
+        if session.exitstatus == pytest.ExitCode.OK and current().record.planned:
+            session.exitstatus = code
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """How much was compared, after pytest's own summary."""

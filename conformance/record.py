@@ -6,10 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lyra.backends.raised import raised
+
 from .shard import Shard
 
 Status = Literal["passed", "failed", "errored", "vacuous", "unsupported"]
 SEVERITY: tuple[Status, ...] = ("unsupported", "passed", "vacuous", "failed", "errored")
+
+BY_ITSELF = "the property itself"
+"""Stands in the message of an error that is no backend's."""
 
 NARROW = ", bfloat16"
 """Ends the name of what was compared in bfloat16, where σ is another one (TOLERANCE-4)."""
@@ -101,7 +106,7 @@ class Record:
         prop = self.properties[name]
         for backend, tally in prop.tallies.items():
             if not tally.why_unsupported:
-                message = f"the property itself raised {type(error).__name__}: {error}"
+                message = f"{BY_ITSELF} raised {raised(error)}"
                 self.fail(Failure(name, backend, prop.statements, "errored", message, stage=None, case=None))
 
     def left_out(self, name: str, reason: str) -> None:
@@ -115,8 +120,9 @@ class Record:
         self.distances.setdefault((backend, stage), []).append(ratio)
 
     def add(self, other: Record) -> None:
-        """Take in what another process saw of the same run: other properties, so that nothing is counted twice."""
-        self.properties |= other.properties
+        """Take in what another process saw of the same run: other properties, or other backends in one of them."""
+        for name, prop in other.properties.items():
+            self.register(name, prop.statements, prop.summary, prop.premises).tallies.update(prop.tallies)
         self.failures |= other.failures
         for key, ratios in other.distances.items():
             self.distances.setdefault(key, []).extend(ratios)

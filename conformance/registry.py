@@ -30,6 +30,11 @@ class Declaration:
     premises: tuple[Premise, ...]
     weight: float = 1.0
 
+    @property
+    def summary(self) -> str:
+        """What must hold, in a line."""
+        return (inspect.getdoc(self.check) or "").splitlines()[0]
+
 
 def prop(
     *statements: str,

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lyra.backends.raised import raised
 from lyra.spec.files import write_atomically
+from lyra.spec.text_file import read_json
 
 from .case import Case
-from .record import Failure
+from .record import BY_ITSELF, Failure
 from .session import UsageError, current
 
 FOLDER = Path(".lyra") / "cases"
 """Where failing cases are written, below the working folder."""
+
+LARGEST, MOST_NUMBERS = 2**32, 2**29
+"""Counts in a case file are below the one, and its arrays hold no more numbers than the other: 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +35,39 @@ class Replay:
     def read(cls, path: str) -> Replay:
         """Read a replay file. Raises UsageError with the reason where it is none."""
         try:
-            fields = json.loads(Path(path).read_text())
-            name, case = fields["property"], fields["case"]
+            fields = read_json(path, refuse=UsageError, what="a case that `lyra conform` wrote")
         except OSError as error:
             raise UsageError(f"cannot read the case {path!r}: {error.strerror}") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UsageError(f"{path!r} is no case file: {error}") from None
+        name, case = fields.get("property"), fields.get("case")
+        if not isinstance(name, str) or "case" not in fields:
+            raise UsageError(f"{path!r} is no case: it lacks 'property', a text, or 'case'")
+        if not isinstance(case, dict):
+            return cls(name, None)
         try:
-            return cls(name, Case.from_json(json.dumps(case)) if isinstance(case, dict) else None)
+            return cls(name, possible(Case.from_json(json.dumps(case))))
         except ValueError as error:
-            raise UsageError(f"{path!r} holds no case of this version: {error}") from None
+            raise UsageError(f"{path!r} holds no case of this version: {'; '.join(str(error).splitlines())}") from None
+
+
+def possible(case: Case) -> Case:
+    """A case that a file made, once its arrays can be made of it. Raises ValueError, before anything is allocated."""
+    context = case.context
+    counts = [*case.calls, *case.padding, case.batch, case.start, case.seed]
+    counts += [context.tokens, context.batch, context.start, *context.hidden] if context is not None else []
+    odd = [one for one in counts if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < LARGEST]
+    if odd or not case.calls:
+        raise ValueError(f"a count, a position or a seed is {odd[0]!r:.60}" if odd else "it has no calls")
+    spec, slots = case.spec, context.tokens * context.batch if context is not None else 0
+    heads = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
+    size = (spec.hidden_size + case.batch * case.tokens + slots) * (heads + spec.hidden_size)
+    if size > MOST_NUMBERS:
+        raise ValueError(f"its arrays have {size:.1e} numbers, of at most {MOST_NUMBERS:.1e}")
+    try:
+        case.problem()
+        case.describe()
+    except Exception as error:  # whatever its values, which nothing has checked, make of themselves
+        raise ValueError(f"it gives no arrays ({raised(error)})") from None
+    return case
 
 
 def write_replay(failure: Failure) -> Path:
@@ -70,7 +99,7 @@ def _case(text: str | None) -> Any:
 def command(failure: Failure) -> str:
     """The command that runs a failure's case again."""
     backend = current().asked.get(failure.backend, failure.backend)
-    return f"lyra conform --backend {backend} --replay {failure.replay}"
+    return f"lyra conform --backend {shlex.quote(backend)} --replay {shlex.quote(str(failure.replay))}"
 
 
 def describe(failure: Failure, again: str | None = None) -> str:
@@ -81,7 +110,7 @@ def describe(failure: Failure, again: str | None = None) -> str:
     stage = failure.stage or "unknown (no stage is off by itself, or the backend gives no trace)"
     case = _case(failure.case)
     picture = Case.from_json(json.dumps(case)).describe() if isinstance(case, dict) else case or "none was compared"
-    raised = "  the backend raised" if failure.case is not None else "  the property raised, not the backend"
+    raised = "  the property raised, not the backend" if BY_ITSELF in failure.message else "  the backend is at fault"
     lines = [
         f"{', '.join(failure.statements)} {failure.kind} on backend {failure.backend!r} in {failure.property}",
         f"  {failure.message}",

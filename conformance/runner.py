@@ -1,4 +1,4 @@
-"""Runs the suite outside pytest's own command line: `lyra conform`, the faults, and tests of the harness."""
+"""Runs the suite in this process, outside pytest's own command line: workers of `lyra conform`, faults, tests."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def run(
     *,
     fail_fast: bool = False,
     replay: str | None = None,
-    junit: str | None = None,
     only: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     plugins: Sequence[object] = (),
@@ -82,20 +81,20 @@ def run(
     `only` is an expression over the properties' names, such as "rope and not far"; `plugins` are further ones for
     pytest. Raises InputError for an `only` that is no expression.
     """
-    selects(only or "test", "", "")
+    if only is not None:
+        selects(only, "", "")
     folder = Path(__file__).parent / "properties"
     arguments = [str(folder), "-q", "--capture=no", "-p", "no:cacheprovider", f"--rootdir={folder.parent}"]
     arguments += ["-c", os.devnull]  # the configuration of whatever project this runs in is not the suite's
     arguments += ["--tb=native"]  # pytest's own tracebacks parse every file on the way: seconds for a failure
     arguments += ["-x"] if fail_fast else []
-    arguments += ["--lyra-replay", replay] if replay else []
-    arguments += ["--junitxml", junit] if junit else []
-    arguments += ["--lyra-only", only] if only else []
-    own: list[object] = [SessionPlugin(session)] + ([Progress(progress)] if progress else [])
+    arguments += [f"--lyra-replay={replay}"] if replay is not None else []
+    arguments += [f"--lyra-only={only}"] if only is not None else []
+    all_plugins = [SessionPlugin(session), *plugins, *([Progress(progress)] if progress else [])]
     forget_properties()
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        code = pytest.main(arguments, plugins=[*own, *plugins])
+        code = pytest.main(arguments, plugins=all_plugins)
     return Run(int(code), log.getvalue(), session.record)
 
 

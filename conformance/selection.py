@@ -10,6 +10,7 @@ import warnings
 
 from lyra.spec.errors import InputError
 
+EMPTY = re.compile(r"^\s*$|\(\s*\)")
 OPERATORS = frozenset({"and", "or", "not"})
 
 
@@ -24,9 +25,14 @@ def selects(expression: str, module: str, name: str) -> bool:
     def truth(word: re.Match[str]) -> str:
         return word[0] if word[0] in OPERATORS else str(word[0].lower() in names)
 
+    words = re.sub(r"[^\s()]+", truth, expression)  # nothing is left but True, False, operators, ()
     try:
+        if EMPTY.search(words):
+            raise SyntaxError("nothing between parentheses")
         with warnings.catch_warnings():
             warnings.simplefilter("error", SyntaxWarning)
-            return bool(eval(re.sub(r"[^\s()]+", truth, expression)))  # nothing is left but True, False, operators, ()
-    except (SyntaxError, TypeError):
-        raise InputError(f"--only {expression!r} is no expression; write words joined by and, or, not and ()") from None
+            return bool(eval(words))
+    except (SyntaxError, TypeError, MemoryError, RecursionError):  # the last two for a thousand parentheses
+        raise InputError(
+            f"--only {expression!r:.200} is no expression; write words joined by and, or, not and ()"
+        ) from None

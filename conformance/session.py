@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hypothesis import Phase
 from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 
-from lyra.backends.protocol import Backend
+from lyra.backends.protocol import Backend, PlacedBackend
+from lyra.backends.raised import interrupted
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
 from lyra.spec.split import HeadSplit
@@ -19,10 +20,16 @@ from .frames import Frame, make_frames
 from .record import Record
 from .shard import Shard
 
+if TYPE_CHECKING:
+    from .registry import Declaration
+
 
 class UsageError(InputError):
     """An option that cannot be followed: an unknown backend, spec or case."""
 
+
+SEEDS = 2**32
+"""Seeds are below this."""
 
 ProfileName = Literal["smoke", "ci", "thorough"]
 
@@ -55,6 +62,29 @@ PROFILES: dict[str, Profile] = {
 }
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a report says of a backend; `hardware` is what it computes on, None where it does not say."""
+
+    name: str
+    capabilities: tuple[str, ...]
+    hardware: str | None
+
+    @classmethod
+    def of(cls, backend: Backend) -> Card:
+        """That of a backend."""
+        return cls(backend.name, tuple(sorted(backend.capabilities)), _hardware_of(backend))
+
+
+def _hardware_of(backend: Backend) -> str | None:
+    try:
+        return str(backend.hardware) if isinstance(backend, PlacedBackend) else None
+    except BaseException as error:  # whatever a backend raises here, what the run found is worth more
+        if interrupted(error):
+            raise
+        return None
+
+
 @dataclass
 class Session:
     """One run of the suite.
@@ -64,6 +94,12 @@ class Session:
     shard     the part of the suite that is run; None means all of it
     database  the folder where Hypothesis keeps failing examples, to try them first next time; None keeps nothing
     shrink    whether a failing case is made as small as it gets, which takes many times what finding it did
+    done      properties that another process of this run has judged, which are left out
+    without   backends, by property, that ended the process there, so that they are not asked again
+    judged    what a report says of the backends, where they are in other processes
+    planned   what every property that the options select says of itself, those of `done` too, once they are collected
+
+    Raises InputError for a seed that NumPy does not take.
     """
 
     backends: Sequence[Backend] = ()
@@ -77,11 +113,22 @@ class Session:
     shard: Shard | None = None
     database: Path | None = None
     shrink: bool = True
+    done: frozenset[str] = frozenset()
+    without: Mapping[str, Collection[str]] = field(default_factory=dict)
+    judged: tuple[Card, ...] = ()
+    planned: Mapping[str, Declaration] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.seed, int) and 0 <= self.seed < SEEDS):
+            raise InputError(f"the seed is {self.seed!r:.60}; expected a whole number from 0 to {SEEDS - 1}")
         if not self.frames:
             self.frames = make_frames(self.profile.frames, self.seed, self.scope)
         self.record.shard = self.shard
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """What a report says of the backends."""
+        return self.judged or tuple(Card.of(backend) for backend in self.backends)
 
     def examples(self, weight: float) -> int:
         """How many examples a property of this weight gets; layers of real size get fewer."""

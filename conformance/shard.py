@@ -12,6 +12,10 @@ FIXED_COST = 1.0
 """What a property costs beside its examples, in units of a property of weight 1: its share of what is compiled."""
 
 
+MOST = 10_000
+"""Shards of one run: far more than there are properties."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Part `index` of `count`, counted from 1."""
@@ -22,9 +26,11 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         """The shard that `2/3` names. Raises InputError."""
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise InputError(f"{text!r} is no shard; write i/n with 1 ≤ i ≤ n, such as 1/3 for the first of three")
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]) <= MOST:
+            raise InputError(
+                f"{text!r:.60} is no shard; write i/n with 1 ≤ i ≤ n ≤ {MOST}, such as 1/3 for the first of three"
+            )
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from lyra.backends.protocol import Attention, Backend, Bfloat16Backend, Engine, ModelBackend
+from lyra.backends.raised import ends_the_process, interrupted, raised
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
 
@@ -17,6 +18,7 @@ from .answers import Malformed, check_result, check_values
 from .asked import Input, Inputs
 from .blocks import expected_of_block, make_block, stage_of_block
 from .case import Problem
+from .journal import journal
 from .record import NARROW, Record
 from .tolerance import K_PAIR, MODEL, Distance, K, distance, model_distance, stored_distance
 
@@ -37,7 +39,8 @@ class BackendError(Exception):
     """A backend raised where it had to answer."""
 
     def __init__(self, backend: str, error: BaseException) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
+        ending = ", which would have ended the run" if ends_the_process(error) else ""
+        super().__init__(f"{raised(error)}{ending}")
         self.backend = backend
 
 
@@ -292,10 +295,16 @@ class Subject:
         return self.attempt(lambda: backend.load(folder))
 
     def attempt(self, call: Callable[[], Answer]) -> Answer:
-        """Call into the backend; what it raises is its own error. Raises BackendError."""
+        """Call into the backend; what it raises is its own error, whatever it is. Raises BackendError.
+
+        Only the user's Ctrl-C passes: a backend's `sys.exit()` ends nothing but this call.
+        """
         try:
-            return call()
-        except Exception as error:
+            with journal.asking(self.name):
+                return call()
+        except BaseException as error:
+            if interrupted(error):
+                raise
             raise BackendError(self.name, error) from error
 
     def expect_model(self, got: np.ndarray, wanted: np.ndarray, what: str, against: str) -> None:

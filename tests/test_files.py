@@ -222,6 +222,7 @@ BESIDES = {
     "bench/speed": "into its own scratch folder, gone in the end; /proc; the pipe to its worker",
     "bench/peft_prefix.py": "into its own scratch folder",
     "conformance/properties": "into their own scratch folders",
+    "conformance/supervisor.py": "its journal, into its own scratch folder",
     "conformance/report/markdown.py": "a job's summary, which is appended to",
     "spec/files.py": "the door",
     "spec/tensor_file.py": "into the file of renamed_into",

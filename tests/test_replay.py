@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import pytest
 from backends_for_tests import SlightlyOff, Wrapped
 from judging import judged
 
+from lyra.conformance.case import Case
 from lyra.conformance.replay import Replay
+from lyra.conformance.session import UsageError
+from lyra.spec.attention import AttentionSpec
+
+SMALLEST_LAYER = AttentionSpec(hidden_size=12, num_attention_heads=2, num_key_value_heads=1, head_dim=8, scale=1.0)
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
@@ -67,3 +73,32 @@ def test_a_failure_of_a_block_is_shrunk_and_replayed_too() -> None:
     (again,) = judged(SlightlyOff(), replay=failure.replay).record.failures.values()
     assert (again.message, again.stage) == (failure.message, "output")
     assert judged(Wrapped(), replay=failure.replay).record.ok
+
+
+ODD_CASES: dict[str, tuple[dict[str, object], str]] = {
+    "no calls": ({"calls": []}, "it has no calls"),
+    "calls of texts": ({"calls": ["x"]}, "a count, a position or a seed is 'x'"),
+    "negative": ({"batch": -1}, "a seed is -1"),
+    "fraction": ({"start": 0.5}, "a seed is 0.5"),
+    "large": ({"calls": [10**9], "batch": 10**9}, "numbers, of at most"),
+    "seed": ({"seed": 2**40}, "a seed is 1099511627776"),
+    "flavour": ({"padding": [9, 9, 9]}, "it gives no arrays (IndexError"),
+    "poison": ({"poison": "arsenic", "padding": [1]}, "it gives no arrays ("),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), ODD_CASES.values(), ids=ODD_CASES)
+def test_a_case_that_gives_no_arrays_is_refused(change: dict[str, object], words: str) -> None:
+    fields = json.loads(Case(SMALLEST_LAYER).to_json()) | change
+    Path("case.json").write_text(json.dumps({"property": "order::layer_equals_oracle", "case": fields}))
+    with pytest.raises(UsageError, match=re.escape(words)):
+        Replay.read("case.json")
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff", b"[" * 100_000, b"", b"[]", b'{"property": 5, "case": {}}', b'{"case": null}']
+)
+def test_what_is_no_case_file_is_refused(data: bytes) -> None:
+    Path("case.json").write_bytes(data)
+    with pytest.raises(UsageError, match="case"):
+        Replay.read("case.json")

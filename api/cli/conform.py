@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from lyra.backends.protocol import import_extra
 from lyra.spec.errors import InputError
+from lyra.spec.files import write_atomically
 from lyra.terminal import console
 
 from .files import check_files
@@ -51,7 +53,8 @@ def conform(
 ) -> None:
     """Hold backends to the spec: against Hugging Face, the float64 oracle and each other.
 
-    Exit code 0: all passed; 1: something failed or errored, or the run was cut short; 2: usage.
+    Backends run in a process of their own: whatever one does to it ends no run. Exit code 0: something was compared,
+    and all of it passed; 1: something failed or errored, or the run was cut short; 2: usage.
     """
     import_extra("hypothesis", "conformance")
     import_extra("pytest", "conformance")
@@ -59,50 +62,65 @@ def conform(
         check_files(json_path=json_path)
         _list(json_path)
         return
-    from lyra.conformance.launch import make_session
+    from lyra.conformance.launch import settled
     from lyra.conformance.replay import Replay
     from lyra.conformance.report.data import report_data
+    from lyra.conformance.report.junit import junit as junit_xml
     from lyra.conformance.report.table import print_report
+    from lyra.conformance.report.verdict import exit_code
     from lyra.conformance.report.write import write_report
-    from lyra.conformance.runner import run
+    from lyra.conformance.selection import selects
+    from lyra.conformance.session import start
+    from lyra.conformance.supervisor import Supervisor
 
     check_files(json_path, junit, report, inputs=(replay, spec), folders=(database,))
-    printer = console()
+    if only is not None:
+        selects(only, "", "")
     if replay is not None:
         Replay.read(str(replay))
-    session = make_session(backend or [], profile=profile.value, seed=seed, spec=spec, shard=shard, database=database)
-    names = [one.name for one in session.backends]
+    session = settled(profile=profile.value, seed=seed, spec=spec, shard=shard, database=database)
+    start(session)
+    task = {
+        "names": list(dict.fromkeys(backend or [])),
+        "profile": asdict(session.profile),
+        "seed": seed,
+        "spec": spec,
+        "shard": shard,
+        "database": str(database) if database is not None else None,
+        "fail_fast": fail_fast,
+        "replay": str(replay) if replay is not None else None,
+        "only": only,
+    }
     started = time.perf_counter()
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{' and '.join(names)}, profile {profile.value}", total=None)
-        outcome = run(
-            session,
-            fail_fast=fail_fast,
-            replay=str(replay) if replay else None,
-            junit=str(junit) if junit else None,
-            only=only,
-            progress=lambda name, done, total: bar.update(task, completed=done, total=total, description=name or None),
-        )
+        shown = bar.add_task(f"{' and '.join(backend or ['all backends'])}, profile {profile.value}", total=None)
+
+        def tell(name: str, done: int, total: int) -> None:
+            bar.update(shown, completed=done, total=total, description=name.rpartition("::")[2] or None)
+
+        course = Supervisor(session, task, tell).run()
     seconds = time.perf_counter() - started
-    if outcome.found_nothing:
+    printer = console()
+    if course.log:
+        printer.print(course.log, highlight=False)
+    found = None
+    if course.planned:
+        found = report_data(session, seconds)
+        print_report(printer, found)
+        write_report(found, json_path, report)
+        if junit is not None:
+            write_atomically(junit, junit_xml(found, course.seconds))
+    elif not course.log:
         asked = f"--replay {replay}" if replay else f"profile {profile.value} with --only {only!r}"
         raise InputError(f"{asked} names no property; `lyra conform --list` names them all")
-    if outcome.refused:
-        raise InputError(outcome.refused)
-    if outcome.broke:
-        printer.print(outcome.log, highlight=False)
-        raise typer.Exit(2)
-    found = report_data(session, seconds)
-    print_report(printer, found)
-    write_report(found, json_path, report)
-    raise typer.Exit(0 if session.record.ok and outcome.exit_code == 0 else 1)
+    raise typer.Exit(exit_code(found))
 
 
 def _list(json_path: Path | None) -> None:

@@ -25,10 +25,11 @@ def merge(
     import_extra("hypothesis", "conformance")
     from lyra.conformance.report.merge import merged, read_report
     from lyra.conformance.report.table import print_report
+    from lyra.conformance.report.verdict import exit_code
     from lyra.conformance.report.write import write_report
 
     check_files(json_path, report, inputs=reports)
     found = merged({str(path): read_report(path) for path in dict.fromkeys(reports)})
     print_report(console(), found)
     write_report(found, json_path, report)
-    raise typer.Exit(0 if found.ok else 1)
+    raise typer.Exit(exit_code(found))

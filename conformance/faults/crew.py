@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 from lyra.conformance.launch import prepare_environment
 
-from .catalogue import Fault
+from .catalogue import Fault, FaultError
 from .kill import Verdict, kill
 
 TURN = 40
@@ -30,6 +31,15 @@ def kill_all(
             try:
                 for future in as_completed(futures):
                     yield futures[future], future.result()
+            except BrokenProcessPool:
+                ended = [work[place] for one, place in futures.items() if lost(one)][: 2 * workers]
+                named = ", ".join(f"{fault.id} in {name}" for fault, name in ended)
+                raise FaultError(f"a process ended within a fault, one of {named}; try each with --only") from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def lost(future: Future[Verdict]) -> bool:
+    """Whether a fault has no verdict because its process, or one beside it, has ended."""
+    return future.done() and not future.cancelled() and isinstance(future.exception(), BrokenProcessPool)

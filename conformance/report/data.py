@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from lyra.backends.protocol import Backend, PlacedBackend
 from lyra.conformance.case import Case
 from lyra.conformance.record import NARROW, SEVERITY, Failure, Property, Status, rate
 from lyra.conformance.replay import command
@@ -30,6 +29,9 @@ PACKAGES = ("lyra", "numpy", "torch", "transformers", "jax", "flax", "hypothesis
 AGAINST_ORACLE = frozenset(name for names in TRACES.values() for name in names) | {"gradients"}
 WHOLE_MODEL = ", whole model"
 STATUSES: tuple[Status, ...] = ("passed", "failed", "errored", "vacuous", "unsupported")
+NAMED = 12
+"""Missing shards that are named."""
+
 PERCENTILES = (50, 90, 99, 99.9, 100)
 EDGES = tuple(K * 2.0 ** (i / 2) for i in range(-18, 7))
 """Edges of the bins that |Δ|/σ is counted in: half octaves from K/512 to 8·K, K on one of them."""
@@ -160,8 +162,8 @@ class Report(Part):
 
 def report_data(session: Session, seconds: float) -> Report:
     """Everything the run saw. `seconds` is how long it took, ending now."""
-    record, shard = session.record, session.shard
-    names = [backend.name for backend in session.backends]
+    record, shard, cards = session.record, session.shard, session.cards
+    names = [card.name for card in cards]
     parts = [_property(prop) for _, prop in sorted(record.properties.items())]
     return Report(
         format=FORMAT,
@@ -175,10 +177,8 @@ def report_data(session: Session, seconds: float) -> Report:
         spec=session.scope.to_dict() if session.scope else None,
         tolerance=K,
         backends=[
-            backend_part(
-                one.name, hardware_of(one), one.capabilities, parts, complete=record.complete, whole=shard is None
-            )
-            for one in session.backends
+            backend_part(one.name, one.hardware, one.capabilities, parts, complete=record.complete, whole=shard is None)
+            for one in cards
         ],
         cases=record.cases,
         calls=record.calls,
@@ -195,14 +195,6 @@ def report_data(session: Session, seconds: float) -> Report:
         distances=[_distances(*key, ratios) for key, ratios in sorted(record.distances.items())],
         failures=[_failure(failure) for _, failure in sorted(record.failures.items())],
     )
-
-
-def hardware_of(backend: Backend) -> str | None:
-    """What a backend says that it computes on, if it does."""
-    try:
-        return str(backend.hardware) if isinstance(backend, PlacedBackend) else None
-    except Exception:  # whatever a backend raises here, what the run found is worth more
-        return None
 
 
 def backend_part(
@@ -322,6 +314,18 @@ def percentiles(values: Mapping[str, int], largest: float) -> dict[str, float]:
     return found | {str(PERCENTILES[-1]): round(largest, 4)}
 
 
+def alike(failures: Iterable[FailurePart]) -> list[tuple[FailurePart, list[str]]]:
+    """Failures, each with the properties of others that say the same: a backend that was given up has one in each."""
+    found: dict[tuple[str, str, int], tuple[FailurePart, list[str]]] = {}
+    for place, one in enumerate(failures):
+        key = one.backend, one.message, place if one.case is not None else -1
+        if key in found:
+            found[key][1].append(one.property)
+        else:
+            found[key] = (one, [])
+    return list(found.values())
+
+
 def report_schema() -> dict[str, Any]:
     """The JSON Schema of a report, which schema.json beside this file holds."""
     return {"$schema": DIALECT, **Report.model_json_schema()}
@@ -343,7 +347,8 @@ def shortfall(report: Report) -> str | None:
     if report.shards is not None and report.shards.merged:
         missing = sorted(set(range(1, report.shards.count + 1)) - set(report.shards.present))
         if missing:
-            lacks.append(f"shard {', '.join(map(str, missing))} of {report.shards.count} is missing")
+            named = ", ".join(map(str, missing[:NAMED])) + (" …" if len(missing) > NAMED else "")
+            lacks.append(f"shard {named} of {report.shards.count} is missing")
     if report.finished < report.planned:
         lacks.append(f"{report.finished} of {report.planned} properties ran")
     return "; ".join(lacks) or None

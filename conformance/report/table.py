@@ -11,8 +11,9 @@ from rich.text import Text
 
 from lyra.conformance.record import Failure, Status
 from lyra.conformance.replay import describe
+from lyra.terminal import paragraphs, visible
 
-from .data import STATUSES, FailurePart, Report, part_of, shortfall, vacuous
+from .data import STATUSES, FailurePart, Report, alike, part_of, shortfall, vacuous
 
 STYLE: dict[Status, str] = {
     "passed": "green",
@@ -31,7 +32,7 @@ def conformance_table(report: Report, width: int = 100) -> Table:
     table = Table(title="Conformance by clause", title_justify="left")
     rows, backends = report.clauses, [one.name for one in report.backends]
     columns = {name: [_cell(row.status[name], row.cases[name]) for row in rows] for name in backends}
-    figures = [max([len(name), *map(len, cells)]) for name, cells in columns.items()]
+    figures = [max([len(visible(name)), *map(len, cells)]) for name, cells in columns.items()]
     names = max([len("clause"), *(len(row.name) for row in rows)])
     borders = 3 * (3 + len(backends)) + 1
     room = max(8, min(46, width - names - len("prop.") - sum(figures) - borders))
@@ -39,10 +40,15 @@ def conformance_table(report: Report, width: int = 100) -> Table:
     table.add_column("says", style="dim", no_wrap=True)
     table.add_column("prop.", justify="right", no_wrap=True)
     for name in backends:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(Text(visible(name)), justify="right", no_wrap=True)
     for place, row in enumerate(rows):
         title = row.title if len(row.title) <= room else row.title[: room - 1] + "…"
-        table.add_row(row.name, title, str(row.properties), *(columns[name][place] for name in backends))
+        table.add_row(
+            Text(visible(row.name)),
+            Text(visible(title)),
+            str(row.properties),
+            *(columns[name][place] for name in backends),
+        )
     return table
 
 
@@ -53,9 +59,11 @@ def _cell(status: Status, cases: int) -> Text:
 def print_report(console: Console, report: Report) -> None:
     """The table, the failures and the closing lines."""
     console.print(conformance_table(report, console.width))
-    for failure in report.failures:
-        told = Text(describe(_failure(failure), failure.command))
-        console.print(Panel(told, border_style=STYLE[failure.kind], title=failure.statements[0]))
+    for failure, others in alike(report.failures):
+        told = Text(paragraphs(describe(_failure(failure), failure.command)))
+        if others:
+            told.append(f"\n  the same in {len(others)} more: {', '.join(others)}")
+        console.print(Panel(told, border_style=STYLE[failure.kind], title=Text(failure.statements[0])))
     console.print(closing(report))
 
 

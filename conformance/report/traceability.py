@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Literal
 
 from pydantic import Field
@@ -70,10 +69,9 @@ def listing() -> Listing:
     """Every clause, in the order of SPEC.md."""
     holding: dict[str, list[HoldingPart]] = {}
     for name, declaration in declared().items():
-        summary = (inspect.getdoc(declaration.check) or "").splitlines()[0]
         part = HoldingPart(
             name=name,
-            summary=summary,
+            summary=declaration.summary,
             premises=[premise.name for premise in declaration.premises],
             needs=list(declaration.needs),
             profile=declaration.profile,

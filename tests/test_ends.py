@@ -1,0 +1,256 @@
+"""Nothing that a backend does ends a run: what would is that backend's error, the others are judged, and no run that is
+cut short or has compared nothing exits with 0. Real processes, real ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from judging import judged
+from typer.testing import CliRunner, Result
+
+from lyra.cli import application
+from lyra.conformance.supervisor import MOST_ENDS
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ABSENT = "order::absent_stages_leave_no_trace"
+TWO = "absent_stages or layer_equals_oracle"
+
+
+def throw(error: type[BaseException]) -> None:
+    raise error
+
+
+def recurse() -> None:
+    recurse()
+
+
+BACKENDS = """
+import os, signal, sys
+from numpy_backend import NumpyBackend
+
+class Exit(NumpyBackend):
+    name = "exit"
+
+    def attention(self, spec, weights):
+        if spec.rope is None:
+            self.end()
+        return super().attention(spec, weights)
+
+    def end(self):
+        os._exit(0)
+
+class Group(Exit):
+    name = "group"
+
+    def end(self):
+        os.killpg(0, signal.SIGKILL)
+
+class Forks(Exit):
+    "Goes on in a copy of its process, which ends."
+    name = "forks"
+
+    def end(self):
+        if os.fork():
+            os._exit(0)
+
+class Always(NumpyBackend):
+    name = "always"
+
+    def attention(self, spec, weights):
+        os._exit(7)
+
+class Loading(NumpyBackend):
+    name = "never seen"
+
+    def __init__(self):
+        os._exit(0)
+
+class Quits(NumpyBackend):
+    def __init__(self):
+        sys.exit(0)
+
+class Leaves(NumpyBackend):
+    "Ends its process with 3 when everything is done."
+    name = "leaves"
+
+    def __init__(self):
+        import atexit
+        atexit.register(os._exit, 3)
+
+class Waits(NumpyBackend):
+    name = "waits"
+
+    def attention(self, spec, weights):
+        open("asked", "w").close()
+        import time
+        time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _found(empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder with these backends, which processes of a run find where this one does."""
+    Path("ends.py").write_text(BACKENDS)
+    for folder in (EXAMPLES, Path.cwd()):
+        monkeypatch.syspath_prepend(folder)
+
+
+def conform(*arguments: str) -> Result:
+    """A run whose report is in report.json. Its backends are in processes of their own."""
+    options = ["conform", *arguments, "--json", "report.json"]
+    return CliRunner().invoke(application(), options, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def report() -> Any:
+    return json.loads(Path("report.json").read_text())
+
+
+def status(name: str) -> dict[str, str]:
+    return {prop["name"]: prop["backends"][name]["status"] for prop in report()["properties"]}
+
+
+def test_a_process_that_ends_within_a_case_is_that_backends_error_and_no_others() -> None:
+    mine = [f"--backend=ends:{name}" for name in ("Exit", "Group", "Forks")]
+    done = conform("--only", TWO, *mine, "--backend=numpy_backend:NumpyBackend", "--junit", "junit.xml")
+    assert done.exit_code == 1, done.output
+    for name in ("exit", "group", "forks"):
+        assert status(name) == {ABSENT: "errored", "order::layer_equals_oracle": "passed"}
+        assert f"{name}: does not conform. 1 passed, 0 failed, 1 errored" in done.stdout
+    assert set(status("numpy").values()) == {"passed"}
+    found = {failure["backend"]: failure for failure in report()["failures"]}
+    ended = "the process ended by itself (exit status 0) while the backend was asked"
+    killed = "the process was killed by SIGKILL (as the system does where memory runs out) while the backend was asked"
+    assert {name: one["message"] for name, one in found.items()} == {"exit": ended, "group": killed, "forks": ended}
+    assert report()["finished"] == report()["planned"] == 2
+    junit = Path("junit.xml").read_text()
+    assert (junit.count("<testcase "), junit.count("<error "), junit.count("<failure ")) == (2, 3, 0)
+    again = conform("--backend", "ends:Exit", "--replay", found["exit"]["replay"])
+    assert again.exit_code == 1
+    assert report()["failures"][0]["message"] == ended
+
+
+def test_a_backend_that_ends_every_process_is_given_up() -> None:
+    done = conform("--only", "order", "--backend", "ends:Always")
+    assert done.exit_code == 1
+    found = [one for one in status("always").values() if one != "unsupported"]
+    assert len(found) > 4
+    assert set(found) == {"errored"}
+    messages = [failure["message"] for failure in report()["failures"]]
+    assert sum("(exit status 7) while the backend was asked" in one for one in messages) == MOST_ENDS
+    assert sum(f"given up: it has ended {MOST_ENDS} processes" in one for one in messages) == len(found) - MOST_ENDS
+    assert done.stdout.count("given up") == 1
+    assert f"the same in {len(found) - MOST_ENDS - 1} more: order::" in done.stdout
+
+
+def test_a_backend_that_ends_the_process_while_it_is_loaded_has_erred_in_everything() -> None:
+    done = conform("--only", TWO, "--backend", "ends:Loading", "--backend", "ends:Quits")
+    assert done.exit_code == 1, done.output
+    for backend, words in (
+        ("ends:Loading", "the process ended by itself (exit status 0) while the backend was loaded"),
+        ("ends:Quits", "cannot be made: SystemExit: 0 (ends.py, line "),
+    ):
+        assert set(status(backend).values()) == {"errored"}
+        assert all(words in one["message"] for one in report()["failures"] if one["backend"] == backend)
+    assert report()["planned"] == len(report()["properties"]) == 2
+
+
+def test_a_process_that_ends_badly_once_all_is_said_has_done_its_work() -> None:
+    done = conform("--only", TWO, "--backend", "ends:Leaves")
+    assert done.exit_code == 0, done.output
+    assert "leaves: conforms. 2 passed" in done.stdout
+
+
+def test_fail_fast_ends_with_the_first_process_that_does() -> None:
+    done = conform("--fail-fast", "--only", "order", "--backend", "ends:Always")
+    assert done.exit_code == 1
+    assert len(report()["failures"]) == 1
+    assert report()["finished"] == 1 < report()["planned"]
+
+
+def test_ctrl_c_cuts_a_run_short_and_its_report_is_written() -> None:
+    arguments = ["conform", "--only", "order", "--backend", "ends:Waits", "--json", "report.json"]
+    code = f"import sys; sys.path[:0] = {sys.path[:2]}; from lyra.cli import main; main()"
+    command = [sys.executable, "-P", "-c", code, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        while not Path("asked").exists():
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        shown = running.communicate(timeout=60)[0]
+    assert running.returncode == 1
+    assert "Cut short: 0 of" in shown
+    assert not report()["ok"]
+    assert not report()["complete"]
+    assert not report()["failures"]
+
+
+def test_a_worker_of_pytest_that_ends_leaves_no_pass() -> None:
+    """What the page on CI says of pytest, whose own process nothing survives."""
+    pytest.importorskip("xdist")
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "lyra.conformance"]
+    arguments += ["--lyra-backend", "ends:Exit", "--lyra-only", TWO, "-n", "1", "--lyra-json", "report.json"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:2])}
+    done = subprocess.run([sys.executable, "-P", *arguments], capture_output=True, env=environment)
+    assert done.returncode == 1, done.stdout
+    assert b"crashed while running" in done.stdout
+    assert not report()["ok"]
+    assert not report()["complete"]
+    assert report()["finished"] < report()["planned"]
+
+
+ENDINGS: dict[str, Callable[[], Any]] = {
+    "SystemExit": lambda: sys.exit(0),
+    "KeyboardInterrupt": lambda: throw(KeyboardInterrupt),
+    "GeneratorExit": lambda: throw(GeneratorExit),
+    "Skipped": lambda: pytest.skip("not today"),
+    "Exit": lambda: pytest.exit("enough", returncode=0),
+    "Failed": lambda: pytest.fail("no"),
+    "UnsatisfiedAssumption": hypothesis.reject,
+    "RecursionError": recurse,
+    "MemoryError": lambda: throw(MemoryError),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_what_would_end_more_than_a_call_is_that_backends_error(name: str) -> None:
+    """In this process too, as `lyra faults` and pytest run it, whether a layer raises it or one of its methods."""
+    from numpy_backend import NumpyAttention, NumpyBackend
+
+    class Layer(NumpyAttention):
+        def reorder(self, cache: Any, rows: Any) -> Any:
+            ENDINGS[name]()
+
+    class Late(NumpyBackend):
+        name = "late"
+
+        def attention(self, spec: Any, weights: Any) -> Any:
+            layer = super().attention(spec, weights)
+            return Layer(layer.spec, layer.weights)
+
+    class Early(NumpyBackend):
+        name = "early"
+
+        def attention(self, spec: Any, weights: Any) -> Any:
+            ENDINGS[name]()
+
+    outcome = judged(Early(), Late(), NumpyBackend(), only="absent_stages or reordering_the_cache", shrink=False)
+    record = outcome.record
+    assert record.complete
+    assert not record.ok
+    seen = {
+        backend: {prop.tally(backend).status for prop in record.properties.values()} for backend in ("early", "numpy")
+    }
+    assert seen == {"early": {"errored"}, "numpy": {"passed"}}
+    assert record.properties["batch::reordering_the_cache"].tally("late").status == "errored"
+    assert all(name in failure.message for failure in record.failures.values())
