@@ -165,7 +165,7 @@ def test_what_never_met_its_premise_has_not_passed(vacuous: Session) -> None:
     assert next(one.status for one in report.clauses if one.name == "SCALE") == {"right": "vacuous", "wrong": "passed"}
     told = "Vacuous, since this never came up: scale::huge (<padding>)"
     page = Reader(html(report)).text
-    for text in (markdown(report), page, shown(report)):
+    for text in (markdown(report).replace("\\", ""), page, shown(report)):
         assert told in text
         assert "1 vacuous" in text
     assert "○ vacuous never met: <padding>" in page

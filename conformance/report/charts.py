@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from lyra.spec.attention import AttentionSpec
+from lyra.terminal import visible
 
 WIDTH, HEIGHT, BASE, TOP = 560, 138, 100, 16
 SMALL_WIDTH, SMALL_HEIGHT = 150, 22
@@ -97,6 +98,6 @@ def _place(value: float, edges: Sequence[float], bar: float) -> float:
 def _svg(width: float, height: float, label: str, parts: Sequence[str], kind: str) -> str:
     inner = "".join(parts)
     return (
-        f'<svg class="{kind}" role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}" '
+        f'<svg class="{kind}" role="img" aria-label="{escape(visible(label))}" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" height="{height:g}">{inner}</svg>'
     )

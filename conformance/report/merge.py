@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from lyra.conformance.record import rate
 from lyra.spec.errors import InputError
 
 from .data import DistancePart, Report, ShardsPart, backend_part, by_clause, percentiles
+from .sound import read_report, sound
+
+__all__ = ["merged", "read_report"]
 
 SAME = ("format", "profile", "seed", "spec", "tolerance", "histogram_edges", "versions")
 """What the shards of one run have in common."""
-
-
-def read_report(path: Path) -> Report:
-    """The report in a JSON file. Raises InputError with the reason where there is none, OSError."""
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{str(path)!r} is no report of this version of Lyra: {where}: {first['msg']}") from None
 
 
 def merged(reports: Mapping[str, Report]) -> Report:
@@ -45,7 +35,7 @@ def merged(reports: Mapping[str, Report]) -> Report:
     ]
     cases, calls = sum(one.cases for one in found), sum(one.calls for one in found)
     within = sum(one.property_seconds for one in found)
-    return first.model_copy(
+    whole = first.model_copy(
         update={
             "ok": all(one.verdict == "conforms" for one in backends),
             "complete": complete,
@@ -69,6 +59,7 @@ def merged(reports: Mapping[str, Report]) -> Report:
             ),
         }
     )
+    return sound(whole, "what the reports add up to")
 
 
 def _together(reports: Mapping[str, Report]) -> ShardsPart:
@@ -91,6 +82,14 @@ def _together(reports: Mapping[str, Report]) -> ShardsPart:
             if index in present:
                 raise InputError(f"shard {index} is given twice, by {present[index]!r} and {name!r}")
             present[index] = name
+    judged: dict[str, str] = {}
+    for name, report in reports.items():
+        for prop in report.properties:
+            if prop.name in judged:
+                raise InputError(
+                    f"{judged[prop.name]!r} and {name!r} are not of one run: both judged {prop.name!r:.100}"
+                )
+            judged[prop.name] = name
     assert first.shards is not None
     return ShardsPart(count=first.shards.count, present=sorted(present), merged=True)
 
@@ -125,7 +124,7 @@ def _hardware(name: str, reports: Sequence[Report]) -> str | None:
 
 def _joined(machines: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """What was said of the machines, each thing once."""
-    return {key: _once(machine[key] for machine in machines) for key in machines[0]}
+    return {key: _once(machine.get(key, "unknown") for machine in machines) for key in machines[0]}
 
 
 def _once(said: Iterable[str]) -> str:

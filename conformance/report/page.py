@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from html import escape
+from html import escape as plain
 from importlib.resources import files
 
 from lyra.conformance.case import Case
@@ -13,6 +13,7 @@ from lyra.conformance.record import Status
 from lyra.conformance.tolerance import MODEL
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.clauses import statements
+from lyra.terminal import paragraphs
 
 from .charts import head_map, histogram_chart, small_histogram
 from .data import (
@@ -24,6 +25,7 @@ from .data import (
     ShardsPart,
     TallyPart,
     Verdict,
+    alike,
     part_of,
     shortfall,
     vacuous,
@@ -39,6 +41,11 @@ COLOUR: dict[Verdict, Status] = {
 }
 ORACLE = "output"
 NOTHING = TallyPart(status="unsupported", cases=0, why_unsupported="was not asked")
+
+
+def escape(text: str) -> str:
+    """A text from outside as HTML has it: no markup, no control character, none that turns the direction of writing."""
+    return plain(paragraphs(text))
 
 
 def html(report: Report) -> str:
@@ -107,7 +114,9 @@ def _matrix(report: Report) -> str:
             f'<span class="cases">{_cases(clause.cases[backend.name])}</span></td>'
             for backend in report.backends
         )
-        rows.append(f'<tr><th scope="row">{clause.name}</th><td class="says">{escape(clause.title)}</td>{cells}</tr>')
+        rows.append(
+            f'<tr><th scope="row">{escape(clause.name)}</th><td class="says">{escape(clause.title)}</td>{cells}</tr>'
+        )
     return (
         "<h2>Clause by clause</h2>\n<p class='dim'>A count is of properties; one that cites several clauses counts in "
         "each. Unsupported: the backend lacks a capability that the property needs. Vacuous: what the property is "
@@ -124,19 +133,22 @@ def _cases(count: int) -> str:
 def _failures(report: Report) -> str:
     if not report.failures:
         return ""
-    return "<h2>Failures and errors</h2>\n" + "\n".join(_failure(failure) for failure in report.failures)
+    return "<h2>Failures and errors</h2>\n" + "\n".join(_failure(*one) for one in alike(report.failures))
 
 
-def _failure(failure: FailurePart) -> str:
-    says = statements()[failure.statements[0]].text
+def _failure(failure: FailurePart, others: list[str]) -> str:
+    first = failure.statements[0]
+    says = statements()[first].text if first in statements() else "unknown to this SPEC.md"
     rows = [("statements", ", ".join(failure.statements)), ("case", failure.picture)]
     if failure.kind == "failed":
         rows.insert(1, ("first diverging stage", failure.stage or "none by itself, or the backend gives no trace"))
+    if others:
+        rows.append((f"the same in {len(others)} more", ", ".join(others)))
     command = f"<pre>{escape(failure.command)}</pre>" if failure.command else ""
     return (
         f'<div class="card {failure.kind}"><h3><span class="{failure.kind}">{SIGN[failure.kind]} {failure.kind}</span> '
         f"{escape(failure.backend)}: <code>{escape(failure.property)}</code></h3>"
-        f'<p class="dim">{failure.statements[0]}: {_prose(says)}</p>'
+        f'<p class="dim">{escape(first)}: {_prose(says)}</p>'
         f"<pre>{escape(failure.message)}</pre>{_list(rows)}{_case_map(failure)}{command}</div>"
     )
 
@@ -232,7 +244,7 @@ def _properties(report: Report) -> str:
             )
         rows.append(
             f'<tr><th scope="row"><code>{escape(prop.name)}</code></th><td>{escape(prop.summary)}<br>'
-            f'<span class="dim">{", ".join(prop.statements)}{_premises(prop)}</span></td>{cells}</tr>'
+            f'<span class="dim">{escape(", ".join(prop.statements))}{_premises(prop)}</span></td>{cells}</tr>'
         )
     return (
         f"<h2>Properties</h2>\n<details><summary>All {len(rows)} properties</summary><div class='scroll'><table><thead>"
