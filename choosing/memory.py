@@ -38,6 +38,9 @@ class Memory:
 
 def _read(path: Path) -> dict[str, list[float]]:
     try:
-        return {str(name): [float(value) for value in row] for name, row in json.loads(path.read_text()).items()}
+        return {
+            str(name): [float(value) for value in row]
+            for name, row in json.loads(path.read_text(encoding="utf-8")).items()
+        }
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no progress of choosing heads ({error}); remove it") from None

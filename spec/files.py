@@ -56,7 +56,7 @@ def renamed_into(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name and rename. What is no file, such as /dev/stdout, is written to. Raises OSError."""
-    if _is_stream(path):
+    if is_stream(path):
         found = _descriptor(path)
         own = found is not None and found["owner"] in {None, "self", "thread-self", str(os.getpid())}
         with _named(path), open(os.dup(int(found["number"])) if found and own else path, "ab") as stream:
@@ -157,7 +157,7 @@ def _lock(handle: int) -> bool | None:
 
 def _target(path: Path) -> Path:
     """The file that is meant: where a symlink leads. Raises OSError for what is no file, and for links in a ring."""
-    if _is_stream(path):
+    if is_stream(path):
         raise FileExistsError(f"{path} is there and is no file; give another name")
     target = Path(os.path.realpath(path))
     if target.is_symlink():
@@ -165,7 +165,7 @@ def _target(path: Path) -> Path:
     return target
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether a path is there and is no regular file, or stands for a descriptor."""
     return (path.exists() and not path.is_file()) or _descriptor(path) is not None
 

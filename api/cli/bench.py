@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lyra.progress import steps
+from lyra.progress import Steps, about, steps
 from lyra.spec.errors import InputError
 from lyra.spec.files import write_atomically
-from lyra.speed.measure import as_data, from_data, probe, run
+from lyra.speed.measure import Tell, as_data, from_data, probe, run
+from lyra.speed.results import joined
 from lyra.speed.row import Row
-from lyra.speed.rows import all_rows, chosen_rows
+from lyra.speed.rows import chosen_rows
 from lyra.speed.show import table
-from lyra.speed.workers import WorkerError, Workers
+from lyra.speed.workers import OutOfReach, WorkerError, Workers
+from lyra.terminal import paragraphs
 
-from .files import check_files
+from .files import STANDARD, check_files
 from .options import MOST_THREADS, JsonPath, finite
 from .output import show
+
+ROW_LIMIT = 600.0
+"""Seconds that a row may take where --row-limit says nothing else."""
+
 
 NEEDED = {"torch": "torch", "transformers": "torch", "jax": "jax", "flax": "jax"}
 """What the contestants import, and the extras that bring it."""
@@ -33,6 +41,15 @@ def bench(
         list[str] | None, typer.Option(help="Rows whose names begin with this; may be given again.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few rows, five rounds each: the report of CI.")] = False,
+    row_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            callback=finite,
+            metavar="SECONDS",
+            help=f"What a row may take: rounds are left out, then it is out of reach. Else {ROW_LIMIT:g}.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of every contestant; else one a core.")
     ] = None,
@@ -55,23 +72,27 @@ def bench(
     """
     rows = chosen_rows(only, quick)
     beside = {"--json": json_path, "--page": page, "--from": measured, "--margin": margin, "--threads": threads}
+    beside["--row-limit"] = row_limit
     if listed:
         _refuse_idle("--list only names rows", beside)
         typer.echo("\n".join(f"{row.name}: {row.what}" for row in rows))
         return
     if measured:
-        _refuse_idle("--from shows what was measured", {"--only": only, "--quick": quick, "--threads": threads})
+        _refuse_idle(
+            "--from shows what was measured",
+            {"--only": only, "--quick": quick, "--threads": threads, "--row-limit": row_limit},
+        )
     pictures = None if page is None else page.parent / "images"
     check_files(page, json_path=json_path, inputs=measured or (), folders=(pictures,))
     cores = threads or os.cpu_count() or 1
-    data = joined(measured) if measured else measure_rows(rows, quick, cores, json_path)
+    data = joined(measured) if measured else measure_rows(rows, quick, cores, json_path, row_limit or ROW_LIMIT)
     results = [from_data(one) for one in data["results"]]
     if page is not None:
         from lyra.speed.page import write_page
 
         write_page(page, data["machine"], results)
     show(data, json_path, table(results, data["machine"]))
-    if data.get("failed"):
+    if data.get("failed") or not results:
         raise typer.Exit(1)
     if margin is not None:
         beyond = [one.what for result in results for one in result.findings if not one.within(margin)]
@@ -86,47 +107,54 @@ def _refuse_idle(why: str, options: Mapping[str, object]) -> None:
         raise InputError(f"{' and '.join(idle)} would have no effect: {why}; leave {'them' if idle[1:] else 'it'} out")
 
 
-def measure_rows(rows: list[Row], quick: bool, threads: int, json_path: Path | None) -> dict[str, Any]:
+def measure_rows(
+    rows: list[Row], quick: bool, threads: int, json_path: Path | None, limit: float = ROW_LIMIT
+) -> dict[str, Any]:
     """The rows' results, as plain data, and the machine that they were measured on.
 
     They are written to `json_path` after every row, so that an interrupt loses one. A row that fails is named on
-    standard error and under "failed", and the others go on. Raises ImportError.
+    standard error and under "failed", one that would take more than `limit` seconds under "out_of_reach", and the
+    others go on. Raises ImportError.
     """
     for name, extra in NEEDED.items():
         if find_spec(name) is None:
             raise ImportError(f"the benchmark needs {name!r}, which is not installed: pip install 'lyra[{extra}]'")
-    with Workers(threads) as workers, steps("Measuring") as move:
+    with Workers(threads) as workers, steps("Measuring", at_once=True) as move:
+        move("this machine", 0, len(rows))
         machine = workers.ask("torch", "call", make="lyra.speed.machine:describe", options={})
         data: dict[str, Any] = {
-            "machine": {**machine, "threads": threads, "rates": probe(workers)},
+            "machine": {**machine, "threads": threads, "rates": probe(workers, ("float32", "bfloat16"))},
             "results": [],
             "failed": [],
+            "out_of_reach": [],
         }
         for number, row in enumerate(rows):
             move(row.name, number, len(rows))
-            try:
-                data["results"].append(as_data(run(row, workers, quick)))
-            except WorkerError as error:
-                typer.echo(f"{row.name} failed: {error}", err=True)
-                data["failed"].append(row.name)
-            if json_path not in {None, Path("-")}:
+            began = time.monotonic()
+            ended = measure_row(row, workers, quick, limit, data, partial(_tell_of, move, row.name, number, len(rows)))
+            move(f"{row.name} {ended} {about(time.monotonic() - began)}", number + 1, len(rows))
+            if json_path is not None and json_path != STANDARD:
                 write_atomically(json_path, json.dumps(data, indent=2).encode())
     return data
 
 
-def joined(paths: list[Path]) -> dict[str, Any]:
-    """The results of several runs, in the order of the rows, with the notes that these have now.
+def measure_row(row: Row, workers: Workers, quick: bool, limit: float, data: dict[str, Any], tell: Tell) -> str:
+    """Put what a row gives where it belongs, and say in a few words how it ended; the time follows."""
+    try:
+        found = run(row, workers, quick, tell, limit)
+    except OutOfReach:
+        typer.echo(f"{row.name} is out of reach here: it takes more than the {limit:g} s of --row-limit", err=True)
+        data["out_of_reach"].append(row.name)
+        return "was given up after"
+    except WorkerError as error:
+        typer.echo(f"{row.name} failed: {paragraphs(error)}", err=True)
+        data["failed"].append(row.name)
+        return "failed after"
+    if found.out_of_reach:
+        typer.echo(f"{row.name}: {found.out_of_reach} is out of reach here, within {limit:g} s", err=True)
+    data["results"].append(as_data(found))
+    return "took"
 
-    Of a row that is in several runs the last counts. Raises InputError.
-    """
-    runs = [read(path) for path in paths]
-    found = {one["name"]: one for data in runs for one in data["results"]}
-    return {**runs[0], "results": [found[row.name] | {"note": row.note} for row in all_rows() if row.name in found]}
 
-
-def read(path: Path) -> dict[str, Any]:
-    """Results that an earlier run wrote. Raises InputError for a file that holds something else."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict) or {"machine", "results"} - set(data):
-        raise InputError(f"{path} holds no results; give a file that lyra bench --json wrote")
-    return data
+def _tell_of(move: Steps, name: str, number: int, total: int, what: str) -> None:
+    move(f"{name}: {what}", number, total)

@@ -51,6 +51,8 @@ def capture(
     if split is not None and (layers, kv_heads) != (None, None):
         raise InputError("--split says which layers and KV heads are kept; leave out --layers and --kv-heads")
     asked = [None if one is None else ranges(one) for one in (layers, kv_heads)]
+    if [] in asked:
+        raise InputError(f"{'--layers' if asked[0] == [] else '--kv-heads'} names none; leave it out for all of them")
     words = read_text(text)
     loaded = load_model(model, backend, dtype)
     known = ((loaded.spec.num_hidden_layers, "layers"), (loaded.spec.num_key_value_heads, "KV heads"))

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lyra.backends.protocol import import_extra
+from lyra.progress import steps
 from lyra.spec.errors import InputError
 from lyra.spec.files import write_atomically
 from lyra.terminal import console
@@ -92,18 +92,10 @@ def conform(
         "only": only,
     }
     started = time.perf_counter()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        shown = bar.add_task(f"{' and '.join(backend or ['all backends'])}, profile {profile.value}", total=None)
+    with steps(f"{' and '.join(backend or ['all backends'])}, profile {profile.value}") as move:
 
         def tell(name: str, done: int, total: int) -> None:
-            bar.update(shown, completed=done, total=total, description=name.rpartition("::")[2] or None)
+            move(name.rpartition("::")[2], done, total)
 
         course = Supervisor(session, task, tell).run()
     seconds = time.perf_counter() - started

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from lyra.backends.protocol import import_extra
+from lyra.progress import steps
 from lyra.spec.files import write_atomically
 from lyra.terminal import console, new_table, visible
 
@@ -77,18 +77,11 @@ def faults(
     work = [(fault, name) for name in names for fault in chosen]
     found: dict[int, Verdict] = {}
     started = time.perf_counter()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(work))
+    with steps(f"Faults, profile {profile.value}") as move:
+        move("", 0, len(work))
         for place, verdict in kill_all(work, profile.value, seed, workers or min(os.cpu_count() or 1, len(work))):
             found[place] = verdict
-            bar.update(task, advance=1, description=f"{verdict.backend}: {verdict.fault} {verdict.status}")
+            move(f"{verdict.backend}: {verdict.fault} {verdict.status}", len(found), len(work))
     verdicts = [found[place] for place in sorted(found)]
     _report(printer, chosen, verdicts, names)
     printer.print(f"{len(work)} faults in {time.perf_counter() - started:.0f} s, profile {profile.value}")

@@ -8,15 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from lyra.spec.errors import InputError
+from lyra.spec.files import is_stream
 
 STANDARD = Path("-")
 """What `--json` takes for standard output."""
 
 OF_A_MODEL = ("*config.json", "*tokens*.json", "*.index.json", "tokenizer*", "*.safetensors", "*.gguf", "*template*")
 """The files of a folder that are its model's."""
-
-TEMPORARY = ".{}.12345678"
-"""About as long as the name that a file has while it is written."""
 
 Named = str | os.PathLike[str] | None
 
@@ -44,7 +42,7 @@ def check_files(
         if path is None:
             continue
         _guarded(_check_file, path)
-        if path in contexts and path.exists() and not path.is_file():
+        if path in contexts and is_stream(path):
             raise InputError(f"cannot write {str(path)!r}: a context is a file, and that is none; name one")
         if found := next((one for one in read if _same(path, one)), None):
             raise InputError(f"cannot write {_named(path, found)}: the command reads it; name another file")
@@ -90,15 +88,15 @@ def _check_file(path: Path) -> str | None:
         return "it is a folder; name a file in it"
     if path.exists() and not os.access(path, os.W_OK):
         return "it is write-protected"
-    if path.exists() and not path.is_file():
-        return None  # a device or a pipe, which is written to as it is
+    if is_stream(path):
+        return None  # a device, a pipe or an open file, which is written to as it is
     folder = Path(os.path.realpath(path)).parent
     if not folder.exists():
         return f"there is no folder {str(path.parent)!r}"
     if wrong := _check_folder(folder):
         return wrong
     with suppress(FileNotFoundError):
-        os.lstat(folder / TEMPORARY.format(path.name))
+        os.lstat(folder / path.name)  # a name may be too long
     return None
 
 

@@ -17,7 +17,6 @@ from lyra.model import Mode
 from lyra.spec.attention import Live, Positions
 from lyra.spec.errors import InputError, SpecError
 from lyra.spec.split import HasHeads, HeadSplit
-from lyra.terminal import console, visible
 
 if TYPE_CHECKING:
     from lyra.model import Model
@@ -153,7 +152,7 @@ def check_attaching(context: Path | None, mode: Mode, gate: float | None, asks_f
 
 def model_source(name: str | None) -> str | None:
     """What --model stands for: a name, or that of LYRA_MODEL."""
-    return name or os.environ.get("LYRA_MODEL")
+    return os.environ.get("LYRA_MODEL") if name is None else name
 
 
 def text_source(source: str) -> str | None:
@@ -173,12 +172,11 @@ def read_text(source: str) -> str:
 
 def load_model(name: str | None, backend: str, dtype: str, mode: Mode = "parallel") -> Model:
     """The model of the shared options, with a line on standard error while it loads."""
-    from rich.text import Text
-
     from lyra.checkpoint import resolve
     from lyra.loading import load
+    from lyra.progress import steps
 
     folder = resolve(name)  # first, because a conversion or a download shows progress of its own
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers would draw over the line below
-    with console(stderr=True).status(Text(f"Loading {visible(folder.name)}")):
+    with steps(f"Loading {folder.name}"):
         return load(folder, backend=backend, dtype=dtype, mode=mode)

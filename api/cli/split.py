@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from lyra.checkpoint import check_folder
 from lyra.spec.attaching import Split, read_split
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError, SpecError
@@ -80,22 +81,23 @@ def _picture(path: Path, kind: str) -> Path:
 
 def read_spec(source: str) -> ModelSpec | AttentionSpec:
     """The spec of a preset, a .toml file, a model's folder or a .gguf file. Raises SpecError, CheckpointError."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        from lyra.checkpoint import check_folder
-
+    known = f"presets: {', '.join(presets())}"
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir() and source != "", path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody
+        raise SpecError(f"{source!r:.200} is no path ({error!s:.200}) and no preset; {known}") from None
+    if is_folder:
         config = json.loads((check_folder(path) / "config.json").read_text(encoding="utf-8"))
         return ModelSpec.from_hf_config(config, name=path.name)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and is_file:
         from lyra.gguf_convert import hf_config
         from lyra.gguf_parts import GGUFModel
 
         return ModelSpec.from_hf_config(hf_config(GGUFModel(path)))
     if path.suffix == ".toml" or source in presets():
         return load_spec(source)
-    raise SpecError(
-        f"{source!r} is no folder, no .gguf and no .toml file, and no preset; presets: {', '.join(presets())}"
-    )
+    raise SpecError(f"{source!r:.200} is no folder, no .gguf and no .toml file, and no preset; {known}")
 
 
 def explain(attention: AttentionSpec, layers: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +19,24 @@ BUFFER = 1 << 30
 """Bytes that are read: more than caches hold."""
 
 WIDTH = 2048
-"""Of the square matrices that are multiplied."""
+"""Of the square matrices that are multiplied, at most."""
+
+NARROW = 128
+"""Their width where the machine is slow; it is doubled as long as all products together are done in time."""
+
+TIME = 2.0
+"""Seconds that the products of one dtype may take: some processors have none in bfloat16, where PyTorch multiplies
+element by element, a hundred times slower than in float32."""
 
 READS, PRODUCTS = 5, 5
 
 
-def probe() -> dict[str, float]:
-    """Bytes read a second, and floating-point operations a second of products in float32 and bfloat16.
+def probe(products: Sequence[str] = ("float32",)) -> dict[str, float]:
+    """Bytes read a second, and floating-point operations a second of products in some dtypes.
 
     Bandwidth is that of the fastest of two plain reads, a sum and a product with one vector; each is the median of a
-    few runs.
+    few runs. Where products of WIDTH would take too long, the rate is that of smaller ones, and "float32 width", or
+    that of the other dtype, says how wide they were.
     """
     import torch
 
@@ -36,11 +44,25 @@ def probe() -> dict[str, float]:
     rows, vector = buffer.view(-1, 4096), torch.ones(4096)
     read = min(_seconds(buffer.sum, READS), _seconds(lambda: torch.mv(rows, vector), READS))
     rates = {"bandwidth": BUFFER / read}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(WIDTH, WIDTH, dtype=dtype)
-        seconds = _seconds(partial(torch.mm, matrix, matrix), PRODUCTS)
-        rates[str(dtype).removeprefix("torch.")] = 2 * WIDTH**3 / seconds
+    for name in products:
+        rates[name], width = rate_of_products(name)
+        if width < WIDTH:
+            rates[f"{name} width"] = width
     return rates
+
+
+def rate_of_products(dtype: str, time_limit: float = TIME) -> tuple[float, int]:
+    """Floating-point operations a second of the widest products that are done in time, and how wide these were."""
+    import torch
+
+    width = NARROW
+    while True:
+        matrix = torch.ones(width, width, dtype=getattr(torch, dtype))
+        once = _seconds(partial(torch.mm, matrix, matrix), 2)
+        wider = 8 * once * PRODUCTS  # twice the width, eight times the operations
+        if width == WIDTH or wider > time_limit:
+            return 2 * width**3 / _seconds(partial(torch.mm, matrix, matrix), PRODUCTS), width
+        width *= 2
 
 
 def describe() -> dict[str, Any]:
@@ -76,8 +98,8 @@ class Others:
     def _ticks(self) -> int | None:
         """Clock ticks that all processes but the own ones have used, since the system started."""
         try:
-            user, nice, system = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
-            own = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.own]
+            user, nice, system = map(int, Path("/proc/stat").read_text(encoding="utf-8").split(maxsplit=4)[1:4])
+            own = [Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split() for pid in self.own]
         except OSError:
             return None
         return user + nice + system - sum(int(one[11]) + int(one[12]) for one in own)

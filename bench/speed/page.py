@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 from lyra.cli.output import size
 from lyra.spec.files import write_atomically
 from lyra.studies.figures import save
+from lyra.terminal import visible
 
 from .figures import cost_figure
 from .machine import BUFFER
 from .measure import DISTURBED, TURN, Result
+from .row import Finding
 from .rows import all_rows
 from .show import AXES, cells, duration, machine_line
 
@@ -40,6 +44,8 @@ Rows that were measured apart are joined by `--from`, once for each file.
   operations at the rate of its matrix products, whichever is longer. Both rates are measured anew beside every row, the
   bandwidth over {buffer}, more than caches hold. Where keys fit into the caches a step can be below its floor.
 - A round in which other processes kept more than {disturbed:.0%} of a core busy is taken again.
+- A row that would take a machine more than ten minutes (`--row-limit`) has fewer rounds, or is named as out of its
+  reach. Where a processor has no products in bfloat16, smaller ones are timed.
 - float32 everywhere unless a row says otherwise; weights and keys are random where nothing depends on them.
 
 ## Figures
@@ -69,9 +75,10 @@ def write_page(path: Path, machine: dict[str, Any], results: Sequence[Result]) -
 
 def page(machine: dict[str, Any], results: Sequence[Result]) -> str:
     """The Markdown text."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    versions = words(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    of_machine = words(machine_line(machine))
     text = INTRODUCTION.format(
-        disturbed=DISTURBED, machine=machine_line(machine), versions=versions, turn=TURN * 1e3, buffer=size(BUFFER)
+        disturbed=DISTURBED, machine=of_machine, versions=versions, turn=TURN * 1e3, buffer=size(BUFFER)
     )
     measured = [result for result in results if result.findings]
     text += "\n".join([HEAD, *(line for result in measured for line in _lines(result))]) + "\n"
@@ -94,25 +101,29 @@ def picture(result: Result) -> str:
 
 def _lines(result: Result) -> list[str]:
     return [
-        "| " + " | ".join((f"`{result.name}`" if number == 0 else "", *cells(finding), WORDS[finding.met])) + " |"
+        "| " + " | ".join((code(result.name) if number == 0 else "", *_cells(finding), WORDS[finding.met])) + " |"
         for number, finding in enumerate(result.findings)
     ]
 
 
+def _cells(finding: Finding) -> list[str]:
+    return [words(cell) for cell in cells(finding)]
+
+
 def _details(result: Result) -> str:
     """What was measured in a row: times, table, note, and the profile of a miss."""
-    text = f"\n### `{result.name}`\n\n{result.what[0].upper()}{result.what[1:]}."
+    text = f"\n### {code(result.name)}\n\n{_sentence(result.what)}."
     if result.times:
-        times = "; ".join(f"{name} {duration(seconds)}" for name, seconds in result.times.items())
+        times = "; ".join(f"{words(name)} {duration(seconds)}" for name, seconds in result.times.items())
         text += f" Medians of {result.rounds} rounds: {times}"
         text += f"; floor {duration(result.floor['seconds'])}." if result.floor is not None else "."
     text += "\n"
     if result.table:
-        text += "\n" + markdown(result.table) + "\n"
+        text += "\n" + markdown([[words(cell) for cell in row] for row in result.table]) + "\n"
     if result.note:
         text += f"\n{result.note}\n"
     if result.profile:
-        parts = ", ".join(f"`{name}` {share:.0%}" for name, share in result.profile)
+        parts = ", ".join(f"{code(name)} {share:.0%}" for name, share in result.profile)
         text += f"\nWhere the time of a run goes: {parts}.\n"
     return text
 
@@ -123,10 +134,26 @@ def _sweep(result: Result) -> str:
     rows = [[AXES.get(result.option, result.option), *(f"{point:,}" for point in points)]]
     for name, line in result.series.items():
         at = dict(line)
-        rows.append([name, *(duration(at[point]) if point in at else "" for point in points)])
-    text = f"\n### `{result.name}`\n\n{result.what[0].upper()}{result.what[1:]}.\n\n"
-    text += f"![{result.what}](images/{picture(result)})\n\n{markdown(rows)}\n"
+        rows.append([words(name), *(duration(at[point]) if point in at else "" for point in points)])
+    text = f"\n### {code(result.name)}\n\n{_sentence(result.what)}.\n\n"
+    text += f"![{words(result.what)}](images/{picture(result)})\n\n{markdown(rows)}\n"
+    if result.out_of_reach:
+        text += f"\nOut of this machine's reach: {words(result.out_of_reach)}.\n"
     return text + (f"\n{result.note}\n" if result.note else "")
+
+
+def words(text: str) -> str:
+    """Text that stays text in Markdown and in the page that is made of it: no tag, no link, no end of a cell."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(visible(text), quote=False))
+
+
+def code(text: str) -> str:
+    """A name between backticks, which it cannot leave, nor its cell."""
+    return f"`{visible(text).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def _sentence(text: str) -> str:
+    return words(text[:1].upper() + text[1:])
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -63,8 +63,15 @@ def machine_line(machine: dict[str, Any]) -> str:
     rates = machine["rates"]
     return (
         f"{machine['processor']}, {machine['threads']} threads: reads {rates['bandwidth'] / 1e9:.1f} GB/s, multiplies "
-        f"{rates['float32'] / 1e9:.0f} GFLOP/s in float32, {rates['bfloat16'] / 1e9:,.0f} in bfloat16"
+        f"{_products(rates, 'float32', 'GFLOP/s ')}, {_products(rates, 'bfloat16')}"
     )
+
+
+def _products(rates: Mapping[str, float], dtype: str, unit: str = "") -> str:
+    """The rate of a dtype's products, and how wide they were where the usual ones would have taken too long."""
+    rate, width = rates[dtype] / 1e9, rates.get(f"{dtype} width")
+    narrow = "" if width is None else f" (of width {width:.0f}; wider ones take too long)"
+    return f"{rate:,.{0 if rate >= 10 else 1}f} {unit}in {dtype}{narrow}"
 
 
 def duration(seconds: float) -> str:

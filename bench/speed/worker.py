@@ -74,7 +74,7 @@ class Worker:
 
 def main() -> None:
     """Answer requests on standard input until it ends; what libraries print goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     worker = Worker()
     for line in sys.stdin:

@@ -80,11 +80,12 @@ def perplexity(
     check_figure(plot, curves)
     check_files(plot, curves, json_path=json_path, inputs=(text,), folders=(checkpoints,))
     recipe = Recipe(steps=steps, rows=rows, window=window)
-    corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
     chosen = groupings(heads) if kv_heads is None else numbers(kv_heads, heads + 1, "KV heads")
     if not chosen:
         raise SpecError("no KV heads are named; write a list such as 8,4,1")
-    plan = Sweep(spec, recipe, chosen, seeds, chosen_backends(backend))
+    backends = chosen_backends(backend)
+    corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
+    plan = Sweep(spec, recipe, chosen, seeds, backends)
     with progress_bar("Training") as move:
         runs = train_all(plan.tasks(), corpus, checkpoint_folder(checkpoints), processes, move)
     found, apart = summary(runs, CACHED.tokens), distance(runs)

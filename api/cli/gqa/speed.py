@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lyra.progress import steps as progress_bar
 from lyra.spec.attention import RopeSpec, grouped
+from lyra.spec.errors import SpecError
 from lyra.speed.show import duration
 from lyra.speed.workers import Workers
 from lyra.studies.figures import check_figure, save
@@ -50,6 +51,8 @@ def speed(
     check_figure(plot)
     check_files(plot, json_path=json_path)
     chosen = groupings(heads) if kv_heads is None else numbers(kv_heads, heads + 1, "KV heads")
+    if not chosen:
+        raise SpecError("no KV heads are named; write a list such as 8,4,1")
     spec = grouped(width, heads, rope=RopeSpec(theta=10_000.0))
     for number in chosen:
         spec.replace(num_key_value_heads=number)  # refused before anything is measured

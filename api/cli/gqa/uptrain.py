@@ -78,11 +78,12 @@ def uptrain(
     check_figure(plot)
     check_files(plot, json_path=json_path, inputs=(text,), folders=(checkpoints,))
     recipe = Recipe(steps=steps, rows=rows, window=window)
-    corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
     chosen = groupings(heads)[1:] if kv_heads is None else numbers(kv_heads, heads + 1, "KV heads")
     if not chosen:
         raise SpecError("no KV heads to convert to are named; write a list such as 4,1")
-    plan = Plan(chosen_backends([backend])[0], spec, recipe, seeds, chosen, uptraining)
+    (backend,) = chosen_backends([backend])
+    corpus, spec = study(text, vocabulary, recipe, heads, width, layers)
+    plan = Plan(backend, spec, recipe, seeds, chosen, uptraining)
     with progress_bar("Training") as move:
         found = summary(uptrained(plan, corpus, checkpoint_folder(checkpoints), processes, move))
     data = {

@@ -44,7 +44,7 @@ def measure(backend: str, chunk: int, lengths: list[int]) -> dict[str, object]:
     for length in lengths:
         token = model.capture(ids[:length], chunk_size=chunk).nbytes // length
         before = held()["VmRSS"]
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
         model.capture(ids[:length], chunk_size=chunk)
         added.append(status()["VmHWM"] - before)
     return {"peaks": added, "token": token}

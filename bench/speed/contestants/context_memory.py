@@ -83,7 +83,7 @@ def measure(backend: str, folder: str, path: str, batch: int) -> dict[str, float
     start = held()["RssAnon"]
     context = StaticContext.load(path)
     loaded = held()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     attach()
     peak = status()["VmHWM"]
     after = held()

@@ -23,6 +23,6 @@ def chosen_rows(names: list[str] | None, quick: bool) -> list[Row]:
     """
     rows = [row for row in all_rows() if row.quick or not quick]
     for name in names or ():
-        if not any(row.name.startswith(name) for row in rows):
+        if not name or not any(row.name.startswith(name) for row in rows):
             raise InputError(f"no row begins with {name!r}; there are {', '.join(row.name for row in rows)}")
     return [row for row in rows if not names or row.name.startswith(tuple(names))]
