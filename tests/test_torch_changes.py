@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_gemma import CUT, GLOBAL, LAYERS, make_model, random_ids
 
+from lyra import Model
 from lyra.backends.torch_impl.injector import GemmaInjector
 from lyra.backends.torch_impl.model import TorchEngine
 from lyra.spec import InputError
@@ -98,3 +99,21 @@ def test_frequencies_that_are_no_longer_the_configs() -> None:
     model.config.rope_parameters["full_attention"]["rope_theta"] = 5e5
     with pytest.raises(InputError, match=r"theta 500000 .* the config was changed after the model was made"):
         GemmaInjector(model).enable(context, CUT, override=True)
+
+
+def test_a_context_is_captured_in_evaluation_mode_whatever_the_models_is() -> None:
+    ids = random_ids(1, 20)
+    expected = GemmaInjector(make_model()).capture(ids, chunk_size=6)
+    model = make_model(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes = {name: part.training for name, part in model.named_modules()}
+    model.gradient_checkpointing_enable()
+    injector = GemmaInjector(model)
+    for found in (
+        injector.capture(ids, chunk_size=6),
+        Model(TorchEngine(model, injector.spec)).capture(ids[0], chunk_size=6),
+    ):
+        for layer, one in found.layers.items():
+            np.testing.assert_array_equal(one.k, expected.layers[layer].k)
+            np.testing.assert_array_equal(one.v, expected.layers[layer].v)
+    assert {name: part.training for name, part in model.named_modules()} == modes

@@ -135,6 +135,7 @@ def test_gradients_under_autocast() -> None:
         assert 0 < off < 0.2, name
 
 
+@pytest.mark.filterwarnings("ignore:the model's RoPE frequencies have been rounded")
 def test_a_context_in_a_bfloat16_model_is_tuned_in_float32() -> None:
     model = make_model().to(torch.bfloat16)
     injector = GemmaInjector(model)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache, Gemma3TextModel
 
 from lyra.backends.protocol import CapturedLayer
@@ -31,7 +32,7 @@ def capture(
     """
     found: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {layer: ([], []) for layer in layers}
     cache = DynamicCache(config=module.config)
-    with _watch(module, found):
+    with _watch(module, found), _evaluating(module):
         for start in range(0, ids.shape[1], chunk_size):
             chunk = ids[:, start : start + chunk_size]
             module(input_ids=chunk, past_key_values=cache, use_cache=True)
@@ -47,6 +48,18 @@ def capture(
                 place = f"the {name} of layer {layer} at token {first_token(values)}"
                 raise locate(module, ids, otherwise=place)
     return captured
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode: in training dropout draws, and checkpointed layers forget the chunks before."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @contextmanager
