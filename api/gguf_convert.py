@@ -20,10 +20,10 @@ from lyra.spec.model import ModelSpec
 
 from .errors import CheckpointError
 from .gguf_parts import GGUFModel
-from .gguf_tokenizer import build_tokenizer, tokenizer_config
+from .gguf_tokenizer import build_tokenizer, check_vocabulary, control_ends, tokenizer_config
 from .progress import Steps
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Part of a converted folder's name: raise it whenever the same file would convert to something else."""
 
 MODEL_TENSORS = {
@@ -75,10 +75,11 @@ def hf_config(file: GGUFModel) -> dict[str, Any]:
     """The config.json of a Gemma-3 file. Raises CheckpointError, naming what is missing or wrong."""
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
-    if architecture != "gemma3":
+    if not isinstance(architecture, str) or architecture != "gemma3":
         raise CheckpointError(f"{file.path} holds the architecture {architecture!r:.100}; Lyra reads 'gemma3'")
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight; it is incomplete: download it again")
+    check_vocabulary(file)
     fields = Fields(file.path, metadata)
     hidden, heads, layers = (fields.whole(key) for key in ("embedding_length", "attention.head_count", "block_count"))
     head_dim = fields.whole("attention.key_length")
@@ -154,6 +155,8 @@ class Fields:
     def rope_scaling(self) -> dict[str, Any] | None:
         """The scaling of the global layers' RoPE."""
         kind = self.metadata.get("gemma3.rope.scaling.type", "none")
+        if not isinstance(kind, str):
+            raise self._wrong("rope.scaling.type", kind, "a word")
         return None if kind == "none" else {"rope_type": kind, "factor": self.number("rope.scaling.factor")}
 
     def _value(self, key: str, default: Any) -> Any:
@@ -228,9 +231,10 @@ def _model_name(file: GGUFModel) -> str:
 
 
 def _end_tokens(metadata: Mapping[str, Any]) -> int | list[int]:
-    """EOS, and the end of a turn or message where the file names one (instruction-tuned models)."""
+    """EOS, and the end of a turn or message, by the file's fields or by the spelling of a control token."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    ends = sorted({metadata[key] for key in keys if key in metadata}) or [1]
+    named = [metadata[key] for key in keys if key in metadata] or [1]
+    ends = sorted({*named, *control_ends(metadata)})
     return ends[0] if len(ends) == 1 else ends
 
 

@@ -35,7 +35,7 @@ class GGUFModel:
                     raise CheckpointError(f"{part.path}: tensor {name!r:.100} is in {self._owners[name].path.name} too")
                 self.tensors[name], self._owners[name] = info, part
         total = self.metadata.get("split.tensors.count", len(self.tensors))
-        if total != len(self.tensors):
+        if type(total) is not int or total != len(self.tensors):
             raise CheckpointError(
                 f"{path}: split.tensors.count is {total!r:.100}, and its {len(self._parts)} parts hold "
                 f"{len(self.tensors)}; download them again"
@@ -47,19 +47,19 @@ class GGUFModel:
 
     def _check_part(self, part: GGUFFile, number: int) -> None:
         """The file says of itself what its name says. Raises CheckpointError."""
-        count = part.metadata.get("split.count", 1)
-        if count == len(self._parts) and part.metadata.get("split.no", number) == number:
+        count, own = part.metadata.get("split.count", 1), part.metadata.get("split.no", number)
+        if type(count) is not int or type(own) is not int:
+            raise CheckpointError(f"{part.path}: split.no or split.count is no number: {own!r:.100}, {count!r:.100}")
+        if (count, own) == (len(self._parts), number):
             return
         if len(self._parts) == 1:
             raise CheckpointError(
-                f"{part.path} is one of {count!r:.100} parts of a split model; expected a name that ends in "
-                f"-{1:05}-of-{count:05}.gguf, and the other parts beside it"
-                if isinstance(count, int)
-                else f"{part.path}: split.count is {count!r:.100}; expected a number of parts"
+                f"{part.path} is one of {count:,} parts of a split model; expected a name that ends in "
+                f"-{own + 1:05}-of-{count:05}.gguf, and the other parts beside it"
             )
         raise CheckpointError(
-            f"{part.path}: split.no is {part.metadata.get('split.no')!r:.100} and split.count {count!r:.100}; expected "
-            f"{number} and {len(self._parts)}, as its name says"
+            f"{part.path}: split.no is {own} and split.count {count}; expected {number} and {len(self._parts)}, as in "
+            f"its name"
         )
 
 

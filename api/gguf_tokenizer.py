@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from .errors import CheckpointError
 from .gguf_parts import GGUFModel
+from .special_ids import ENDS
 
 SPACE = "▁"
 CONTROL, USER_DEFINED = 3, 4
@@ -28,13 +30,8 @@ def build_tokenizer(file: GGUFModel) -> Tokenizer:
 
     Raises CheckpointError where the file holds no SentencePiece vocabulary, or one that is not that of its model.
     """
-    metadata = file.metadata
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "llama" or "tokenizer.ggml.tokens" not in metadata:
-        raise CheckpointError(
-            f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r:.100}); Gemma's is 'llama'"
-        )
     check_vocabulary(file)
+    metadata = file.metadata
     names = special_tokens(metadata)
     pieces: list[str] = metadata["tokenizer.ggml.tokens"]
     tokens = [_respell(piece) for piece in pieces]
@@ -62,10 +59,15 @@ def build_tokenizer(file: GGUFModel) -> Tokenizer:
 
 
 def check_vocabulary(file: GGUFModel) -> None:
-    """The vocabulary is a list of texts, no longer than the embedding, and the special ids lie in it.
+    """It is a SentencePiece vocabulary, a list of texts, no longer than the embedding; the special ids lie in it.
 
     Raises CheckpointError, naming the field.
     """
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if not isinstance(kind, str) or kind != "llama" or "tokenizer.ggml.tokens" not in file.metadata:
+        raise CheckpointError(
+            f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r:.100}); Gemma's is 'llama'"
+        )
     pieces, kinds = (file.metadata.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type"))
     rows = file.tensors["token_embd.weight"].shape[0]
 
@@ -76,8 +78,8 @@ def check_vocabulary(file: GGUFModel) -> None:
         raise wrong("tokens", pieces, "a list of texts")
     if len(pieces) > rows:
         raise wrong("tokens", f"{len(pieces):,} texts", f"one for each of the {rows:,} rows of token_embd.weight")
-    if len(kinds) not in (0, len(pieces)):
-        raise wrong("token_type", f"{len(kinds):,} kinds", f"one for each of {len(pieces):,} tokens")
+    if not isinstance(kinds, list | np.ndarray) or len(kinds) not in (0, len(pieces)):
+        raise wrong("token_type", kinds, f"one kind for each of {len(pieces):,} tokens")
     ends = ("eot_token_id", "eom_token_id")
     for field in (*SPECIAL_KEYS.values(), *ends):
         value = file.metadata.get(f"tokenizer.ggml.{field}", 0)
@@ -85,6 +87,9 @@ def check_vocabulary(file: GGUFModel) -> None:
             raise wrong(field, value, f"an id from 0 to {len(pieces) - 1:,}")
     if not isinstance(file.metadata.get("tokenizer.chat_template", ""), str):
         raise CheckpointError(f"{file.path}: tokenizer.chat_template is no text")
+    add_bos = file.metadata.get("tokenizer.ggml.add_bos_token", True)
+    if type(add_bos) is not bool:
+        raise wrong("add_bos_token", add_bos, "true or false")
 
 
 def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +110,13 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str | None]:
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in SPECIAL_KEYS.items()}
     return {name: None if index is None else tokens[index] for name, index in ids.items()}
+
+
+def control_ends(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids of control tokens that are spelled like the end of a turn or of a text."""
+    pieces, kinds = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", ())
+    both = enumerate(zip(pieces, kinds, strict=False))
+    return [index for index, (piece, kind) in both if kind == CONTROL and piece in ENDS]
 
 
 def derive_merges(tokens: Sequence[str]) -> list[tuple[str, str]]:

@@ -15,8 +15,9 @@ import lyra
 from lyra.backends.checkpoint import open_checkpoint
 from lyra.checkpoint import resolve
 from lyra.errors import CheckpointError
-from lyra.gguf_convert import hf_config
+from lyra.gguf_convert import check_tensors, hf_config
 from lyra.gguf_parts import GGUFModel, parts_of
+from lyra.gguf_tokenizer import build_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +123,7 @@ def test_every_end_that_a_file_names_ends_a_text(
     model = lyra.load(write_tiny_gguf(tmp_path / "chat.gguf", controls=controls, **metadata))
     assert model.text is not None
     assert model.text.stops == stops
+    assert model.module.generation_config.eos_token_id == (stops[0] if len(stops) == 1 else list(stops))
     assert model.text.decode([265, stops[-1], 265]) == "e"
 
 
@@ -138,6 +140,13 @@ def test_every_end_that_a_file_names_ends_a_text(
         ({"gemma3.rope.scaling.type": "linear"}, r"lacks the metadata gemma3\.rope\.scaling\.factor"),
         ({"gemma3.attention.value_length": 64}, "value_length is not attention.key_length, 32"),
         ({"general.architecture": "gemma2"}, "architecture 'gemma2'"),
+        ({"general.architecture": np.array([1, 2])}, r"architecture array\(\[1, 2\]\)"),
+        ({"gemma3.rope.scaling.type": np.array([1, 2])}, "scaling.type is array"),
+        ({"tokenizer.ggml.model": np.array([1, 2])}, "no SentencePiece vocabulary"),
+        ({"tokenizer.ggml.token_type": 3}, "token_type is 3; expected one kind for each of 279 tokens"),
+        ({"tokenizer.ggml.tokens": ["a", 5]}, "expected a list of texts"),
+        ({"tokenizer.ggml.bos_token_id": 279}, "bos_token_id is 279; expected an id from 0 to 278"),
+        ({"tokenizer.ggml.eot_token_id": "x"}, "eot_token_id is 'x'"),
     ],
 )
 def test_metadata_that_describe_no_model_are_refused(tiny_gguf: Path, changes: dict[str, Any], words: str) -> None:
@@ -146,6 +155,25 @@ def test_metadata_that_describe_no_model_are_refused(tiny_gguf: Path, changes: d
     with pytest.raises(CheckpointError, match=words) as refusal:
         hf_config(file)
     assert str(tiny_gguf) in str(refusal.value)
+
+
+def test_metadata_of_any_kind_are_refused_in_a_line_or_make_a_model(tiny_gguf: Path) -> None:
+    """Every field in turn, with a value of another kind."""
+    file = GGUFModel(tiny_gguf)
+    right = dict(file.metadata)
+    more = ("rope.scaling.type", "final_logit_softcapping", "rope.freq_base_swa", "attention.value_length")
+    for key in (*right, *(f"gemma3.{name}" for name in more), "tokenizer.ggml.eot_token_id", "tokenizer.chat_template"):
+        for value in (np.array([1, 2]), np.empty(0, bool), "x", -1, 2**63, float("nan"), ["a", ["b"]], False):
+            file.metadata = right | {key: value}
+            refusal = ""
+            try:
+                config = hf_config(file)
+                check_tensors(file, config)
+                build_tokenizer(file)
+            except CheckpointError as error:
+                refusal = str(error)
+            assert refusal == "" or str(tiny_gguf) in refusal, key
+            assert "\n" not in refusal, key
 
 
 def test_a_pattern_may_be_listed_layer_by_layer(tmp_path: Path) -> None:
