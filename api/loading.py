@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from lyra.backends.protocol import Backend, BackendNotFound, ModelBackend, check_backend, get_backend
+from lyra.spec.arguments import check_path, shown
 from lyra.spec.attaching import SplitSource
 from lyra.spec.context import StaticContext
 
@@ -41,10 +42,15 @@ def load(
              spread over
 
     Raises CheckpointError where there is no such model, BackendNotFound or ImportError for the backend, ModelError for
-    a mode that it does not have, and what `Model.attach` raises.
+    a mode that it does not have, InputError for an argument of another type, a dtype or a device that the backend does
+    not know, and what `Model.attach` raises.
     """
-    if mode not in MODES:
-        raise ModelError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ModelError(f"unknown mode {shown(mode)}; known: {', '.join(MODES)}")
+    if model is not None:
+        check_path("model", model, "the path of a folder or .gguf file, or the name of a model")
+    if context is not None and not isinstance(context, StaticContext):
+        check_path("context", context, "a StaticContext or the path of its file")
     maker = get_backend(backend) if isinstance(backend, str) else check_backend(backend)
     if not isinstance(maker, ModelBackend):
         raise BackendNotFound(f"backend {maker.name!r} has attention layers only, no whole models: it lacks load()")

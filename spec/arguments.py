@@ -7,11 +7,13 @@ import numbers
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 
 from .errors import InputError
+
+Kind = TypeVar("Kind")
 
 LAST_POSITION = 131_072
 """The highest position that angles are right at for certain (clause ROPE-3)."""
@@ -30,7 +32,7 @@ def shown(value: Any) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number, of Python or NumPy; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
@@ -71,6 +73,20 @@ def check_callable(name: str, value: Any) -> None:
     """A function, or None. Raises InputError."""
     if value is not None and not callable(value):
         raise InputError(f"{name} is {shown(value)}; expected a function, or None")
+
+
+def check_kind(name: str, value: Any, kind: type[Kind]) -> Kind:
+    """An object of a class. Raises InputError."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is {shown(value)}; expected a {kind.__name__}")
+    return value
+
+
+def check_kinds(name: str, values: Any, kind: type[Kind]) -> list[Kind]:
+    """A list of objects of a class. Raises InputError."""
+    if not isinstance(values, Iterable):
+        raise InputError(f"{name} is {shown(values)}; expected a list of {kind.__name__}s")
+    return [check_kind(f"{name}[{number}]", value, kind) for number, value in enumerate(values)]
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
@@ -210,6 +226,11 @@ def check_layers(name: str, layers: Any, count: int) -> tuple[int, ...]:
     if outside:
         raise InputError(f"{name}: there are no layers {outside}; the model has {count}")
     return found
+
+
+def no_device(name: Any, framework: str, known: Iterable[str]) -> InputError:
+    """The error of a device that a framework does not have."""
+    return InputError(f"device is {shown(name)}; {framework} has {listed(known)} here")
 
 
 def listed(names: Iterable[str]) -> str:

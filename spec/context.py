@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from .arguments import check_flag, check_indices, check_kind, check_kinds, check_path, check_whole
 from .bos import leading_bos
 from .errors import ContextError
 from .fingerprint import Fingerprint
@@ -32,6 +33,10 @@ from .storage import (
 
 MOST_POSITION = 1 << 30
 """The last position that a context may name: the live tokens behind it still have positions of 32 bits."""
+
+
+FAR = 1 << 53
+"""Further than any position is."""
 
 
 class ContextLayer(NamedTuple):
@@ -97,7 +102,7 @@ class StaticContext:
         return f"StaticContext({tokens}, KV heads {heads}, batch {self.batch}{kind})"
 
     def __add__(self, other: StaticContext) -> StaticContext:
-        return self.compose(other)
+        return self.compose(other) if isinstance(other, StaticContext) else NotImplemented
 
     @property
     def batch(self) -> int:
@@ -182,20 +187,18 @@ class StaticContext:
     def take(self, kv_heads: Mapping[int, Iterable[int]] | Iterable[int]) -> Self:
         """The same context with only some KV heads: the same ones for all layers, or by layer (others are left out)."""
         if not isinstance(kv_heads, Mapping):
-            wanted = tuple(kv_heads)
-            kv_heads = dict.fromkeys(self.layers, wanted)
-        layers = {}
-        for number, heads in kv_heads.items():
-            layers[number] = self._heads(number, heads)
+            kv_heads = dict.fromkeys(self.layers, check_indices("kv_heads", kv_heads))
+        layers = {number: self._heads(number, check_indices("kv_heads", heads)) for number, heads in kv_heads.items()}
         return replace(self, layers=layers)
 
     def moved(self, by: int) -> Self:
-        """The same context `by` positions further on; keys do not change (clause STORED)."""
+        """The same context `by` positions further on; keys do not change (clause STORED). Raises InputError."""
+        by = check_whole("by", by, -FAR, FAR, "how many positions to move by, a whole number")
         return replace(self, positions=np.where(self.mask, self.positions + by, self.positions))
 
     def row(self, index: int) -> Self:
-        """One row, without its masked slots."""
-        if not 0 <= index < self.batch:
+        """One row, without its masked slots. Raises ContextError where it is not there, InputError for no number."""
+        if not 0 <= check_whole("index", index, -FAR, FAR) < self.batch:
             raise ContextError(f"there is no row {index}; the context has {self.batch}")
         keep = self.mask[index]
         return replace(
@@ -213,8 +216,10 @@ class StaticContext:
         """This context, then the other one, moved to follow it; its leading BOS is dropped (clause COMPOSE).
 
         Either may have batch 1, which then serves every row of the other. Without token ids no BOS is known, and none
-        is dropped. Raises ContextError for contexts of different models, layers, KV heads or batches.
+        is dropped. Raises ContextError for contexts of different models, layers, KV heads or batches; InputError for
+        what is no context.
         """
+        check_kind("other", other, StaticContext)
         self._check_alike(other)
         if self.batch != other.batch and 1 not in {self.batch, other.batch}:
             raise ContextError(f"cannot compose contexts of batch {self.batch} and {other.batch}; one must be 1")
@@ -227,8 +232,9 @@ class StaticContext:
     def stack(contexts: Sequence[StaticContext]) -> StaticContext:
         """Contexts as the rows of one batch; shorter ones are padded with masked slots (clause BATCH-3).
 
-        Raises ContextError for contexts of different models, layers or KV heads.
+        Raises ContextError for contexts of different models, layers or KV heads, InputError for what is no context.
         """
+        contexts = check_kinds("contexts", contexts, StaticContext)
         if not contexts:
             raise ContextError("there is nothing to stack; give at least one context")
         first = contexts[0]
@@ -267,7 +273,7 @@ class StaticContext:
         """
         from .context_file import write_context
 
-        write_context(self, path)
+        write_context(self, check_path("path", path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> StaticContext:
@@ -278,7 +284,7 @@ class StaticContext:
         """
         from .context_file import read_context
 
-        return read_context(path, verify).context
+        return read_context(check_path("path", path), check_flag("verify", verify)).context
 
     def _heads(self, layer: int, kv_heads: Iterable[int]) -> ContextLayer:
         """Some KV heads of a layer, ascending, stored as they are. Raises ContextError where they are not there."""

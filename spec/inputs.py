@@ -195,7 +195,7 @@ def check_cotangent(cotangent: np.ndarray, inputs: CallInputs) -> np.ndarray:
 
 def check_dtype(dtype: str) -> Dtype:
     """The type that a layer is asked to compute in. Clause DTYPE-3. Raises InputError."""
-    if dtype not in get_args(Dtype):
+    if not isinstance(dtype, str) or dtype not in get_args(Dtype):
         raise InputError(
             f"dtype is {dtype!r}; an attention layer computes in {' or '.join(map(repr, get_args(Dtype)))}"
         )

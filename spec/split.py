@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, Self
 
 from pydantic import Field, field_validator
 
+from .arguments import is_whole, shown
 from .base import SpecModel
 from .errors import SpecError
 
@@ -39,12 +40,7 @@ class HeadSplit(SpecModel):
     @field_validator("lyra_q_heads", mode="before")
     @classmethod
     def _ascending(cls, heads: Any) -> tuple[int, ...]:
-        try:
-            heads = tuple(heads)
-        except TypeError:
-            raise ValueError(f"expected query heads, got {heads!r}") from None
-        if not all(isinstance(head, int) for head in heads):
-            return heads  # refused by its type
+        heads = _whole_numbers(heads)
         repeated = sorted(head for head, times in Counter(heads).items() if times > 1)
         if repeated:
             raise ValueError(f"query heads {repeated} are named twice; name each head once")
@@ -66,11 +62,13 @@ class HeadSplit(SpecModel):
     @classmethod
     def all(cls, spec: HasHeads) -> Self:
         """Every head goes to Lyra."""
+        _check_spec("all", spec)
         return cls.from_q_heads(spec, range(spec.num_attention_heads))
 
     @classmethod
     def half(cls, spec: HasHeads) -> Self:
         """The last half of the KV heads; with a single KV head the last half of the query heads, sharing it."""
+        _check_spec("half", spec)
         if spec.num_key_value_heads > 1:
             return cls.last_kv(spec, spec.num_key_value_heads // 2)
         return cls.last_q(spec, max(1, spec.num_attention_heads // 2))
@@ -78,14 +76,17 @@ class HeadSplit(SpecModel):
     @classmethod
     def last_kv(cls, spec: HasHeads, n: int) -> Self:
         """The last `n` KV heads with all their query heads: 4 of 8 on 16 query heads is 8 Q / 4 KV to Lyra."""
-        if not 0 <= n <= spec.num_key_value_heads:
-            raise SpecError(f"HeadSplit.last_kv: {n} KV heads asked for, the layer has {spec.num_key_value_heads}")
+        _check_spec("last_kv", spec)
+        if not is_whole(n) or not 0 <= n <= spec.num_key_value_heads:
+            known = spec.num_key_value_heads
+            raise SpecError(f"HeadSplit.last_kv: {shown(n)} KV heads asked for, the layer has {known}")
         return cls.from_kv_heads(spec, range(spec.num_key_value_heads - n, spec.num_key_value_heads))
 
     @classmethod
     def from_kv_heads(cls, spec: HasHeads, heads: Iterable[int]) -> Self:
         """Whole groups: every query head that reads one of the named KV heads. Always KV-aligned."""
-        heads = sorted(set(heads))
+        _check_spec("from_kv_heads", spec)
+        heads = sorted(set(_heads("from_kv_heads", heads)))
         outside = [head for head in heads if not 0 <= head < spec.num_key_value_heads]
         if outside:
             raise SpecError(
@@ -98,20 +99,24 @@ class HeadSplit(SpecModel):
     @classmethod
     def last_q(cls, spec: HasHeads, n: int) -> Self:
         """The last `n` query heads; `share_kv` is set where that cuts a group."""
-        if not 0 <= n <= spec.num_attention_heads:
-            raise SpecError(f"HeadSplit.last_q: {n} query heads asked for, the layer has {spec.num_attention_heads}")
+        _check_spec("last_q", spec)
+        if not is_whole(n) or not 0 <= n <= spec.num_attention_heads:
+            known = spec.num_attention_heads
+            raise SpecError(f"HeadSplit.last_q: {shown(n)} query heads asked for, the layer has {known}")
         return cls.from_q_heads(spec, range(spec.num_attention_heads - n, spec.num_attention_heads), share_kv=None)
 
     @classmethod
     def from_q_heads(cls, spec: HasHeads, heads: Iterable[int], share_kv: bool | None = False) -> Self:
         """Any query heads, bound to `spec` and checked. `share_kv=None` sets the flag if and only if it is needed."""
-        heads = tuple(heads)
+        _check_spec("from_q_heads", spec)
+        heads = _heads("from_q_heads", heads)
         if share_kv is None:
             share_kv = bool(cls(lyra_q_heads=heads, share_kv=True).bind(spec).cut_kv_heads)
         return cls(lyra_q_heads=heads, share_kv=share_kv).bind(spec)
 
     def bind(self, spec: HasHeads) -> Self:
         """The same split with the head counts of `spec`, checked against them. Raises SpecError."""
+        _check_spec("bind", spec)
         query_heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         outside = [head for head in self.lyra_q_heads if not 0 <= head < query_heads]
         if outside:
@@ -196,3 +201,29 @@ class HeadSplit(SpecModel):
             f"Set share_kv=True to let the cut KV heads serve both streams, "
             f"or take a nearest aligned split: {fewer} or {more}"
         )
+
+
+def _whole_numbers(heads: Any) -> tuple[int, ...]:
+    """Heads as ints. Raises ValueError for anything else."""
+    if isinstance(heads, str | bytes | Mapping) or not isinstance(heads, Iterable):
+        raise ValueError(f"expected heads, whole numbers from 0 up, got {shown(heads)}")
+    found = tuple(heads)
+    wrong = [head for head in found if not is_whole(head)]
+    if wrong:
+        raise ValueError(f"expected heads, whole numbers from 0 up, got {shown(wrong[0])} among them")
+    return tuple(int(head) for head in found)
+
+
+def _heads(call: str, heads: Any) -> tuple[int, ...]:
+    """The same for a constructor. Raises SpecError."""
+    try:
+        return _whole_numbers(heads)
+    except ValueError as error:
+        raise SpecError(f"HeadSplit.{call}: {error}") from None
+
+
+def _check_spec(call: str, spec: Any) -> None:
+    """Refuse what has no head counts. Raises SpecError."""
+    counts = [getattr(spec, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    if not all(is_whole(count) and count > 0 for count in counts):
+        raise SpecError(f"HeadSplit.{call}: expected an AttentionSpec or a ModelSpec, got {shown(spec)}")

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, TypeAlias, cast, get_args
 import ml_dtypes
 import numpy as np
 
+from .arguments import shown
 from .errors import ContextError
 
 Storage = Literal["float32", "bfloat16", "int8"]
@@ -97,8 +98,8 @@ Values: TypeAlias = np.ndarray | Int8
 
 def check_storage(name: str) -> Storage:
     """What a context is asked to be stored as. Raises ContextError."""
-    if name not in get_args(Storage):
-        raise ContextError(f"dtype is {name!r}; a context is stored as one of {', '.join(get_args(Storage))}")
+    if not isinstance(name, str) or name not in get_args(Storage):
+        raise ContextError(f"dtype is {shown(name)}; a context is stored as one of {', '.join(get_args(Storage))}")
     return cast(Storage, name)
 
 

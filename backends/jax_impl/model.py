@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.backends.sampling import check_sampling
-from lyra.spec.arguments import check_capture, check_generation, check_layers
+from lyra.spec.arguments import check_capture, check_choice, check_generation, check_layers, shown
 from lyra.spec.attaching import specs_by_layer
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.errors import InputError
-from lyra.spec.inputs import StaticLayer, check_dtype, check_static
+from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
@@ -25,6 +25,7 @@ from lyra.spec.split import HeadSplit
 from . import forward
 from .attentions import look, unpack
 from .capture import capture
+from .device import device_named
 from .dtype import DTYPES
 from .finite import locate
 from .forward import Graph, split_module
@@ -72,9 +73,11 @@ class JaxEngine:
         multimodal Gemma-3 the text model is taken. Raises InputError for an unknown dtype or device and for a mesh that
         does not fit, and CheckpointError for a folder whose config or weights are not those of a Gemma-3.
         """
+        if mesh is not None and not isinstance(mesh, Mesh):
+            raise InputError(f"mesh is {shown(mesh)}; expected a jax.sharding.Mesh")
         if mesh is not None and device is not None:
             raise InputError(f"device is {device!r} and there is a mesh, which names its own devices; give one of them")
-        kind, place = DTYPES[check_dtype(dtype)], _device(device)
+        kind, place = DTYPES[check_choice("dtype", dtype, DTYPES)], device_named(device)
         return cls(load_model(open_checkpoint(Path(folder)), kind, place, mesh), Path(folder))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -252,15 +255,3 @@ class JaxEngine:
         parts = [np.asarray(hidden) for hidden, _ in forward.prefill_all(graph, packed, self._attached)]
         whole = np.concatenate(parts, axis=1)
         return np.take_along_axis(whole, packed.source[:, :, None], axis=1)
-
-
-def _device(name: str | None) -> jax.Device | None:
-    if name is None:
-        return None
-    platform, _, index = name.partition(":")
-    platform = {"cuda": "gpu"}.get(platform, platform)
-    try:
-        return jax.devices(platform)[int(index or 0)]
-    except (RuntimeError, ValueError, IndexError) as error:
-        known = ", ".join(f"{one.platform}:{one.id}" for one in jax.devices())
-        raise InputError(f"device is {name!r}, which JAX does not have ({error}); it has {known}") from None

@@ -165,7 +165,7 @@ class TorchBackend:
         check_transformers()
         from .model import TorchEngine
 
-        return TorchEngine.load(folder, dtype=dtype, device=device or self.device)
+        return TorchEngine.load(folder, dtype=dtype, device=self.device if device is None else device)
 
 
 class CudaBackend(TorchBackend):

@@ -12,6 +12,7 @@ import torch
 from transformers import Gemma3TextModel
 from transformers.cache_utils import Cache
 
+from lyra.spec.arguments import check_flag, check_indices, check_path
 from lyra.spec.attaching import Gate, SplitSource, block_contexts, blocks_by_layer, check_origin, gates_by_layer
 from lyra.spec.attention import Live, Positions, StaticSpec
 from lyra.spec.context import StaticContext
@@ -24,6 +25,8 @@ from lyra.spec.sequential import SequentialSpec
 from .injected import MemoryInjectionBlock, check_place, inject, withdraw
 from .live_rope import check_rope
 from .tensor_parallel import share_of
+
+CONTEXTS = "a StaticContext, the path of its file, or a transformers Cache"
 
 
 class BlockInjector(ABC):
@@ -79,8 +82,12 @@ class BlockInjector(ABC):
         asked for; SpecError for a split or gates that do not fit; InputError for a cache that is not whole. A refusal
         changes nothing.
         """
+        check_flag("override", override)
+        check_flag("trainable", trainable)
+        check_flag("residual", residual)
         if external_kv_cache is None:
-            chosen = sorted(self.spec.global_layers if layers is None else set(layers))
+            asked = self.spec.global_layers if layers is None else check_indices("layers", layers)
+            chosen = sorted(set(asked))
             gates, eps = gates_by_layer(gate, chosen), self.spec.rms_norm_eps
             blocks = {
                 layer: SequentialSpec.for_layer(
@@ -94,11 +101,12 @@ class BlockInjector(ABC):
         if isinstance(context, Cache):
             context = self.context_of(context, layers=layers)
         elif not isinstance(context, StaticContext):
-            context = StaticContext.load(context)
+            context = StaticContext.load(check_path("external_kv_cache", context, CONTEXTS))
         if not override:
             check_origin(context, self.fingerprint(set(context.layers) & set(self.spec.global_layers)))
         if layers is not None:
-            context = context.take({layer: context.kv_heads.get(layer, ()) for layer in layers})
+            asked = check_indices("layers", layers)
+            context = context.take({layer: context.kv_heads.get(layer, ()) for layer in asked})
         blocks = blocks_by_layer(
             self.spec, context.kv_heads, split, StaticSpec(live=live, positions=positions), gate, residual
         )

@@ -11,6 +11,7 @@ from transformers import Gemma3TextModel
 from transformers.cache_utils import Cache
 
 from lyra.backends.protocol import CapturedLayer
+from lyra.spec.arguments import check_kind
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
@@ -26,6 +27,7 @@ def from_cache(
     with (clause STORED-1); slots of padding become 0. Raises InputError for a cache of another model, and for one that
     is not whole: a sliding-window layer keeps only what its window still needs, and what it dropped is lost.
     """
+    check_kind("cache", cache, Cache)
     whole = {layer: _whole(spec, cache, layer) for layer in layers}
     shape = next(iter(whole.values()))[0][:, 0, :, 0].shape
     mask = np.ones(shape, dtype=bool) if mask is None else np.asarray(mask)

@@ -277,7 +277,8 @@ def spec_now(spec: ModelSpec, text: Gemma3TextModel) -> ModelSpec:
 
 def text_model(model: nn.Module) -> Gemma3TextModel:
     """The Gemma3TextModel in a model. Raises InputError where there is none, or more than one."""
-    found = [module for module in model.modules() if isinstance(module, Gemma3TextModel)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, Gemma3TextModel)]
     if len(found) != 1:
         raise InputError(
             f"a {type(model).__name__} holds {len(found)} Gemma3TextModels; expected a Gemma-3, such as a "

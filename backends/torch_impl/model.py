@@ -13,7 +13,7 @@ from transformers import Gemma3ForCausalLM
 from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.backends.sampling import check_sampling
-from lyra.spec.arguments import check_capture, check_generation, check_layers
+from lyra.spec.arguments import check_capture, check_choice, check_generation, check_layers
 from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer
@@ -22,6 +22,7 @@ from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from .capture import capture
+from .device import device_named
 from .finite import finite_rows, locate
 from .gates import GatedText
 from .gemma3 import LyraGemma3Attention
@@ -46,14 +47,13 @@ class TorchEngine:
     def load(cls, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
         """The model of a folder with config.json and *.safetensors, on `device` (the CPU if None).
 
-        Of a multimodal Gemma-3 the text model is taken. Raises InputError for an unknown dtype, and CheckpointError for
-        a folder whose config or weights are not those of a Gemma-3.
+        Of a multimodal Gemma-3 the text model is taken. Raises InputError for an unknown dtype or device, and
+        CheckpointError for a folder whose config or weights are not those of a Gemma-3.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        kind, place = DTYPES[check_choice("dtype", dtype, DTYPES)], device_named(device)
         checkpoint = open_checkpoint(Path(folder))
-        module: Any = load_module(checkpoint, DTYPES[dtype])
-        return cls(module.to(device or "cpu").eval(), checkpoint.spec)
+        module: Any = load_module(checkpoint, kind)
+        return cls(module.to(place).eval(), checkpoint.spec)
 
     @property
     def spec(self) -> ModelSpec:
