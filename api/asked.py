@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lyra.backends.sampling import Sampling
-from lyra.spec.arguments import check_seed, check_text, check_whole, is_number, shown
+from lyra.spec.arguments import check_seed, check_text, check_whole, is_number, several, shown
 from lyra.spec.errors import InputError
 
 
@@ -38,9 +38,10 @@ def _prompts(prompt: Any) -> tuple[str, ...]:
     """One text, or each of several. Raises InputError."""
     if isinstance(prompt, str):
         return (check_text("prompt", prompt),)
-    if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
+    prompts = several(prompt)
+    if prompts is None:
         raise InputError(f"prompt is {shown(prompt)}; expected a text (str) or a list of texts")
-    return tuple(check_text(f"prompt {number}", one) for number, one in enumerate(prompt))
+    return tuple(check_text(f"prompt {number}", one) for number, one in enumerate(prompts))
 
 
 def _sampling(temperature: Any, options: Mapping[str, Any]) -> Sampling | None:

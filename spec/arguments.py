@@ -42,6 +42,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def several(value: Any) -> tuple[Any, ...] | None:
+    """What a list or another iterable holds; None for what is no list: a text, a mapping, an array without axes."""
+    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+        return None
+    return None if getattr(value, "ndim", 1) == 0 else tuple(value)
+
+
 def check_whole(name: str, value: Any, least: int, most: int | None = None, what: str = "a whole number") -> int:
     """A whole number from `least` to `most`, as an int. Raises InputError, `what` saying what was expected."""
     if not is_whole(value) or value < least or (most is not None and value > most):
@@ -84,9 +91,17 @@ def check_kind(name: str, value: Any, kind: type[Kind]) -> Kind:
 
 def check_kinds(name: str, values: Any, kind: type[Kind]) -> list[Kind]:
     """A list of objects of a class. Raises InputError."""
-    if not isinstance(values, Iterable):
+    found = several(values)
+    if found is None:
         raise InputError(f"{name} is {shown(values)}; expected a list of {kind.__name__}s")
-    return [check_kind(f"{name}[{number}]", value, kind) for number, value in enumerate(values)]
+    return [check_kind(f"{name}[{number}]", value, kind) for number, value in enumerate(found)]
+
+
+def check_mapping(name: str, value: Any) -> Mapping[Any, Any]:
+    """A mapping, such as a dict. Raises InputError."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} is {shown(value)}; expected a mapping, such as a dict")
+    return value
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
@@ -115,7 +130,8 @@ def check_path(name: str, value: Any, what: str = "a path (str or os.PathLike)")
     """The path of a file or folder. Raises InputError, `what` saying what was expected."""
     try:
         path = os.fspath(value)
-    except TypeError:
+        os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):
         path = None
     if not isinstance(path, str) or not path or "\0" in path:
         raise InputError(f"{name} is {shown(value)}; expected {what}")
@@ -124,12 +140,9 @@ def check_path(name: str, value: Any, what: str = "a path (str or os.PathLike)")
 
 def check_indices(name: str, value: Any) -> tuple[int, ...]:
     """Several whole numbers from 0 up, such as layers or heads, in the order given. Raises InputError."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    found = several(value)
+    if found is None:
         raise InputError(f"{name} is {shown(value)}; expected a list of whole numbers")
-    try:
-        found = tuple(value)
-    except TypeError:  # an array without axes
-        raise InputError(f"{name} is {shown(value)}; expected a list of whole numbers") from None
     wrong = [one for one in found if not is_whole(one) or one < 0]
     if wrong:
         raise InputError(f"{name} holds {shown(wrong[0])}; expected whole numbers from 0 up")
@@ -145,7 +158,7 @@ def check_ids(
     """
     shapes = " or ".join({1: "[T]", 2: "[B,T]"}[one] for one in axes)
     wanted = f"{what} {shapes}, at least {least} token" + ("" if least == 1 else "s")
-    found = _array("ids", ids, f"{wanted}, all rows of one length")
+    found = as_array("ids", ids, f"{wanted}, all rows of one length")
     if found.dtype == object and found.size and all(is_whole(one) for one in found.flat):
         raise InputError(_outside(min(found.flat), max(found.flat), vocab_size))  # beyond 64 bits
     fits = found.ndim in axes and 0 not in found.shape and found.shape[-1] >= least
@@ -163,7 +176,7 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     """
     if mask is None:
         return np.ones(shape, dtype=bool)
-    found = _array("mask", mask, f"True and False of shape {shape}")
+    found = as_array("mask", mask, f"True and False of shape {shape}")
     found = found[None] if found.ndim == 1 and shape[0] == 1 else found
     if found.shape != shape or found.dtype != np.bool_:
         raise InputError(f"mask has shape {found.shape} and dtype {found.dtype}; expected bool {shape}")
@@ -189,6 +202,16 @@ def check_seed(seed: Any) -> int:
     return int(seed)
 
 
+def check_scored(shape: tuple[int, ...], scored: Any, layers: int) -> int:
+    """How many of the last tokens of ids [1,T] are scored under gates of so many layers. Raises InputError."""
+    rows, tokens = shape
+    if rows != 1:
+        raise InputError(f"gated: ids have {rows} rows; expected one")
+    if not layers:
+        raise InputError("gated: the context has no layer; there is nothing to choose heads for")
+    return check_whole("scored", scored, 1, tokens - 1, "how many of the last tokens are scored")
+
+
 class Generation(NamedTuple):
     """What a generation is asked for, checked."""
 
@@ -202,7 +225,8 @@ def check_generation(
 ) -> Generation:
     """What a generation behind a prompt of `tokens` tokens is asked for. Raises InputError."""
     check_callable("on_token", on_token)
-    return Generation(check_new_tokens(max_new_tokens, tokens), check_indices("stop_ids", stop_ids), check_seed(seed))
+    stops = tuple(one for one in check_indices("stop_ids", stop_ids) if one < AT_ONCE)  # no vocabulary has others
+    return Generation(check_new_tokens(max_new_tokens, tokens), stops, check_seed(seed))
 
 
 def check_capture(rows: int, layers: Any, count: int, chunk_size: Any, on_chunk: Any) -> tuple[tuple[int, ...], int]:
@@ -221,7 +245,7 @@ def check_chunk_size(size: Any) -> int:
 
 def check_layers(name: str, layers: Any, count: int) -> tuple[int, ...]:
     """Some layers of a model of `count` layers, in the order given. Raises InputError."""
-    found = check_indices(name, layers)
+    found = check_indices(f"{name}: layers", layers)
     outside = [layer for layer in found if layer >= count]
     if outside:
         raise InputError(f"{name}: there are no layers {outside}; the model has {count}")
@@ -239,7 +263,7 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _array(name: str, values: Any, what: str) -> np.ndarray:
+def as_array(name: str, values: Any, what: str) -> np.ndarray:
     """Values as an array. Raises InputError where they are none, as lists of different lengths are."""
     try:
         return np.asarray(values)

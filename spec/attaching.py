@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import overload
 
-from .arguments import check_indices, check_number, check_path, check_whole, shown
+from .arguments import check_indices, check_mapping, check_number, check_path, check_whole, shown
 from .attention import AttentionSpec, StaticSpec
 from .context import StaticContext
 from .errors import ContextError, InputError, SpecError
@@ -95,9 +95,12 @@ def specs_by_layer(
 
     Raises InputError for a split or a context on a layer that can have none.
     """
-    wrong = sorted(set(splits) - set(spec.global_layers))
+    static = check_indices("static", tuple(static) if isinstance(static, Mapping) else static)
+    wrong = [layer for layer in check_mapping("splits", splits) if layer not in spec.global_layers]
     if wrong:
-        raise InputError(f"attach: layers {wrong} are not global; the global layers are {list(spec.global_layers)}")
+        raise InputError(
+            f"attach: layers {shown(wrong)} are not global; the global layers are {list(spec.global_layers)}"
+        )
     idle = sorted(layer for layer in static if layer not in splits or not splits[layer].lyra_q_heads)
     if idle:
         raise InputError(f"attach: layers {idle} have a context and no Lyra heads; give them a split")
@@ -209,6 +212,15 @@ def gates_by_layer(gate: Gate, layers: Iterable[int]) -> dict[int, float]:
     if set(gate) != set(layers):
         raise SpecError(f"gate names layers {shown(list(gate))}; the layers with a block are {sorted(layers)}")
     return {layer: check_number(f"gate of layer {layer}", gate[layer]) for layer in layers}
+
+
+def check_gates_of(gates: Mapping[int, float], blocks: Iterable[int]) -> dict[int, float]:
+    """New gates of some of the layers that have a block. Raises InputError."""
+    known = sorted(blocks)
+    wrong = [layer for layer in check_mapping("gates", gates) if layer not in known]
+    if wrong:
+        raise InputError(f"gate: layers {shown(wrong)} have no block; those with one are {known}")
+    return {layer: check_number(f"gate of layer {layer}", gate) for layer, gate in gates.items()}
 
 
 def check_origin(context: StaticContext, own: Fingerprint) -> None:

@@ -9,18 +9,26 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from .arguments import check_flag, check_indices, check_kind, check_kinds, check_path, check_whole
+from .arguments import (
+    as_array,
+    check_flag,
+    check_indices,
+    check_kind,
+    check_kinds,
+    check_mapping,
+    check_path,
+    check_whole,
+)
 from .bos import leading_bos
 from .errors import ContextError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
 from .rotation import rotation_tables
 from .storage import (
-    BFLOAT16,
-    Int8,
     Storage,
     Values,
     check_storage,
+    checked_values,
     frozen,
     infinite,
     joined,
@@ -33,10 +41,6 @@ from .storage import (
 
 MOST_POSITION = 1 << 30
 """The last position that a context may name: the live tokens behind it still have positions of 32 bits."""
-
-
-FAR = 1 << 53
-"""Further than any position is."""
 
 
 class ContextLayer(NamedTuple):
@@ -72,7 +76,9 @@ class StaticContext:
     tokens: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        mask = np.asarray(self.mask)
+        check_mapping("layers", self.layers)
+        check_kind("fingerprint", self.fingerprint, Fingerprint)
+        mask = as_array("mask", self.mask, "bool [batch, tokens]")
         if mask.ndim != 2 or mask.dtype != np.bool_:
             raise ContextError(f"mask has shape {mask.shape} and dtype {mask.dtype}; expected bool [batch, tokens]")
         if not self.layers:
@@ -173,6 +179,7 @@ class StaticContext:
 
     def check_holds(self, layer: int, kv_heads: Iterable[int]) -> ContextLayer:
         """The layer, which holds these KV heads. Raises ContextError where the context lacks it or a head."""
+        layer, kv_heads = check_whole("layer", layer, 0), check_indices("kv_heads", kv_heads)
         if layer not in self.layers:
             raise ContextError(f"the context holds layers {list(self.layers)}, not {layer}; capture it again with it")
         held, wanted = self.layers[layer], tuple(sorted(set(kv_heads)))
@@ -193,12 +200,12 @@ class StaticContext:
 
     def moved(self, by: int) -> Self:
         """The same context `by` positions further on; keys do not change (clause STORED). Raises InputError."""
-        by = check_whole("by", by, -FAR, FAR, "how many positions to move by, a whole number")
+        by = check_whole("by", by, -MOST_POSITION, MOST_POSITION, "how many positions to move by, a whole number")
         return replace(self, positions=np.where(self.mask, self.positions + by, self.positions))
 
     def row(self, index: int) -> Self:
         """One row, without its masked slots. Raises ContextError where it is not there, InputError for no number."""
-        if not 0 <= check_whole("index", index, -FAR, FAR) < self.batch:
+        if not 0 <= check_whole("index", index, -MOST_POSITION) < self.batch:
             raise ContextError(f"there is no row {index}; the context has {self.batch}")
         keep = self.mask[index]
         return replace(
@@ -284,10 +291,11 @@ class StaticContext:
         """
         from .context_file import read_context
 
-        return read_context(check_path("path", path), check_flag("verify", verify)).context
+        return read_context(path, check_flag("verify", verify)).context
 
     def _heads(self, layer: int, kv_heads: Iterable[int]) -> ContextLayer:
         """Some KV heads of a layer, ascending, stored as they are. Raises ContextError where they are not there."""
+        kv_heads = check_indices("kv_heads", kv_heads)
         held = self.check_holds(layer, kv_heads)
         wanted = tuple(sorted(set(kv_heads)))
         index = [held.kv_heads.index(head) for head in wanted]
@@ -340,7 +348,7 @@ def _leading_bos(context: StaticContext) -> int:
 
 
 def _indices(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    values = np.asarray(values)
+    values = as_array(name, values, f"integers {shape}")
     if values.shape != shape or not np.issubdtype(values.dtype, np.integer):
         raise ContextError(f"{name} has shape {values.shape} and dtype {values.dtype}; expected integers {shape}")
     if values.size and values.min() < 0:
@@ -351,6 +359,7 @@ def _indices(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
 def _checked_layer(
     number: int, layer: ContextLayer, mask: np.ndarray, fingerprint: Fingerprint, known: Mapping[int, str]
 ) -> ContextLayer:
+    check_kind(f"layer {number}", layer, ContextLayer)
     attention = fingerprint.attention
     kv_heads = tuple(layer.kv_heads)
     if number not in known:
@@ -361,26 +370,11 @@ def _checked_layer(
             f"layer {number} has KV heads {kv_heads}; expected some of 0 to {legal[-1]}, each once and ascending"
         )
     shape = (mask.shape[0], len(kv_heads), mask.shape[1], attention.head_dim)
-    k = _checked_values(f"layer {number} has k", layer.k, shape)
-    v = _checked_values(f"layer {number} has v", layer.v, shape)
+    k = checked_values(f"layer {number} has k", layer.k, shape)
+    v = checked_values(f"layer {number} has v", layer.v, shape)
     _check_finite(f"k of layer {number}", k, mask)
     _check_finite(f"v of layer {number}", v, mask)
     return ContextLayer(kv_heads, k, v)
-
-
-def _checked_values(what: str, values: Values, shape: tuple[int, ...]) -> Values:
-    """Read-only values of a shape, other floats than bfloat16 as float32. Raises ContextError, `what` in front."""
-    values = values if isinstance(values, Int8) else np.asarray(values)
-    known = isinstance(values, Int8) or values.dtype == BFLOAT16 or np.issubdtype(values.dtype, np.floating)
-    if values.shape != shape or not known:
-        kind = "int8" if isinstance(values, Int8) else values.dtype
-        raise ContextError(
-            f"{what} of shape {values.shape} and dtype {kind}; "
-            f"expected float32 {shape}: [batch, kv_heads, tokens, head_dim]"
-        )
-    if isinstance(values, Int8):
-        return values.frozen()
-    return frozen(values if values.dtype == BFLOAT16 else values.astype(np.float32, copy=False))
 
 
 def _check_finite(name: str, values: Values, mask: np.ndarray) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from .arguments import is_whole, shown
 from .attention import AttentionSpec, Positive, Size, StaticSpec
 from .base import SpecModel
 from .errors import SpecError
@@ -100,8 +101,10 @@ class ModelSpec(SpecModel):
 
     def layer(self, index: int) -> AttentionSpec:
         """The spec of layer `index`, with that layer's split."""
-        if not 0 <= index < len(self.pattern):
-            raise SpecError(f"{self.name}: there is no layer {index}; it has layers 0 to {len(self.pattern) - 1}")
+        if not is_whole(index) or not 0 <= index < len(self.pattern):
+            raise SpecError(
+                f"{self.name}: there is no layer {shown(index)}; it has layers 0 to {len(self.pattern) - 1}"
+            )
         if self.pattern[index] == "sliding":
             assert self.sliding is not None
             return self.sliding

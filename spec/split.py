@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Protocol, Self
 
 from pydantic import Field, field_validator
 
-from .arguments import is_whole, shown
+from .arguments import is_whole, several, shown
 from .base import SpecModel
 from .errors import SpecError
 
@@ -205,9 +205,9 @@ class HeadSplit(SpecModel):
 
 def _whole_numbers(heads: Any) -> tuple[int, ...]:
     """Heads as ints. Raises ValueError for anything else."""
-    if isinstance(heads, str | bytes | Mapping) or not isinstance(heads, Iterable):
+    found = several(heads)
+    if found is None:
         raise ValueError(f"expected heads, whole numbers from 0 up, got {shown(heads)}")
-    found = tuple(heads)
     wrong = [head for head in found if not is_whole(head)]
     if wrong:
         raise ValueError(f"expected heads, whole numbers from 0 up, got {shown(wrong[0])} among them")

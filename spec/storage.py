@@ -187,3 +187,18 @@ def _told_apart(parts: Sequence[Values]) -> tuple[list[np.ndarray], list[Int8]]:
     """The plain arrays among them and those of int8: of parts that are stored alike, one list is empty."""
     narrow = [part for part in parts if isinstance(part, Int8)]
     return [part for part in parts if isinstance(part, np.ndarray)], narrow
+
+
+def checked_values(what: str, values: Values, shape: tuple[int, ...]) -> Values:
+    """Read-only values of a shape, other floats than bfloat16 as float32. Raises ContextError, `what` in front."""
+    values = values if isinstance(values, Int8) else np.asarray(values)
+    known = isinstance(values, Int8) or values.dtype == BFLOAT16 or np.issubdtype(values.dtype, np.floating)
+    if values.shape != shape or not known:
+        kind = "int8" if isinstance(values, Int8) else values.dtype
+        raise ContextError(
+            f"{what} of shape {values.shape} and dtype {kind}; "
+            f"expected float32 {shape}: [batch, kv_heads, tokens, head_dim]"
+        )
+    if isinstance(values, Int8):
+        return values.frozen()
+    return frozen(values if values.dtype == BFLOAT16 else values.astype(np.float32, copy=False))

@@ -194,4 +194,4 @@ def test_the_command_line(book: StaticContext, model: Model, tiny_folder: Path, 
     assert json.loads(result.stdout)["with context"]["total_nll"] == pytest.approx(model.score(TEXT).total, rel=1e-6)
     result = run("generate", LIVE, "--model", tiny_folder, "--context", path, "--gate", 0.5)
     assert result.exit_code == 2
-    assert "mode='sequential'" in result.stderr
+    assert "--mode sequential" in result.stderr

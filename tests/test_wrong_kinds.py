@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import lyra
-from lyra import ContextError, HeadSplit, InputError, ModelError, ModelSpec, SpecError, StaticContext
+from lyra import ContextError, HeadSplit, InputError, ModelError, ModelSpec, SpecError, StaticContext, StaticSpec
 from lyra.backends.protocol import ModelBackend, get_backend
 
 IDS = [2, 270, 271, 272]
@@ -114,6 +115,7 @@ SPLITS: dict[str, tuple[Callable[[], Any], str]] = {
     "from_kv number": (lambda: HeadSplit.from_kv_heads(SPEC, 3), "HeadSplit.from_kv_heads: " + HEADS + "3"),
     "from_kv floats": (lambda: HeadSplit.from_kv_heads(SPEC, [0.5]), "HeadSplit.from_kv_heads: " + HEADS + "0.5"),
     "from_q text": (lambda: HeadSplit.from_q_heads(SPEC, "01"), "HeadSplit.from_q_heads: " + HEADS + "'01'"),
+    "no axes": (lambda: HeadSplit(np.array(1)), HEADS + "array(1)"),
     "from_q None": (lambda: HeadSplit.from_q_heads(SPEC, None), "HeadSplit.from_q_heads: " + HEADS + "None"),
     "half of nothing": (
         lambda: HeadSplit.half(None),
@@ -140,6 +142,14 @@ def test_heads_of_numpy_are_heads() -> None:
 
 BAD_CALLS: dict[str, tuple[Callable[[StaticContext], Any], str]] = {
     "take number": (lambda one: one.take(0), "kv_heads is 0; expected a list of whole numbers"),
+    "take of no axes": (lambda one: one.take(np.array(0)), "kv_heads is array(0); expected a list of whole numbers"),
+    "holds": (lambda one: one.check_holds("1", [0]), "layer is '1'; expected a whole number"),
+    "holds heads": (lambda one: one.static_layer(1, 0), "kv_heads is 0; expected a list of whole numbers"),
+    "made of a list": (lambda one: replace(one, layers=[1]), "layers is [1]; expected a mapping, such as a dict"),
+    "made of no layers": (lambda one: replace(one, layers={1: 5}), "layer 1 is 5; expected a ContextLayer"),
+    "made of no model": (lambda one: replace(one, fingerprint="a"), "fingerprint is 'a'; expected a Fingerprint"),
+    "ragged mask": (lambda one: replace(one, mask=[[True], []]), "mask is [[True], []]; expected bool [batch, tokens]"),
+    "ragged tokens": (lambda one: replace(one, tokens=[[1], []]), "tokens is [[1], []]; expected integers (1, 4)"),
     "take text": (lambda one: one.take("0"), "kv_heads is '0'"),
     "take floats": (lambda one: one.take([0.0]), "kv_heads holds 0.0; expected whole numbers from 0 up"),
     "take of a layer": (lambda one: one.take({1: 0}), "kv_heads is 0"),
@@ -157,9 +167,8 @@ BAD_CALLS: dict[str, tuple[Callable[[StaticContext], Any], str]] = {
     "save bytes": (lambda one: one.save(b"book"), "path is b'book'; expected a path (str or os.PathLike)"),
     "save None": (lambda one: one.save(None), "path is None"),
     "save nowhere": (lambda one: one.save(""), "path is ''"),
+    "save half a character": (lambda one: one.save("\ud800"), "path is '\\ud800'"),
     "save NUL": (lambda one: one.save("a\0"), "path is 'a\\x00'"),
-    "load number": (lambda _: StaticContext.load(5), "path is 5; expected a path (str or os.PathLike)"),
-    "load bytes": (lambda _: StaticContext.load(b"book"), "path is b'book'"),
     "verify": (lambda _: StaticContext.load("book", verify="no"), "verify is 'no'; expected True or False"),
 }
 
@@ -210,3 +219,33 @@ def test_what_an_injector_refuses(tiny_folder: Path, context: StaticContext) -> 
         refused(call, message)
     assert not injector.enabled
     assert not injector.attached
+
+
+def test_what_an_engine_refuses(backend: str, tiny_folder: Path) -> None:
+    """Third parties call engines by themselves, with gates and layers that no front door has seen."""
+    model = lyra.load(tiny_folder, backend=backend, mode="sequential")
+    context = model.capture(IDS)
+    static = {layer: context.static_layer(layer, [0, 1]) for layer in context.layers}
+    engine: Any = model.engine
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: engine.gated([IDS], 1.5, static), "scored is 1.5; expected how many of the last"),
+        (lambda: engine.gated([IDS], 4, static), "scored is 4"),
+        (lambda: engine.gated([IDS, IDS], 1, static), "gated: ids have 2 rows; expected one"),
+        (lambda: engine.gated([IDS], 1, {}), "gated: the context has no layer"),
+        (lambda: engine.capture([IDS], 1), "capture: layers is 1; expected a list of whole numbers"),
+        (lambda: engine.capture([IDS], [4]), "capture: there are no layers [4]; the model has 4"),
+        (lambda: engine.capture([IDS], [1], on_chunk=5), "on_chunk is 5; expected a function, or None"),
+        (lambda: engine.set_gates(5), "gates is 5; expected a mapping"),
+        (lambda: engine.set_gates({0: 1.0}), "layers [0] have no block"),
+        (lambda: engine.attach(5, {}, StaticSpec()), "static is 5; expected a list of whole numbers"),
+        (lambda: engine.attach({}, {"a": HeadSplit()}, StaticSpec()), "layers ['a'] are not global"),
+    ]
+    for call, message in calls:
+        refused(call, message)
+    model.attach(context)
+    for gate in ("1", None, True, float("nan"), 10**400):
+        refused(lambda gate=gate: engine.set_gates({1: gate}), "; expected a finite number")
+    with pytest.raises(SpecError, match=r"there is no layer 1\.0"):
+        engine.attention_weights(1.0)
+    made = engine.generate([IDS], max_new_tokens=2, stop_ids=[10**30])
+    assert made.shape == (1, 2), "an id that no vocabulary has stops nothing"

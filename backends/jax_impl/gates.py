@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lyra.spec.arguments import check_scored
 from lyra.spec.errors import InputError
 from lyra.spec.gates import check_gates, share_rows
 from lyra.spec.inputs import StaticLayer, check_static
@@ -51,8 +52,7 @@ class GatedText:
 
     def __init__(self, graph: Graph, tokens: Tokens, scored: int, static: Mapping[int, StaticLayer]) -> None:
         """The last `scored` tokens are scored. Raises InputError for ids, a number or a context that do not fit."""
-        if len(tokens.ids) != 1 or not 0 < scored < tokens.ids.shape[1]:
-            raise InputError(f"gated: ids have shape {tokens.ids.shape} and {scored} are scored; expected one row")
+        scored = check_scored(tokens.ids.shape, scored, len(static))
         self._graph, self._tokens, self._targets = graph, tokens, tokens.ids[0, -scored:]
         self._layers = tuple(sorted(static))
         self._shape = (len(self._layers), graph.spec.num_attention_heads)

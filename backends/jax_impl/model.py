@@ -14,7 +14,7 @@ from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.protocol import CapturedLayer, Sampling
 from lyra.backends.sampling import check_sampling
 from lyra.spec.arguments import check_capture, check_choice, check_generation, check_layers, shown
-from lyra.spec.attaching import specs_by_layer
+from lyra.spec.attaching import check_gates_of, specs_by_layer
 from lyra.spec.attention import AttentionSpec, StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_static
@@ -204,10 +204,8 @@ class JaxEngine:
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Change the gates of injected blocks, by layer. Raises InputError for a layer without one."""
         blocks = {layer: one for layer, one in self._attached.items() if isinstance(one, Block)}
-        wrong = sorted(set(gates) - set(blocks))
-        if wrong:
-            raise InputError(f"gate: layers {wrong} have no block; those with one are {sorted(blocks)}")
-        self._attached |= {layer: with_gate(blocks[layer], gate) for layer, gate in gates.items()}
+        checked = check_gates_of(gates, blocks)
+        self._attached |= {layer: with_gate(blocks[layer], gate) for layer, gate in checked.items()}
 
     def detach(self) -> None:
         """Back to the unmodified model, bit for bit."""

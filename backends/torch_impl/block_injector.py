@@ -13,7 +13,15 @@ from transformers import Gemma3TextModel
 from transformers.cache_utils import Cache
 
 from lyra.spec.arguments import check_flag, check_indices, check_path
-from lyra.spec.attaching import Gate, SplitSource, block_contexts, blocks_by_layer, check_origin, gates_by_layer
+from lyra.spec.attaching import (
+    Gate,
+    SplitSource,
+    block_contexts,
+    blocks_by_layer,
+    check_gates_of,
+    check_origin,
+    gates_by_layer,
+)
 from lyra.spec.attention import Live, Positions, StaticSpec
 from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
@@ -150,11 +158,8 @@ class BlockInjector(ABC):
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Change the gates of blocks, by layer; 0 closes one. Raises InputError for a layer without a block."""
         blocks = self.attached
-        wrong = sorted(set(gates) - set(blocks))
-        if wrong:
-            raise InputError(f"gate: layers {wrong} have no block; those with one are {sorted(blocks)}")
         with torch.no_grad():
-            for layer, gate in gates.items():
+            for layer, gate in check_gates_of(gates, blocks).items():
                 blocks[layer].gate.fill_(gate)
 
     def _check_in_one_piece(self, what: str, layers: Iterable[int]) -> None:

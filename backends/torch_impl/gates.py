@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Gemma3ForCausalLM, Gemma3TextModel
 
+from lyra.spec.arguments import check_scored
 from lyra.spec.attention import AttentionSpec
-from lyra.spec.errors import InputError
 from lyra.spec.gates import SharedRows, check_gates, share_rows
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
@@ -46,8 +46,7 @@ class GatedText:
         static: Mapping[int, StaticLayer],
     ) -> None:
         """The last `scored` tokens are scored. Raises InputError for ids, a number or a context that do not fit."""
-        if len(ids) != 1 or not 0 < scored < ids.shape[1]:
-            raise InputError(f"gated: ids have shape {tuple(ids.shape)} and {scored} are scored; expected one row")
+        scored = check_scored(tuple(ids.shape), scored, len(static))
         self._model, self._ids, self._targets = model, ids, ids[0, -scored:]
         self._layers = sorted(static)
         self._softcap = spec.final_softcap
