@@ -303,7 +303,18 @@ class ModelBackend(Backend, Protocol):
 
 
 class MeshBackend(ModelBackend, Protocol):
-    """What a backend is with the capability "mesh"; a mesh is the framework's own."""
+    """What a backend is with the capability "mesh" (clause MESH); a mesh is the framework's own."""
+
+    def mesh(self, axes: Mapping[str, int]) -> Any:
+        """A mesh of the first devices of this process, so many along each axis: `{"heads": 2, "context": 2}`.
+
+        Raises InputError where there are fewer.
+        """
+        ...
+
+    def environment(self, devices: int) -> Mapping[str, str]:
+        """Environment variables with which a new process has so many devices, virtual ones if need be."""
+        ...
 
     def load(
         self, folder: str, *, dtype: str = "float32", device: str | None = None, mesh: Any | None = None

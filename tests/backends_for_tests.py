@@ -179,7 +179,17 @@ class NullBackend:
         """A block that ignores its weights."""
         return NullAttention(spec, self.make)
 
-    def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> NullEngine:
+    def mesh(self, axes: Mapping[str, int]) -> Any:
+        """A mesh, which it has no use for."""
+        return dict(axes)
+
+    def environment(self, devices: int) -> dict[str, str]:
+        """None is needed: it has any number of devices."""
+        return {}
+
+    def load(
+        self, folder: str, *, dtype: str = "float32", device: str | None = None, mesh: Any | None = None
+    ) -> NullEngine:
         """A model that has read its config.json and nothing else."""
         return NullEngine(ModelSpec.from_hf_config(json.loads((Path(folder) / "config.json").read_text())), self.make)
 

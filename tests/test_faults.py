@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from lyra.backends.protocol import Backend, get_backend
+from lyra.backends.protocol import CAPABILITIES, Backend, get_backend
 from lyra.cli import application
 from lyra.conformance.case import Case, Context, Problem
+from lyra.conformance.declared import declared
 from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch, catalogue, parse, patched_source, select
 from lyra.conformance.faults.crew import kill_all
 from lyra.conformance.faults.inject import injected
@@ -57,20 +58,34 @@ def answer(backend: Backend) -> np.ndarray:
 # the catalogue
 
 
+def able(capability: str | None) -> list[str]:
+    """The backends that can have a fault which needs a capability."""
+    return [name for name in BACKENDS if capability is None or capability in get_backend(name).capabilities]
+
+
 def test_every_anchor_is_live_in_every_backend() -> None:
     for fault in catalogue().values():
-        assert set(fault.backends) == set(BACKENDS), fault.id
-        for backend in BACKENDS:
+        assert set(fault.backends) == set(able(fault.needs)), fault.id
+        for backend in fault.backends:
             module, source = patched_source(fault, backend)
             compile(source, module, "exec")
             assert source != Path(importlib.import_module(module).__file__ or "").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("capability", sorted(set().union(*(get_backend(name).capabilities for name in BACKENDS))))
+def test_every_capability_has_a_property_and_a_fault(capability: str) -> None:
+    """A property asks for it, and a fault that only backends with it can have breaks what that property holds."""
+    assert capability in CAPABILITIES
+    held = {one for prop in declared().values() if capability in prop.needs for one in prop.statements}
+    faults = [fault for fault in catalogue().values() if fault.needs == capability]
+    assert any(set(fault.breaks) & held for fault in faults)
 
 
 def test_every_clause_that_the_backends_implement_has_faults() -> None:
     clauses = {fault.clause for fault in catalogue().values()}
     assert clauses == {
         "ORDER", "NORM", "ROPE", "SCALE", "SPLIT", "IDENTITY", "STATIC", "LIVE", "POSITION", "STORED", "MASKED",
-        "BATCH", "SLIDING", "CAPTURE", "SEQUENTIAL", "ARRAYS", "GRAD", "DTYPE", "TOLERANCE",
+        "BATCH", "SLIDING", "CAPTURE", "SEQUENTIAL", "ARRAYS", "GRAD", "MESH", "DTYPE", "TOLERANCE",
     }  # fmt: skip
     assert len(catalogue()) >= 60
 
@@ -100,6 +115,7 @@ def test_what_a_catalogue_must_not_hold() -> None:
         (good.replace("NORM-1", "NORM-9"), r"norm.toml: fault 'a' breaks \['NORM-9'\]"),
         (good.replace("does", "doe"), "fault 'a'"),
         (good.replace('find = "a"', 'find = ""'), "at least 1 character"),
+        (good.replace("does", 'needs = "wings"\ndoes'), "needs 'wings', which is no capability"),
         ("a = 1", "expected a table"),
         ("[a", "not TOML"),
     ]:

@@ -59,9 +59,8 @@ def test_a_backend_that_raises_is_errored_and_never_failed() -> None:
 
 
 def test_every_capability_that_a_backend_may_claim_is_asked_for() -> None:
-    """All but "mesh": its devices are an object of one framework's."""
     asked = {need for declaration in declared().values() for need in declaration.needs}
-    assert asked == CAPABILITIES.keys() - {"mesh"} | {"model"}
+    assert asked == CAPABILITIES.keys() | {"model"}
 
 
 def test_a_lacking_capability_is_counted_apart() -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lyra.backends.protocol import import_extra
 from lyra.progress import steps
+from lyra.spec.errors import InputError
 from lyra.spec.files import write_atomically
 from lyra.terminal import console, new_table, visible
 
@@ -74,7 +75,9 @@ def faults(
         printer.print(_list(chosen))
         return
     names = [one.value for one in backend or FaultyBackend]
-    work = [(fault, name) for name in names for fault in chosen]
+    work = [(fault, name) for name in names for fault in chosen if name in fault.backends]
+    if not work:
+        raise InputError(f"none of these faults can be made in {', '.join(names)}: it lacks the capability they need")
     found: dict[int, Verdict] = {}
     started = time.perf_counter()
     with steps(f"Faults, profile {profile.value}") as move:
@@ -128,7 +131,7 @@ def _report(printer: Console, chosen: list[Fault], verdicts: list[Verdict], name
             table.add_section()
             table.add_row(Text(fault.clause, style="bold"))
             clause = fault.clause
-        table.add_row(fault.id, *(_cell(found[fault.id, name]) for name in names))
+        table.add_row(fault.id, *(_cell(found.get((fault.id, name))) for name in names))
     printer.print(table)
     does = {fault.id: fault.does for fault in chosen}
     for one in verdicts:
@@ -154,8 +157,10 @@ def _report_tame(printer: Console, tame: list[Tamed]) -> None:
         printer.print(f"generators made tame: {noticed} of {len(tame)} properties and premises vacuous")
 
 
-def _cell(verdict: Verdict) -> Text:
-    """`killed by static::one_softmax (STATIC-1) at heads, 3 cases, 0.8 s`."""
+def _cell(verdict: Verdict | None) -> Text:
+    """`killed by static::one_softmax (STATIC-1) at heads, 3 cases, 0.8 s`; nothing where a backend can't have it."""
+    if verdict is None:
+        return Text("cannot have it", style="dim")
     text = f" by {verdict.property} ({verdict.statement})" if verdict.property else ""
     text += f" at {verdict.stage}" if verdict.stage else ""
     told = visible(f"{text}, {verdict.cases} cases, {verdict.seconds:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,20 @@ class JaxBackend:
         from .model import JaxEngine  # here, because it imports flax, which the attention level does not need
 
         return JaxEngine.load(folder, dtype=dtype, device=device, mesh=mesh)
+
+    def mesh(self, axes: Mapping[str, int]) -> Mesh:
+        """A mesh of JAX's first devices with these axes and sizes. Raises InputError where there are fewer devices."""
+        devices, wanted = jax.devices(), math.prod(axes.values())
+        if len(devices) < wanted:
+            raise InputError(
+                f"a mesh {dict(axes)} needs {wanted} devices, and JAX sees {len(devices)}; a processor counts as "
+                f"several in a process that starts with {self.environment(wanted)}"
+            )
+        return jax.sharding.Mesh(np.array(devices[:wanted]).reshape(tuple(axes.values())), tuple(axes))
+
+    def environment(self, devices: int) -> dict[str, str]:
+        """The environment variables with which JAX takes the processor for so many devices."""
+        return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def _live_cache(cache: Any) -> LiveCache:

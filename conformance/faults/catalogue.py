@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lyra.backends.protocol import CAPABILITIES
 from lyra.spec.clauses import clauses, statements
 from lyra.spec.errors import InputError, SpecError
 
@@ -52,13 +53,17 @@ class Patch(BaseModel):
 
 
 class Fault(BaseModel):
-    """One fault. `breaks` are statements of SPEC.md, the one it is listed under first; `does` says what goes wrong."""
+    """One fault. `breaks` are statements of SPEC.md, the one it is listed under first; `does` says what goes wrong.
+
+    `needs` is the capability without which a backend cannot have it; a backend that has it needs an edit.
+    """
 
     model_config = STRICT
 
     id: str
     breaks: tuple[str, ...] = Field(min_length=1)
     does: str
+    needs: str | None = None
     backends: dict[str, Patch] = Field(min_length=1)
 
     @property
@@ -101,6 +106,8 @@ def parse(text: str, source: str) -> list[Fault]:
         unknown = [one for one in fault.breaks if one not in statements()]
         if unknown:
             raise FaultError(f"{source}: fault {fault.id!r} breaks {unknown}, which SPEC.md does not have")
+        if fault.needs is not None and fault.needs not in CAPABILITIES:
+            raise FaultError(f"{source}: fault {fault.id!r} needs {fault.needs!r}, which is no capability")
     return found
 
 

@@ -67,6 +67,7 @@ def injected(fault: Fault, backend: str) -> Iterator[Backend]:
     finder = PatchedFinder(module, source, fault.id)
     with _set_aside(backend_package(backend)):
         sys.meta_path.insert(0, finder)
+        _active.append(fault)
         try:
             try:
                 made = get_backend(backend)
@@ -75,7 +76,16 @@ def injected(fault: Fault, backend: str) -> Iterator[Backend]:
                 raise FaultError(f"fault {fault.id!r}, backend {backend!r}: cannot be imported ({error})") from error
             yield made
         finally:
+            _active.remove(fault)
             sys.meta_path.remove(finder)
+
+
+def active() -> Fault | None:
+    """The fault that is in a backend now, if there is one: what another process is told that is to have it too."""
+    return _active[-1] if _active else None
+
+
+_active: list[Fault] = []
 
 
 @contextmanager
