@@ -80,7 +80,8 @@ def over_devices(backend: Backend, job: Job) -> Answers:
     """What a backend answers to a job. Raises what it raises, and RuntimeError for what ends a process of its own."""
     spreading = cast(MeshBackend, backend)
     try:
-        spreading.mesh(job.axes)
+        for axes in (job.axes, *job.refused):
+            spreading.mesh(axes)
     except InputError:
         return _elsewhere(spreading, job)
     return ask(spreading, job)
@@ -101,8 +102,9 @@ def ask(backend: MeshBackend, job: Job) -> Answers:
 
 def _refusal(backend: MeshBackend, folder: str, axes: dict[str, int]) -> str:
     """What a backend says of a mesh that it must refuse; nothing where it takes it."""
+    mesh = backend.mesh(axes)
     try:
-        backend.load(folder, mesh=backend.mesh(axes))
+        backend.load(folder, mesh=mesh)
     except InputError as error:
         return str(error)
     return ""

@@ -17,7 +17,7 @@ from lyra.conformance.asked import Input
 from lyra.conformance.case import Case, Context
 from lyra.conformance.declared import declared
 from lyra.conformance.faults.catalogue import catalogue
-from lyra.conformance.faults.generators import Tamed, tame_all
+from lyra.conformance.faults.generators import Tamed, tame_all, tame_everywhere
 from lyra.conformance.faults.kill import kill
 from lyra.conformance.frames import make_frames
 from lyra.conformance.judge import Judge
@@ -142,7 +142,8 @@ def test_a_replayed_case_is_judged_whatever_it_meets(tmp_path: Path) -> None:
 
 def test_tame_generators_are_noticed() -> None:
     """Every property with each of its premises kept from coming up: vacuous, and for that reason."""
-    found = tame_all("torch")
+    found = tame_everywhere(("torch", "jax"))
+    assert {one.property.partition("::")[0] for one in found if one.backend == "jax"} == {"mesh"}
     wanted = sum(len(one.premises) for one in declared().values() if one.profile == "smoke")
     assert len({(one.property.partition("[")[0], one.premise) for one in found}) == len(found) == wanted
     assert [one for one in found if one.status != "vacuous"] == []

@@ -65,7 +65,7 @@ def faults(
     import_extra("pytest", "conformance")
     from lyra.conformance.faults.catalogue import select
     from lyra.conformance.faults.crew import kill_all
-    from lyra.conformance.faults.generators import tame_all
+    from lyra.conformance.faults.generators import tame_everywhere
     from lyra.conformance.launch import prepare_environment
 
     prepare_environment()
@@ -76,19 +76,21 @@ def faults(
         return
     names = [one.value for one in backend or FaultyBackend]
     work = [(fault, name) for name in names for fault in chosen if name in fault.backends]
-    if not work:
+    if chosen and not work:
         raise InputError(f"none of these faults can be made in {', '.join(names)}: it lacks the capability they need")
     found: dict[int, Verdict] = {}
     started = time.perf_counter()
     with steps(f"Faults, profile {profile.value}") as move:
         move("", 0, len(work))
-        for place, verdict in kill_all(work, profile.value, seed, workers or min(os.cpu_count() or 1, len(work))):
+        for place, verdict in kill_all(
+            work, profile.value, seed, workers or max(1, min(os.cpu_count() or 1, len(work)))
+        ):
             found[place] = verdict
             move(f"{verdict.backend}: {verdict.fault} {verdict.status}", len(found), len(work))
     verdicts = [found[place] for place in sorted(found)]
     _report(printer, chosen, verdicts, names)
     printer.print(f"{len(work)} faults in {time.perf_counter() - started:.0f} s, profile {profile.value}")
-    tame = [] if only else tame_all(names[0], profile.value, seed)
+    tame = [] if only else tame_everywhere(names, profile.value, seed)
     _report_tame(printer, tame)
     if json_path is not None:
         data = {

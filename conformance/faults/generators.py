@@ -6,7 +6,7 @@ in the cases it is given, and in whatever its module makes cases of. It must end
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +16,8 @@ import pytest
 
 from lyra.backends.protocol import get_backend
 from lyra.conformance.case import Case
+from lyra.conformance.declared import declared
+from lyra.conformance.judge import has
 from lyra.conformance.launch import prepare_environment
 from lyra.conformance.premises import Premise
 from lyra.conformance.record import Record
@@ -93,10 +95,25 @@ def tamed(premise: Premise, declaration: Declaration) -> Iterator[None]:
         yield
 
 
+def tame_everywhere(backends: Sequence[str], profile: str = "smoke", seed: int = 0) -> list[Tamed]:
+    """The same for every property that one of the backends can do: by the first that can. Raises as `tame_all` does."""
+    found: list[Tamed] = []
+    known = declared()
+    left = list(known)
+    for backend in backends:
+        made = get_backend(backend)
+        able = [name for name in left if all(has(made, need) for need in known[name].needs)]
+        if able:
+            found += tame_all(backend, profile, seed, "test" if len(left) == len(known) else " or ".join(able))
+        left = [name for name in left if name not in able]
+    return found
+
+
 def tame_all(backend: str = "torch", profile: str = "smoke", seed: int = 0, only: str = "test") -> list[Tamed]:
     """Every property of a profile with each of its premises kept from coming up, on one backend.
 
-    `only` names the properties, as --only does. Raises FaultError where the suite cannot run.
+    `only` names the properties, as --only does; those that ask for what the backend cannot do are left out. Raises
+    FaultError where the suite cannot run.
     """
     prepare_environment()
     found: list[Tamed] = []
@@ -112,6 +129,8 @@ def tame_all(backend: str = "torch", profile: str = "smoke", seed: int = 0, only
             raise FaultError(f"backend {backend!r}: the suite cannot run on tame cases\n{outcome.log}")
         for name, prop in record.properties.items():
             tally = prop.tally(backend)
+            if tally.status == "unsupported":
+                continue
             premise = prop.premises[turn]
             missed = tally.status != "vacuous" or premise in tally.unmet
             found.append(Tamed(name, premise, backend, tally.status if missed else "passed"))
