@@ -41,10 +41,17 @@ class Text:
         tokenizer = read_tokenizer(path)
         return cls(tokenizer, *special_ids(folder, tokenizer))
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """The hash of the vocabulary."""
-        return hash_vocabulary(self.tokenizer.get_vocab(with_added_tokens=True))
+        """The hash of the vocabulary, to which tokens may have been added since it was last asked for."""
+        size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        if size not in self._hashes:
+            self._hashes[size] = hash_vocabulary(self.tokenizer.get_vocab(with_added_tokens=True))
+        return self._hashes[size]
+
+    @cached_property
+    def _hashes(self) -> dict[int, str]:
+        return {}
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, BOS first, once: warns where the text starts with BOS itself.

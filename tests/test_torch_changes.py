@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tiny_gemma import CUT, GLOBAL, LAYERS, make_model, random_ids
 
-from lyra import Model
+from lyra import Model, load
 from lyra.backends.torch_impl.injector import GemmaInjector
 from lyra.backends.torch_impl.model import TorchEngine
 from lyra.spec import InputError
@@ -117,3 +118,13 @@ def test_a_context_is_captured_in_evaluation_mode_whatever_the_models_is() -> No
             np.testing.assert_array_equal(one.k, expected.layers[layer].k)
             np.testing.assert_array_equal(one.v, expected.layers[layer].v)
     assert {name: part.training for name, part in model.named_modules()} == modes
+
+
+def test_tokens_that_were_added_are_in_the_fingerprint(tiny_folder: Path) -> None:
+    model = load(tiny_folder)
+    before = model.fingerprint()
+    assert model.fingerprint() == before
+    size = model.tokenizer.get_vocab_size() + model.tokenizer.add_tokens(["<sight>"])
+    model.module.resize_token_embeddings(size)
+    assert model.fingerprint().tokenizer != before.tokenizer
+    assert model.capture("and <sight> the").tokens.max() == size - 1
