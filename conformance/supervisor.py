@@ -93,7 +93,7 @@ class Supervisor:
 
     def _one_process(self, keys: Keys) -> bool:
         """Run one process to its end; whether another one has to go on."""
-        self._journal.write_text("")
+        self._journal.write_text("", encoding="utf-8")
         task = self._task | {
             "journal": str(self._journal),
             "gone": list(self.course.gone),

@@ -11,14 +11,17 @@ from typer.testing import CliRunner
 
 from lyra.cli import application
 from lyra.spec.errors import InputError
+from lyra.speed import measure
 from lyra.speed.contestants.memory_torch import prefill
 from lyra.speed.contestants.paths_torch import reached
+from lyra.speed.machine import NARROW, rate_of_products
 from lyra.speed.measure import Result, alternate, as_data, floor_seconds, from_data, ratio, ratios, run
 from lyra.speed.page import page
 from lyra.speed.row import Contestant, Count, Counted, Finding, Floor, Line, Race, Rival, Sweep
 from lyra.speed.rows import all_rows, chosen_rows
+from lyra.speed.show import machine_line
 from lyra.speed.worker import named
-from lyra.speed.workers import WorkerError, Workers
+from lyra.speed.workers import OutOfReach, WorkerError, Workers
 
 MACHINE = {
     "processor": "a processor",
@@ -83,6 +86,64 @@ def test_a_count_brings_its_findings_and_table(workers: Workers) -> None:
 def test_a_worker_that_fails_says_where(workers: Workers) -> None:
     with pytest.raises(WorkerError, match="no_such_option"):
         alternate([layer(no_such_option=1)], 1, workers)
+
+
+def test_what_takes_too_long_is_given_up_and_the_next_row_goes_on(workers: Workers) -> None:
+    race = Race("r", "what", layer(static=8), (), rounds=3)
+    with pytest.raises(OutOfReach):
+        run(race, workers, limit=1e-6)
+    assert run(race, workers, limit=600).rounds == 3
+
+
+def test_a_sweep_keeps_the_points_that_were_in_reach(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure.alternate
+
+    def slow(contestants: list[Contestant], *others: object) -> list[list[float]]:
+        if contestants[0].options["static"] == 16:
+            raise OutOfReach
+        return whole(contestants, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measure, "alternate", slow)
+    sweep = Sweep("s", "what", "static", (8, 16, 32), (Line(layer()),), lambda static: Floor(static))
+    result = run(sweep, workers)
+    assert [point for point, _ in (result.series or {})["Lyra"]] == [8]
+    assert [point for point, _ in (result.series or {})["floor"]] == [8]
+    assert result.out_of_reach == "static from 16"
+    assert "Out of this machine's reach: static from 16." in page(MACHINE, [result])
+
+
+def test_a_row_says_what_it_is_at(workers: Workers) -> None:
+    said: list[str] = []
+    run(Race("r", "what", layer(static=8), (), rounds=2), workers, tell=said.append)
+    assert list(dict.fromkeys(said)) == ["Lyra is made ready", "round 1 of 2 at most", "round 2 of 2 at most"]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "spent", "left", "enough"),
+    [
+        (0, 0.0, 0.0, False),
+        (1, 9.0, 100.0, False),
+        (3, 9.0, 100.0, True),
+        (1, 80.0, 1000.0, True),
+        (1, 9.0, 8.0, True),
+    ],
+)
+def test_rounds_are_fewer_where_they_are_long(rounds: int, spent: float, left: float, enough: bool) -> None:
+    assert measure._enough(rounds, spent, left) is enough
+
+
+def test_products_are_smaller_where_they_are_slow() -> None:
+    rate, width = rate_of_products("bfloat16", time_limit=0)
+    assert (rate > 0, width) == (True, NARROW)
+    rates = {"bandwidth": 1e9, "float32": 2e11, "bfloat16": 9e8, "bfloat16 width": 128.0}
+    assert "200 GFLOP/s in float32, 0.9 in bfloat16 (of width 128;" in machine_line(MACHINE | {"rates": rates})
+
+
+def test_the_page_takes_names_for_text() -> None:
+    result = Result("a|`row", "<script> [x](y)", "race", [Finding("a|b\n*c*", 1.0, "×")], {"<b>": 1.0}, 1)
+    text = page(MACHINE | {"processor": "<img src=x>"}, [result])
+    assert not {"<script>", "<b>", "<img", "[x](y)"} & set(text.replace(" ", "\n").split())
+    assert r"| `a/'row` | a\|b\\n\*c\* | 1.00× |" in text
 
 
 def test_a_ratio_is_the_median_of_the_rounds() -> None:
