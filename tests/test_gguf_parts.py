@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lyra.errors import CheckpointError
 from lyra.gguf_convert import check_tensors, hf_config
 from lyra.gguf_parts import GGUFModel, parts_of
 from lyra.gguf_tokenizer import build_tokenizer
+from lyra.text import Text
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +127,21 @@ def test_every_end_that_a_file_names_ends_a_text(
     assert model.text.stops == stops
     assert model.module.generation_config.eos_token_id == (stops[0] if len(stops) == 1 else list(stops))
     assert model.text.decode([265, stops[-1], 265]) == "e"
+
+
+def test_a_folder_whose_files_forget_the_end_of_a_turn_stops_at_it(tmp_path: Path) -> None:
+    """Its tokenizer has a special token that is spelled so; a word of a text that is spelled so is none."""
+    folder = resolve(write_tiny_gguf(tmp_path / "chat.gguf", controls=("<end_of_turn>",)))
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((folder / name).read_text())
+        assert fields["eos_token_id"] == [1, 279]
+        (folder / name).write_text(json.dumps(fields | {"eos_token_id": 1}))
+    assert Text.from_folder(folder).stops == (1, 279)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["content"] != "<end_of_turn>"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert Text.from_folder(folder).stops == (1,)
 
 
 @pytest.mark.parametrize(
