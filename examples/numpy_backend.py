@@ -65,9 +65,7 @@ class NumpyAttention:
         if self.spec.rope is not None:
             q = stages["q_rope"] = rotate(self.spec, q, positions)
             k = stages["k_rope"] = rotate(self.spec, k, positions)
-        new = Cache(
-            *(part.copy() for part in (k, v, mask, positions))
-        )  # the caller may refill its arrays (clause ARRAYS)
+        new = Cache(*(part.copy() for part in (k, v, mask, positions)))  # the arrays are the caller's (clause ARRAYS)
         live = new if cache is None else Cache(*(np.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True)))
         heads = stages["heads"] = attend(self.spec, q, live, positions, static)
         output = stages["output"] = self._linear("o", heads.reshape(*x.shape[:2], -1))
