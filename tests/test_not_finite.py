@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,21 @@ def test_a_backend_that_gives_nan_all_the_same_is_not_believed(model: Model, mon
     monkeypatch.setattr(model.engine, "log_probs", lambda ids: bad)
     with pytest.raises(NotFiniteError, match="gives NaN or infinity for the probability of token 2"):
         model.score(IDS)
+
+
+def test_the_real_model_in_float16(real_folder: Path) -> None:
+    """Its activations reach 104,000: text would come out empty."""
+    pytest.importorskip("torch")
+    model = lyra.load(real_folder, dtype="float16")
+    with pytest.raises(NotFiniteError, match=r"in float16, .* first in the output of layer 7 at token 0\. "):
+        model.generate("hi", 5)
+
+
+def test_rows_are_looked_at_to_the_last_number(backend: str) -> None:
+    finite = importlib.import_module(f"lyra.backends.{backend}_impl.finite")
+    array = importlib.import_module({"torch": "torch", "jax": "jax.numpy"}[backend]).asarray
+    values = np.zeros((5, 7), np.float32)
+    values[0] = np.finfo(np.float32).max  # finite, though their sum is not
+    values[1, 2], values[2, 6], values[3, 0] = np.nan, np.inf, -np.inf
+    assert np.asarray(finite.finite_rows(array(values))).tolist() == [True, False, False, False, True]
+    assert np.asarray(finite.finite_rows(array(values[4:]))).tolist() == [True]

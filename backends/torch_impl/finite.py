@@ -17,7 +17,8 @@ CHUNK = 512
 
 def finite_rows(values: torch.Tensor) -> torch.Tensor:
     """Which rows of values [...,V] hold no NaN and no infinity: bool [...]."""
-    return torch.isfinite(values).all(dim=-1)
+    sums = torch.isfinite(values.sum(dim=-1, dtype=torch.float32))  # a finite sum has finite terms only
+    return sums if bool(sums.all()) else torch.isfinite(values).all(dim=-1)
 
 
 def locate(
