@@ -93,7 +93,7 @@ def test_the_model_is_left_as_it_was(engine: Any) -> None:
 
 
 def test_what_does_not_fit_is_refused(engine: Any) -> None:
-    with pytest.raises(InputError, match="expected one row"):
+    with pytest.raises(InputError, match="ids have 2 rows; expected one"):
         engine.gated(random_ids(2, 21), SCORED, context())
     with pytest.raises(InputError, match="are scored"):
         engine.gated(IDS, IDS.shape[1], context())
