@@ -125,7 +125,9 @@ def _elsewhere(backend: MeshBackend, job: Job) -> Answers:
         asked, answered = Path(folder) / "job.npz", Path(folder) / "answers.npz"
         job.to_file(asked)
         command = [sys.executable, "-P", "-m", __name__, json.dumps(order), str(asked), str(answered)]
-        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=LIMIT, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", timeout=LIMIT, check=False
+        )
         if not answered.is_file():
             said = done.stderr.strip().splitlines()
             raise RuntimeError(f"over {devices} devices: {said[-1] if said else f'exit status {done.returncode}'}")

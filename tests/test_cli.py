@@ -229,7 +229,7 @@ def test_a_script_of_one_command_refuses_in_one_line(text_file: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert ran.returncode == 2
     assert ran.stdout == ""
-    assert ran.stderr.startswith(f"error: '{text_file}' is no report")
+    assert ran.stderr.startswith(f"error: '{text_file}' is not JSON")
     assert len(ran.stderr.splitlines()) == 1
 
 
