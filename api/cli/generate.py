@@ -71,7 +71,8 @@ def generate(
     asked = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
     if context is not None:
         loaded.attach(context, asked, live=live, positions=positions or "continue", gate=gate, override=override)
-    shown = sys.stdout.isatty()  # a model may write what would move the cursor; a file gets it as it is
+    # What a model writes may move the cursor; a file gets it as it is.
+    shown = sys.stdout is not None and sys.stdout.isatty()
     for piece in loaded.stream(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         typer.echo(paragraphs(piece) if shown else piece, nl=False)
     typer.echo()
