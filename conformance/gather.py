@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -27,7 +28,13 @@ def read_record(seen: str) -> Record:
     fields = json.loads(seen)
     fields["failures"] = {(one["property"], one["backend"]): one for one in fields["failures"]}
     fields["distances"] = {(backend, compared): ratios for backend, compared, ratios in fields["distances"]}
-    return TypeAdapter(Record).validate_python(fields)
+    return _records().validate_python(fields)
+
+
+@cache
+def _records() -> TypeAdapter[Record]:
+    """What makes records of plain data: made once, which takes a good part of a property's time."""
+    return TypeAdapter(Record)
 
 
 def take_in(seen: str) -> None:
