@@ -83,6 +83,19 @@ def hidden_slots(case: Case) -> Case:
     return case.replace(context=context.replace(hidden=tuple(max(1, count) for count in context.hidden)))
 
 
+def with_visible(count: int) -> Callable[[Case], Case]:
+    """A map that leaves so many slots of every row of the context visible, where it has them."""
+
+    def change(case: Case) -> Case:
+        context = case.context
+        if context is None:
+            return case
+        most = max(0, context.tokens - count)
+        return case.replace(context=context.replace(hidden=tuple(min(hidden, most) for hidden in context.hidden)))
+
+    return change
+
+
 def padded(case: Case) -> Case:
     """A padding token in some row, and a real one in each."""
     if case.tokens < 2 or any(case.padding):

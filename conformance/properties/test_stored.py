@@ -16,6 +16,7 @@ from lyra.conformance.premises import CONTEXT, OVERLAY, SEVERAL_SLOTS, Premise
 from lyra.conformance.properties.models import engine, oracle, small_folder, stretched_folder, tokens
 from lyra.conformance.properties.test_rope import rotated
 from lyra.conformance.registry import prop
+from lyra.conformance.shaped import with_visible
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 from lyra.model import Model
@@ -85,7 +86,7 @@ def test_a_context_survives_its_file(case: Case, judge: Judge) -> None:
 @prop(
     "STORED-3",
     premise=(OVERLAY, SEVERAL_SLOTS),
-    case=cases(context=True, min_context=2).map(rotated),
+    case=cases(context=True, min_context=2).map(rotated).map(with_visible(2)),
     needs=("static",),
     weight=0.5,
 )
@@ -137,7 +138,7 @@ def half_step(values: np.ndarray, mask: np.ndarray, storage: str, part: str) -> 
     "STORED-5",
     "STORED-2",
     premise=(CONTEXT, ROUNDED),
-    case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated),
+    case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated).map(with_visible(2)),
     needs=("static",),
     weight=0.5,
 )
@@ -186,7 +187,7 @@ def damaged(file: bytes, seed: int) -> dict[str, bytes]:
 @prop(
     "STORED-6",
     premise=(CONTEXT, DAMAGED),
-    case=cases(context=True, min_context=1).map(rotated),
+    case=cases(context=True, min_context=1).map(rotated).map(with_visible(1)),
     needs=("static",),
     weight=0.5,
 )

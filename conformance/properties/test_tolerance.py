@@ -6,7 +6,7 @@ from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import CONTEXT, HIDDEN, PADDING, SEVERAL_CALLS, SEVERAL_TOKENS
 from lyra.conformance.registry import prop
-from lyra.conformance.shaped import hidden_slots, mostly
+from lyra.conformance.shaped import hidden_slots, mostly, often, padded
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 
@@ -15,7 +15,7 @@ from lyra.conformance.subject import Subject
     "TOLERANCE-1",
     "STATIC-1",
     premise=(CONTEXT, PADDING, HIDDEN, SEVERAL_CALLS),
-    case=cases().map(mostly(hidden_slots)),
+    case=cases().map(mostly(hidden_slots)).map(often(padded)),
     needs=("static",),
     weight=3,
 )
