@@ -20,6 +20,7 @@ from judging import judged
 from typer.testing import CliRunner, Result
 
 from lyra.cli import application
+from lyra.conformance.session import PROFILES, Profile
 from lyra.conformance.supervisor import MOST_ENDS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -102,6 +103,7 @@ class Waits(NumpyBackend):
 def _found(empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder with these backends, which processes of a run find where this one does."""
     Path("ends.py").write_text(BACKENDS)
+    monkeypatch.setitem(PROFILES, "smoke", Profile("smoke", examples=4, frames=2))
     for folder in (EXAMPLES, Path.cwd()):
         monkeypatch.syspath_prepend(folder)
 
@@ -222,35 +224,39 @@ ENDINGS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ENDINGS)
-def test_what_would_end_more_than_a_call_is_that_backends_error(name: str) -> None:
+def test_what_would_end_more_than_a_call_is_that_backends_error() -> None:
     """In this process too, as `lyra faults` and pytest run it, whether a layer raises it or one of its methods."""
     from numpy_backend import NumpyAttention, NumpyBackend
 
+    class Early(NumpyBackend):
+        def __init__(self, ending: str) -> None:
+            self.name, self.end = f"early {ending}", ENDINGS[ending]
+
+        def attention(self, spec: Any, weights: Any) -> Any:
+            self.end()
+
     class Layer(NumpyAttention):
         def reorder(self, cache: Any, rows: Any) -> Any:
-            ENDINGS[name]()
+            self.end()  # type: ignore[attr-defined]
 
     class Late(NumpyBackend):
-        name = "late"
+        def __init__(self, ending: str) -> None:
+            self.name, self.end = f"late {ending}", ENDINGS[ending]
 
         def attention(self, spec: Any, weights: Any) -> Any:
             layer = super().attention(spec, weights)
-            return Layer(layer.spec, layer.weights)
+            changed = Layer(layer.spec, layer.weights)
+            object.__setattr__(changed, "end", self.end)
+            return changed
 
-    class Early(NumpyBackend):
-        name = "early"
-
-        def attention(self, spec: Any, weights: Any) -> Any:
-            ENDINGS[name]()
-
-    outcome = judged(Early(), Late(), NumpyBackend(), only="absent_stages or reordering_the_cache", shrink=False)
+    backends = [kind(ending) for ending in ENDINGS for kind in (Early, Late)]
+    outcome = judged(*backends, NumpyBackend(), only="absent_stages or reordering_the_cache", shrink=False)
     record = outcome.record
     assert record.complete
     assert not record.ok
-    seen = {
-        backend: {prop.tally(backend).status for prop in record.properties.values()} for backend in ("early", "numpy")
-    }
-    assert seen == {"early": {"errored"}, "numpy": {"passed"}}
-    assert record.properties["batch::reordering_the_cache"].tally("late").status == "errored"
-    assert all(name in failure.message for failure in record.failures.values())
+    found = {name: prop.tallies for name, prop in record.properties.items()}
+    for tallies in found.values():
+        assert tallies["numpy"].status == "passed"
+        assert {tallies[f"early {ending}"].status for ending in ENDINGS} == {"errored"}
+    assert {found["batch::reordering_the_cache"][f"late {ending}"].status for ending in ENDINGS} == {"errored"}
+    assert all(backend.partition(" ")[2] in failure.message for (_, backend), failure in record.failures.items())
