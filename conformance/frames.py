@@ -182,6 +182,7 @@ def _draw(rng: np.random.Generator, index: int) -> Frame:
     batch = BATCHES[index % len(BATCHES)]
     head_dim, hidden_size = SIZES[int(rng.integers(len(SIZES)))]
     plain = index < 3  # the first shapes, the only ones of a short run, have every stage and nothing else
+    own = index % 3 == (0 if index // 3 % 2 else 2)  # a context for each of two or three rows: every other such frame
     groups = int(rng.integers(1, heads[1] + 1))
     return Frame(
         heads=heads,
@@ -191,7 +192,7 @@ def _draw(rng: np.random.Generator, index: int) -> Frame:
         calls=CALLS[index % len(CALLS)],
         batch=batch,
         context_tokens=CONTEXT_TOKENS[index % len(CONTEXT_TOKENS)],
-        context_batch=batch if index % 2 else 1,
+        context_batch=batch if own else 1,
         qk_norm=plain or bool(rng.random() < 0.85),
         rope=plain or bool(rng.random() < 0.85),
         bias=not plain and bool(rng.random() < 0.25),

@@ -24,6 +24,7 @@ from lyra.conformance.faults.catalogue import Fault
 from lyra.conformance.faults.inject import active, injected
 from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
+from lyra.spec.files import write_atomically
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.split import HeadSplit
 
@@ -143,7 +144,7 @@ def main(order: str, asked: str, answered: str) -> None:
         found = ask(cast(MeshBackend, backend), Job.from_file(Path(asked)))
     whole = io.BytesIO()
     np.savez(whole, allow_pickle=False, **{key: np.asarray(value) for key, value in found.items()})
-    Path(answered).write_bytes(whole.getvalue())
+    write_atomically(Path(answered), whole.getvalue())
 
 
 if __name__ == "__main__":
