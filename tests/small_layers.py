@@ -15,6 +15,12 @@ def layer(query_heads: int = 8, kv_heads: int = 4, **changes: Any) -> AttentionS
     return AttentionSpec(num_attention_heads=query_heads, num_key_value_heads=kv_heads, **(fields | changes))
 
 
+CUT_LAYER = layer(
+    4, 2, hidden_size=12, head_dim=8, scale=8**-0.5, split=HeadSplit(lyra_q_heads=(1, 2, 3), share_kv=True)
+)
+"""A layer whose split cuts a group, which shares its KV head."""
+
+
 @st.composite
 def head_counts(draw: st.DrawFn) -> tuple[int, int]:
     kv_heads, group = draw(st.integers(1, 8)), draw(st.integers(1, 8))

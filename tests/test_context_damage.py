@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_context import assert_same, make_context
+from small_contexts import assert_same, make_context
 
 from lyra.cli import application
 from lyra.spec import ContextError, StaticContext, UncheckedContextWarning
@@ -20,7 +20,8 @@ from lyra.spec import context_file as module
 
 pytest.importorskip("resource", reason="limits of time and memory are those of POSIX")
 
-from context_damage import KINDS, older, outcomes, put_together, resealed, taken_apart
+from context_damage import outcomes
+from context_damage_kinds import KINDS, older, put_together, resealed, taken_apart
 
 TESTS = str(Path(__file__).parent)
 
@@ -156,7 +157,7 @@ REPLACING = f"""
 import os, sys
 sys.path.insert(0, {TESTS!r})
 from dataclasses import replace
-from test_context import make_context, make_fingerprint
+from small_contexts import make_context, make_fingerprint
 contexts = [
     replace(make_context(length, seed=length), fingerprint=make_fingerprint(model=str(length))) for length in (3, 40)
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_layers import CUT_LAYER
 from typer.testing import CliRunner
 
 from lyra.backends.protocol import CAPABILITIES, Backend, get_backend
@@ -22,8 +23,6 @@ from lyra.conformance.faults.kill import kill, stages_of
 from lyra.conformance.launch import prepare_environment
 from lyra.conformance.runner import run
 from lyra.conformance.session import PROFILES, Session
-from lyra.spec.attention import AttentionSpec
-from lyra.spec.split import HeadSplit
 
 BACKENDS = ("torch", "jax")
 prepare_environment()
@@ -38,15 +37,7 @@ def a_fault(find: str, replace: str = "", file: str = "norm.py", backend: str = 
 
 
 def a_problem() -> Problem:
-    spec = AttentionSpec(
-        hidden_size=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        scale=8**-0.5,
-        split=HeadSplit(lyra_q_heads=(1, 2, 3), share_kv=True),
-    )
-    return Case(spec=spec, calls=(3,), batch=2, context=Context(tokens=5)).problem()
+    return Case(CUT_LAYER, calls=(3,), batch=2, context=Context(tokens=5)).problem()
 
 
 def answer(backend: Backend) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_context import assert_same, make_context
+from small_contexts import assert_same, make_context
 
 from lyra.spec import StaticContext
 from lyra.spec.files import folder_renamed_into, renamed_into, write_atomically
@@ -171,7 +171,7 @@ FULL = f"""
 import resource, signal, sys
 sys.path.insert(0, {TESTS!r})
 from pathlib import Path
-from test_context import make_context
+from small_contexts import make_context
 from lyra.spec.files import write_atomically
 context = make_context(64)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

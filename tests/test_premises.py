@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from backends_for_tests import Wrapped
+from small_layers import CUT_LAYER
 from typer.testing import CliRunner
 
 from lyra.cli import application
@@ -27,20 +28,11 @@ from lyra.conformance.runner import run
 from lyra.conformance.scored import scored
 from lyra.conformance.session import Session
 from lyra.conformance.subject import expected
-from lyra.spec.attention import AttentionSpec, StaticSpec
-from lyra.spec.split import HeadSplit
+from lyra.spec.attention import StaticSpec
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
-SPEC = AttentionSpec(
-    hidden_size=12,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    scale=8**-0.5,
-    split=HeadSplit(lyra_q_heads=(1, 2, 3), share_kv=True),
-)
-CASE = Case(SPEC, calls=(1, 3), batch=2, context=Context(5, batch=2, hidden=(1, 2)), padding=(1, 0), seed=5)
+CASE = Case(CUT_LAYER, calls=(1, 3), batch=2, context=Context(5, batch=2, hidden=(1, 2)), padding=(1, 0), seed=5)
 LIBRARY = {name: one for name, one in vars(premises).items() if isinstance(one, Premise)}
 
 
@@ -79,7 +71,7 @@ def test_scores_are_those_that_the_oracle_makes_its_heads_of() -> None:
             for place, head in enumerate(heads):
                 values = stages["v_proj"].value[:, :, head // 2]
                 if part is lyra:
-                    values = np.concatenate([static.v[:, SPEC.lyra_kv_heads.index(head // 2)], values], axis=1)
+                    values = np.concatenate([static.v[:, CUT_LAYER.lyra_kv_heads.index(head // 2)], values], axis=1)
                 with np.errstate(invalid="ignore"):
                     weights = np.exp(np.where(part.seen, part.score, -np.inf)[:, place] - part.top[:, place, :, None])
                     heads_are = np.nan_to_num(weights / weights.sum(axis=-1, keepdims=True)) @ values

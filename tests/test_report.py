@@ -1,4 +1,4 @@
-"""The reports of a run: one set of numbers as data, page, Markdown and table; and the map from SPEC.md to the suite."""
+"""The reports of a run: one set of numbers as data, page, Markdown and table."""
 
 from __future__ import annotations
 
@@ -12,25 +12,19 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
-from typer.testing import CliRunner
 
-from lyra.cli import application
 from lyra.conformance.case import Case, Context
-from lyra.conformance.declared import declared
 from lyra.conformance.gather import handed_over, take_in
-from lyra.conformance.premises import CONTEXT, Premise
 from lyra.conformance.record import Failure, Record
-from lyra.conformance.registry import prop
 from lyra.conformance.report.charts import head_map, histogram_chart
 from lyra.conformance.report.data import EDGES, Report, histogram, limit, report_data
 from lyra.conformance.report.markdown import SHOWN, append_summary, markdown
 from lyra.conformance.report.page import html
 from lyra.conformance.report.table import print_report
-from lyra.conformance.report.traceability import NOT_HELD, listing
 from lyra.conformance.session import Session, start
 from lyra.conformance.tolerance import K_PAIR, K
 from lyra.spec.attention import AttentionSpec
-from lyra.spec.clauses import clauses, statements
+from lyra.spec.clauses import statements
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
@@ -365,59 +359,3 @@ def test_the_table_shows_the_same_numbers(session: Session) -> None:
         assert f"passed {clause.cases['right']:,}" in re.sub(" +", " ", row)
     assert "right: conforms. 3 passed, 0 failed, 0 errored, 0 vacuous, 0 unsupported" in text
     assert "wrong: does not conform. 0 passed, 1 failed, 1 errored, 0 vacuous, 1 unsupported" in text
-
-
-def test_every_must_is_held_by_a_property_or_listed_with_its_reason() -> None:
-    cited = {statement for declaration in declared().values() for statement in declaration.statements}
-    assert cited <= set(statements())
-    assert set(NOT_HELD) <= set(statements())
-    bare = {one for one, statement in statements().items() if statement.level == "MUST"} - cited - set(NOT_HELD)
-    assert bare == set(), "cite these statements in a property, or say in NOT_HELD why none holds them"
-    assert cited & set(NOT_HELD) == set(), "these statements are held now: take them out of NOT_HELD"
-
-
-def test_the_listing_is_the_whole_of_the_spec_and_of_the_suite() -> None:
-    found = listing()
-    assert [clause.name for clause in found.clauses] == list(clauses())
-    assert [one.id for clause in found.clauses for one in clause.statements] == list(statements())
-    listed = {part.name for clause in found.clauses for one in clause.statements for part in one.properties}
-    assert listed == set(declared())
-    assert all(bool(one.properties) != bool(one.not_held) for clause in found.clauses for one in clause.statements)
-    assert any(one.faults for clause in found.clauses for one in clause.statements)
-
-
-def test_conform_list(tmp_path: Path) -> None:
-    def run(*arguments: object) -> str:
-        result = CliRunner().invoke(application(), ["conform", "--list", *map(str, arguments)], env={"COLUMNS": "160"})
-        assert result.exit_code == 0
-        return result.stdout
-
-    shown = run()
-    assert all(statement in shown for statement in statements())
-    assert "static::one_softmax_over_static_and_live" in shown
-    assert "norm-after-rope" in shown
-    assert "none: says how fast" in shown
-    data = json.loads(run("--json", "-"))
-    assert data == listing().model_dump()
-    run("--json", tmp_path / "list.json")
-    assert json.loads((tmp_path / "list.json").read_text()) == data
-
-
-def test_a_property_cites_statements_that_there_are_and_says_what_must_hold() -> None:
-    def says(judge: object) -> None:
-        """Something holds."""
-
-    def silent(judge: object) -> None: ...
-
-    declared = prop("STATIC-1", premise=CONTEXT)(says).pytestmark[0].args[0]
-    assert (declared.statements, declared.premises) == (("STATIC-1",), (CONTEXT,))
-    for cited in ((), ("STATIC-99",), ("STATIC-1", "nothing")):
-        with pytest.raises(ValueError, match="must cite statements of SPEC"):
-            prop(*cited, premise=CONTEXT)
-    with pytest.raises(ValueError, match="says in its docstring"):
-        prop("STATIC-1", premise=CONTEXT)(silent)
-    for premises in ((), (CONTEXT, CONTEXT)):
-        with pytest.raises(ValueError, match="says what it is about"):
-            prop("STATIC-1", premise=premises)
-    with pytest.raises(ValueError, match="how it is never met"):
-        Premise("nothing in particular")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from test_context import DIM, assert_same, make_context, rewrite
+from small_contexts import DIM, assert_same, make_context, rewrite
 from typer.testing import CliRunner
 
 import lyra

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
-from lyra.conformance.case import Block, Case, Problem
+from lyra.conformance.case import Case
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import (
     BEHIND_WINDOW,
@@ -27,19 +25,24 @@ from lyra.conformance.premises import (
     SEVERAL_TOKENS,
     Premise,
 )
+from lyra.conformance.properties.block_problems import (
+    alone,
+    any_block,
+    between_norms,
+    block_of,
+    decoder_layer,
+    with_its_layer,
+)
+from lyra.conformance.properties.block_relations import hold_closed, hold_cuts, hold_stages
 from lyra.conformance.properties.test_batch import moved_rows
 from lyra.conformance.registry import prop
 from lyra.conformance.shaped import beyond_window, chunked, several_rows
 from lyra.conformance.strategies import block_cases, in_long_calls
 from lyra.conformance.subject import BackendError, Subject
-from lyra.spec.attention import QKNormSpec, RopeSpec
 from lyra.spec.errors import InputError, SpecError
-from lyra.spec.sequential import SequentialSpec, Source
+from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 from lyra.spec.uncertain import exact, rms_norm
-
-if TYPE_CHECKING:
-    from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
 
 NEEDS = ("sequential", "static", "cache")
 
@@ -50,23 +53,6 @@ NO_OUTER_NORM = Premise(
 )
 REFUSED = ("no cache", "a static context", "the cache of other tokens")
 REFUSALS = Premise("a call that must be refused", names={"REFUSED": ()})
-
-
-def any_block(source: Source = "external") -> st.SearchStrategy[Case]:
-    """Whatever there is; every other case has a context, and shows all of it."""
-    return st.one_of(block_cases(source=source), block_cases(source=source, context=True, min_context=1, hidden=False))
-
-
-def block_of(case: Case) -> Block:
-    """The case's block."""
-    assert case.block is not None
-    return case.block
-
-
-def alone(problem: Problem) -> Problem:
-    """The same block, without residual and its gate at 1."""
-    assert problem.block is not None
-    return problem.replace(block=problem.block.replace(residual=False, gate=1.0))
 
 
 @prop("SEQUENTIAL-1", "SEQUENTIAL-4", "TOLERANCE-1", premise=(OPEN_GATE, CONTEXT), case=any_block(), needs=NEEDS)
@@ -87,21 +73,6 @@ def test_eps_decides_small_inputs(case: Case, judge: Judge) -> None:
     judge.oracle(case)
 
 
-def hold_stages(case: Case, judge: Judge) -> None:
-    """The trace has the stages of the block, in order; each is right by itself, and the last is what the block gave."""
-    problem = case.problem()
-    wanted = problem.described.trace_names()
-
-    def check(subject: Subject) -> None:
-        outcome = subject.run(problem, trace=True)
-        names = tuple(outcome.trace)
-        subject.expect(problem, names == wanted, f"trace {names}, expected {wanted}")
-        subject.expect_stages(problem, outcome)
-        subject.expect_equal(problem, outcome.trace["output"], outcome.output, "what the block gave")
-
-    judge.each(case, check)
-
-
 @prop("SEQUENTIAL-8", "TOLERANCE-2", premise=OPEN_GATE, case=block_cases(), needs=(*NEEDS, "trace"), weight=0.5)
 def test_stages_of_a_block(case: Case, judge: Judge) -> None:
     """Every stage of a block is right by itself."""
@@ -119,22 +90,6 @@ def test_stages_of_a_block(case: Case, judge: Judge) -> None:
 def test_stages_of_a_block_that_shares_its_cache(case: Case, judge: Judge) -> None:
     """Every stage of a block that shares its layer's cache is right by itself; there are none of keys and values."""
     hold_stages(case, judge)
-
-
-def hold_closed(case: Case, judge: Judge) -> None:
-    """Gate 0 gives h to the last bit, the sign of zero included; the gate of the case gives the oracle's values."""
-    problem = case.problem()
-    h = problem.x.copy()
-    h[:, :, 0] = -0.0
-    closed = problem.replace(x=h, block=block_of(case).replace(gate=0.0))
-
-    def check(subject: Subject) -> None:
-        got = np.asarray(subject.run(closed).output, np.float32)
-        same = got[closed.real].tobytes() == h[closed.real].tobytes()
-        subject.expect(closed, same, "a closed gate changes bits of the residual stream")
-        subject.expect_oracle(problem, subject.run(problem))
-
-    judge.each(case, check)
 
 
 @prop(
@@ -166,14 +121,11 @@ def test_a_closed_gate_on_a_shared_cache(case: Case, judge: Judge) -> None:
 def test_block_is_an_attention_between_two_norms(case: Case, judge: Judge) -> None:
     """Without residual and at gate 1 it is the backend's own attention layer, normed before and after."""
     problem = alone(case.problem())
-    block, weights = block_of(case), problem.weights
-    normed = rms_norm(exact(problem.x), weights["input_norm.weight"], block.norm_eps).value.astype(np.float32)
-    names = problem.spec.weight_shapes()
-    inner = problem.replace(block=None, x=normed, weights={name: weights[name] for name in names})
+    inner, weights, eps = between_norms(problem), problem.weights, block_of(case).norm_eps
 
     def check(subject: Subject) -> None:
         attended = subject.run(inner).output
-        by_parts = rms_norm(exact(attended), weights["output_norm.weight"], block.norm_eps).value
+        by_parts = rms_norm(exact(attended), weights["output_norm.weight"], eps).value
         subject.expect_close(problem, subject.run(problem).output, by_parts, "an attention between two norms")
 
     judge.each(case, check)
@@ -188,21 +140,6 @@ def test_gate_is_a_factor(case: Case, judge: Judge) -> None:
     def check(subject: Subject) -> None:
         added = block.gate * subject.run(alone(problem)).output.astype(np.float64)
         subject.expect_close(problem, subject.run(problem).output, base + added, "h and gate times the plain block")
-
-    judge.each(case, check)
-
-
-def hold_cuts(case: Case, judge: Judge) -> None:
-    """In one call, in the case's calls and, if these are few, token by token: the same outputs."""
-    problem = case.problem()
-
-    def check(subject: Subject) -> None:
-        whole = subject.run(problem, (case.tokens,))
-        subject.expect_oracle(problem, whole)
-        subject.expect_close(problem, subject.run(problem).output, whole.output, "one call")
-        if case.tokens <= 7:
-            singly = subject.run(problem, (1,) * case.tokens)
-            subject.expect_close(problem, singly.output, whole.output, "one call, against token by token")
 
     judge.each(case, check)
 
@@ -411,27 +348,6 @@ def refuses(subject: Subject, call: Callable[[], object]) -> bool:
     except Exception as error:
         raise BackendError(subject.name, error) from error
     return False
-
-
-def decoder_layer(case: Case) -> Case:
-    """The case as Hugging Face's decoder layer can express it: one eps, norms, RoPE, no softcap, finite padding."""
-    spec = case.spec
-    norm = spec.qk_norm or QKNormSpec()
-    case = case.replace(
-        poison=min(case.poison, 1e3), block=block_of(case).replace(gate=1.0, residual=True, norm_eps=norm.eps)
-    )
-    return case.respec(qk_norm=norm, rope=spec.rope or RopeSpec(), softcap=None)
-
-
-def with_its_layer(problem: Problem, seed: int) -> tuple[Problem, DecoderLayerOracle]:
-    """The problem with weights taken from a decoder layer, and that layer."""
-    from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
-
-    plain = problem.spec.replace(split=None)
-    layer = DecoderLayerOracle(plain, problem.weights, problem.positions, problem.mask, seed)
-    described = problem.described
-    assert isinstance(described, SequentialSpec)
-    return problem.replace(weights=described.weights_of(layer.weights)), layer
 
 
 @prop(
