@@ -257,7 +257,7 @@ def inner_value(file: bytes, rng: Rng) -> bytes:
     """One value within the JSON of the fingerprint, the heads or the digests."""
     header, data = taken_apart(file)
     metadata = header["__metadata__"]
-    name = picked({"fingerprint", "kv_heads", "digests"} & set(metadata), rng)
+    name = picked(sorted({"fingerprint", "kv_heads", "digests"} & set(metadata)), rng)
     whole = json.loads(metadata[name])
     at = whole
     while True:

@@ -47,6 +47,27 @@ def test_without_the_digests_damage_is_another_context(tmp_path: Path, monkeypat
             assert any(one.verdict == "wrong" for one in outcomes(600, 0, tmp_path)), check
 
 
+DRAWN = f"""
+import sys
+sys.path.insert(0, {TESTS!r})
+from hashlib import sha256
+from context_damage import damaged_files
+print(sha256(b"".join(file for *_, file in damaged_files(200, 3))).hexdigest())
+"""
+
+
+def test_a_seed_draws_the_same_files_in_every_process() -> None:
+    """What a fuzzer finds is found again: strings hash otherwise in each process, and decide nothing."""
+    command = [sys.executable, "-c", DRAWN]
+    drawn = {
+        subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in "12"
+    }
+    assert len(drawn) == 1
+
+
 # some of them by hand
 
 
