@@ -10,6 +10,8 @@ INSTALLED := .venv/.installed-$(FILES)
 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
+# Whatever the environment says: a test that starts a process would compile all of Lyra anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 # The tests of backends and of real models, apart from those of the suite, in parts that two cores finish together.
 REAL_TESTS := tests/test_model.py tests/test_real_model.py

@@ -87,6 +87,7 @@ def run(
     arguments = [str(folder), "-q", "--capture=no", "-p", "no:cacheprovider", f"--rootdir={folder.parent}"]
     arguments += ["-c", os.devnull]  # the configuration of whatever project this runs in is not the suite's
     arguments += ["--tb=native"]  # pytest's own tracebacks parse every file on the way: seconds for a failure
+    arguments += ["-p", "no:unraisableexception"]  # it looks through all of memory five times at the end of a run
     arguments += ["-x"] if fail_fast else []
     arguments += [f"--lyra-replay={replay}"] if replay is not None else []
     arguments += [f"--lyra-only={only}"] if only is not None else []
