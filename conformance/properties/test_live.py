@@ -17,6 +17,7 @@ from lyra.conformance.premises import (
     SEVERAL_TOKENS,
     Premise,
 )
+from lyra.conformance.properties.block_relations import hold_cuts
 from lyra.conformance.registry import prop
 from lyra.conformance.shaped import beside_vanilla, first_element, scored_by_first_element
 from lyra.conformance.strategies import cases, in_long_calls
@@ -54,17 +55,7 @@ def test_none(case: Case, judge: Judge) -> None:
 @prop("LIVE-4", premise=CHUNK_BEHIND, case=cases(min_tokens=2), needs=("static", "cache"), weight=2)
 def test_calls_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     """Chunked prefill, one-shot prefill and token-by-token decode give the same outputs, in every mode."""
-    problem = case.problem()
-
-    def check(subject: Subject) -> None:
-        whole = subject.run(problem, (case.tokens,))
-        subject.expect_oracle(problem, whole)
-        subject.expect_close(problem, subject.run(problem).output, whole.output, "one-shot prefill")
-        if case.tokens <= 7:
-            singly = subject.run(problem, (1,) * case.tokens)
-            subject.expect_close(problem, singly.output, whole.output, "one-shot prefill, against token by token")
-
-    judge.each(case, check)
+    hold_cuts(case, judge)
 
 
 @prop(
