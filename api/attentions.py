@@ -29,8 +29,8 @@ def looked_at(
     if blocks:
         raise ModelError("attentions: blocks read the context, and they are not looked into; take mode='parallel'")
     readers = [layer for layer, split in splits.items() if split.lyra_q_heads]
-    asked = (readers or engine.spec.global_layers) if layers is None else check_indices("layers", layers)
-    chosen = sorted(set(asked))
+    requested = (readers or engine.spec.global_layers) if layers is None else check_indices("layers", layers)
+    chosen = sorted(set(requested))
     found = engine.attentions(ids, mask, layers=chosen)
     slots = 0 if context is None else context.mask.shape[1]
     return {layer: _with_slots(one, slots if layer in readers else 0) for layer, one in found.items()}

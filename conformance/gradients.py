@@ -94,7 +94,7 @@ def hold(subject: Subject, problem: Problem, got: dict[str, np.ndarray], wanted:
     """Every gradient is within K·σ of what is wanted, and exactly 0 where σ is 0. Raises Divergence."""
     for name, part in wanted.items():
         far = distance(got[name], part)
-        subject.record.saw(subject.name, "gradients", far.ratio)
+        subject.record.observe(subject.name, "gradients", far.ratio)
         if far.ratio > K:
             raise Divergence(subject.name, f"{far.describe(f'gradient of {name}', K)} against the oracle", problem)
 

@@ -12,11 +12,11 @@ from lyra.backends.protocol import Backend, ModelBackend
 from lyra.backends.raised import interrupted
 from lyra.spec.uncertain import Uncertain
 
-from .asked import Inputs
 from .case import Case, Problem
 from .journal import journal
 from .premises import Premise
 from .record import Failure, Property, Record
+from .recorded_inputs import RecordedInputs
 from .subject import BackendError, Divergence, Subject, expected, label
 from .tolerance import K_PAIR, distance
 
@@ -56,7 +56,7 @@ class Judge:
         something else. Whatever else a check raises on a backend's answer (a missing method, an array that cannot be
         indexed) counts as that backend's error.
         """
-        inputs, text = Inputs(), cache(lambda: text_of(case))
+        inputs, text = RecordedInputs(), cache(lambda: text_of(case))
         names = [subject.name for subject in self.subjects]
         try:
             caught = [error for subject in self.subjects if (error := self._caught(text, subject, check, inputs))]
@@ -72,7 +72,7 @@ class Judge:
             self.agree_on(case, one.problem, "output", one.outputs, expected(one.problem)["output"], one.problem.real)
 
     def _caught(
-        self, text: Callable[[], str], subject: Subject, check: Callable[[Subject], None], inputs: Inputs
+        self, text: Callable[[], str], subject: Subject, check: Callable[[Subject], None], inputs: RecordedInputs
     ) -> Divergence | BackendError | None:
         """Run a check on one backend: its failure, if it fails, which is kept."""
         subject.begin(inputs)
@@ -93,7 +93,7 @@ class Judge:
         if found is None:
             tally.mark("passed")
             for premise in self.premises:
-                tally.met[premise.name] += any(premise.met_by(one) for one in subject.asked)
+                tally.met[premise.name] += any(premise.met_by(one) for one in subject.recorded)
         else:
             self._keep(text, subject, found)
         return found
@@ -124,7 +124,7 @@ class Judge:
         """
         for one, other in combinations(values, 2):
             far = distance(values[one], Uncertain(values[other].astype(float), wanted.variance), where)
-            self.record.saw(f"{one} ↔ {other}", label(problem, what), far.ratio)
+            self.record.observe(f"{one} ↔ {other}", label(problem, what), far.ratio)
             if far.ratio > K_PAIR:
                 blamed = max((one, other), key=lambda name: distance(values[name], wanted, where).ratio)
                 error = Divergence(blamed, f"{far.describe(what, K_PAIR)} between {one} and {other}", problem)

@@ -94,7 +94,7 @@ def make_session(
     except (BackendNotFound, ImportError) as error:
         raise UsageError(str(error)) from None
     session.backends = backends
-    session.asked = dict(zip((backend.name for backend in backends), dict.fromkeys(names), strict=False))
+    session.requested_as = dict(zip((backend.name for backend in backends), dict.fromkeys(names), strict=False))
     return session
 
 
@@ -139,14 +139,14 @@ def load_backends(names: Sequence[str]) -> list[Backend]:
 
 def unlike(found: Mapping[str, Backend]) -> list[Backend]:
     """Backends by what they were asked for as, once no two have one name. Raises UsageError."""
-    asked: dict[str, str] = {}
+    requested_as: dict[str, str] = {}
     for name, backend in found.items():
-        if backend.name in asked:
+        if backend.name in requested_as:
             raise UsageError(
-                f"{asked[backend.name]!r} and {name!r} both have the name {backend.name!r}, under which a report tells "
-                f"them apart; give one of them another"
+                f"{requested_as[backend.name]!r} and {name!r} both have the name {backend.name!r}, under which a "
+                f"report tells them apart; give one of them another"
             )
-        asked[backend.name] = name
+        requested_as[backend.name] = name
     return list(found.values())
 
 

@@ -65,8 +65,8 @@ class Follower:
     def pytest_sessionstart(self) -> None:
         """Refuse what cannot be followed before workers start: each of them would say so."""
         options = ("lyra_backend", "lyra_spec", "lyra_only", "lyra_shard", "lyra_replay")
-        asked = any(self._config.getoption(name) not in (None, []) for name in options)
-        if asked and not self._is_worker and self._config.getoption("numprocesses", None):
+        has_options = any(self._config.getoption(name) not in (None, []) for name in options)
+        if has_options and not self._is_worker and self._config.getoption("numprocesses", None):
             from .launch import begin
 
             begin(self._config)
@@ -85,20 +85,20 @@ class Follower:
         """In a worker: what the property saw goes with its last report."""
         report = yield
         if self._is_worker and self._begun and call.when == "teardown":
-            from .gather import handed_over
+            from .record_transfer import serialize_record
 
-            report.lyra = handed_over()
+            report.lyra = serialize_record()
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """In the controller: take in what a worker saw."""
         seen = getattr(report, "lyra", None)
         if seen is not None and not self._is_worker:
-            from .gather import take_in
             from .launch import begin
+            from .record_transfer import merge_record
 
             begin(self._config)
-            take_in(seen)
+            merge_record(seen)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -106,7 +106,7 @@ class Follower:
         own = self._config.stash.get(OWN, False)
         if not own or self._is_worker or self._config.getoption("collectonly"):
             return
-        from .gather import finish
+        from .record_transfer import finish
         from .session import current
 
         paths = self._config.getoption("lyra_json"), self._config.getoption("lyra_report")
@@ -117,7 +117,7 @@ class Follower:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """How much was compared, after pytest's own summary."""
         if self._begun:
-            from .gather import closing_lines
+            from .record_transfer import closing_lines
 
             for line in closing_lines():
                 terminalreporter.write_line(line)

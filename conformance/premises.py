@@ -16,8 +16,8 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.bfloat16 import to_bfloat16
 
 from . import tame
-from .asked import Input
 from .case import Case, Problem
+from .recorded_inputs import RecordedInput
 from .scored import scored
 from .subject import expected
 
@@ -42,13 +42,13 @@ class Premise:
         if self.tame is None and not self.names:
             raise ValueError(f"premise {self.name!r} says neither by `tame` nor by `names` how it is never met")
 
-    def met_by(self, asked: Input) -> bool:
+    def met_by(self, recorded: RecordedInput) -> bool:
         """Whether an input meets it, found out once."""
-        if self.name not in asked.facts:
-            of_problem = self.holds is not None and self.holds(asked.problem)
-            of_calls = self.of_calls is not None and self.of_calls(asked.calls)
-            asked.facts[self.name] = bool(of_problem or of_calls)
-        return asked.facts[self.name]
+        if self.name not in recorded.facts:
+            of_problem = self.holds is not None and self.holds(recorded.problem)
+            of_calls = self.of_calls is not None and self.of_calls(recorded.calls)
+            recorded.facts[self.name] = bool(of_problem or of_calls)
+        return recorded.facts[self.name]
 
 
 # what premises look at

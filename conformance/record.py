@@ -101,7 +101,7 @@ class Record:
         self.failures[failure.property, failure.backend] = failure
         self.properties[failure.property].tally(failure.backend).mark(failure.kind)
 
-    def broke(self, name: str, error: BaseException) -> None:
+    def suite_error(self, name: str, error: BaseException) -> None:
         """A property raised by itself, outside every backend: an error of all backends that it was to judge."""
         prop = self.properties[name]
         for backend, tally in prop.tallies.items():
@@ -115,7 +115,7 @@ class Record:
             if tally.status == "unsupported":
                 tally.why_unsupported = tally.why_unsupported or reason
 
-    def saw(self, backend: str, stage: str, ratio: float) -> None:
+    def observe(self, backend: str, stage: str, ratio: float) -> None:
         """Keep one |Δ|/σ."""
         self.distances.setdefault((backend, stage), []).append(ratio)
 

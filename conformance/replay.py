@@ -98,7 +98,7 @@ def _case(text: str | None) -> Any:
 
 def command(failure: Failure) -> str:
     """The command that runs a failure's case again."""
-    backend = current().asked.get(failure.backend, failure.backend)
+    backend = current().requested_as.get(failure.backend, failure.backend)
     return f"lyra conform --backend {shlex.quote(backend)} --replay {shlex.quote(str(failure.replay))}"
 
 

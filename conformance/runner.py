@@ -39,7 +39,7 @@ class Run:
         return self.log.rpartition("ERROR: ")[2].strip()
 
     @property
-    def broke(self) -> bool:
+    def could_not_run(self) -> bool:
         """Whether pytest itself could not run the suite (no property found, an error outside all properties).
 
         A run that somebody interrupted after the first property has something to report: it did not break.

@@ -16,7 +16,7 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
 from lyra.spec.split import HeadSplit
 
-from .frames import Frame, make_frames
+from .case_sizes import CaseSizes, make_sizes
 from .record import Record
 from .shard import Shard
 
@@ -39,14 +39,14 @@ class Profile:
     """How much a run does.
 
     examples  what is generated for a property of weight 1
-    frames    the shapes that examples come from
+    sizes    the shapes that examples come from
     data      the times that each example is checked, with other data each time: drawing it, and what a backend
               compiles for it, are then paid once
     """
 
     name: ProfileName
     examples: int
-    frames: int
+    sizes: int
     data: int = 1
 
     def includes(self, other: str) -> bool:
@@ -56,9 +56,9 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    "smoke": Profile("smoke", examples=12, frames=4, data=4),
-    "ci": Profile("ci", examples=60, frames=7, data=2),
-    "thorough": Profile("thorough", examples=120, frames=32, data=2),
+    "smoke": Profile("smoke", examples=12, sizes=4, data=4),
+    "ci": Profile("ci", examples=60, sizes=7, data=2),
+    "thorough": Profile("thorough", examples=120, sizes=32, data=2),
 }
 
 
@@ -90,7 +90,7 @@ class Session:
     """One run of the suite.
 
     splits    the splits of the scope's layers, where they differ; each case takes one of them
-    asked     how a backend was asked for, where that is not its name
+    requested_as  how a backend was asked for, where that is not its name
     shard     the part of the suite that is run; None means all of it
     database  the folder where Hypothesis keeps failing examples, to try them first next time; None keeps nothing
     shrink    whether a failing case is made as small as it gets, which takes many times what finding it did
@@ -108,8 +108,8 @@ class Session:
     scope: AttentionSpec | None = None
     splits: tuple[HeadSplit, ...] = ()
     record: Record = field(default_factory=Record)
-    frames: tuple[Frame, ...] = ()
-    asked: Mapping[str, str] = field(default_factory=dict)
+    sizes: tuple[CaseSizes, ...] = ()
+    requested_as: Mapping[str, str] = field(default_factory=dict)
     shard: Shard | None = None
     database: Path | None = None
     shrink: bool = True
@@ -121,8 +121,8 @@ class Session:
     def __post_init__(self) -> None:
         if not (isinstance(self.seed, int) and 0 <= self.seed < SEEDS):
             raise InputError(f"the seed is {self.seed!r:.60}; expected a whole number from 0 to {SEEDS - 1}")
-        if not self.frames:
-            self.frames = make_frames(self.profile.frames, self.seed, self.scope)
+        if not self.sizes:
+            self.sizes = make_sizes(self.profile.sizes, self.seed, self.scope)
         self.record.shard = self.shard
 
     @property

@@ -1,4 +1,4 @@
-"""Cases that meet a premise by construction where drawing would leave it to chance: maps of a case, frames to prefer.
+"""Cases that meet a premise by construction where drawing would leave it to chance: maps of a case, sizes to prefer.
 
 A case that meets the premise already stays as it is, so that nothing is lost of what strategies draw; so does one of a
 spec that the run was given, in what that spec says.
@@ -14,7 +14,7 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.split import HeadSplit
 
 from .case import Case, Problem
-from .frames import Frame
+from .case_sizes import CaseSizes
 from .session import current
 
 
@@ -28,29 +28,29 @@ def often(change: Callable[[Case], Case]) -> Callable[[Case], Case]:
     return lambda case: change(case) if case.seed % 2 else case
 
 
-def chunked(frame: Frame) -> bool:
+def chunked(sizes: CaseSizes) -> bool:
     """A call of several tokens behind another."""
-    return any(length > 1 for length in frame.calls[1:])
+    return any(length > 1 for length in sizes.calls[1:])
 
 
-def several_rows(frame: Frame) -> bool:
+def several_rows(sizes: CaseSizes) -> bool:
     """A batch of several rows."""
-    return frame.batch > 1
+    return sizes.batch > 1
 
 
-def grouped(frame: Frame) -> bool:
+def grouped(sizes: CaseSizes) -> bool:
     """Several query heads that share a KV head."""
-    return frame.heads[0] > frame.heads[1]
+    return sizes.heads[0] > sizes.heads[1]
 
 
-def several_groups(frame: Frame) -> bool:
+def several_groups(sizes: CaseSizes) -> bool:
     """Several groups of several query heads."""
-    return grouped(frame) and frame.heads[1] > 1
+    return grouped(sizes) and sizes.heads[1] > 1
 
 
-def several_kv_heads(frame: Frame) -> bool:
+def several_kv_heads(sizes: CaseSizes) -> bool:
     """Lyra heads that read several KV heads."""
-    return frame.groups > 1
+    return sizes.static_kv_heads > 1
 
 
 def beside_vanilla(case: Case) -> Case:

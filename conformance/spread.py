@@ -123,28 +123,28 @@ def _elsewhere(backend: MeshBackend, job: Job) -> Answers:
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     environment = {**os.environ, "PYTHONPATH": paths, **backend.environment(devices)}
     with TemporaryDirectory(prefix="lyra-mesh-") as folder:
-        asked, answered = Path(folder) / "job.npz", Path(folder) / "answers.npz"
-        job.to_file(asked)
-        command = [sys.executable, "-P", "-m", __name__, json.dumps(order), str(asked), str(answered)]
+        job_path, answers_path = Path(folder) / "job.npz", Path(folder) / "answers.npz"
+        job.to_file(job_path)
+        command = [sys.executable, "-P", "-m", __name__, json.dumps(order), str(job_path), str(answers_path)]
         done = subprocess.run(
             command, env=environment, capture_output=True, encoding="utf-8", timeout=LIMIT, check=False
         )
-        if not answered.is_file():
+        if not answers_path.is_file():
             said = done.stderr.strip().splitlines()
             raise RuntimeError(f"over {devices} devices: {said[-1] if said else f'exit status {done.returncode}'}")
-        with np.load(answered, allow_pickle=False) as found:
+        with np.load(answers_path, allow_pickle=False) as found:
             return dict(found)
 
 
-def main(order: str, asked: str, answered: str) -> None:
+def main(order: str, job_path: str, answers_path: str) -> None:
     """Do what `_elsewhere` ordered: make the backend, with its fault, and write what it answers to a job."""
     wanted = json.loads(order)
     name, fault = wanted["backend"], wanted["fault"]
     with injected(Fault.model_validate(fault), name) if fault else nullcontext(get_backend(name)) as backend:
-        found = ask(cast(MeshBackend, backend), Job.from_file(Path(asked)))
+        found = ask(cast(MeshBackend, backend), Job.from_file(Path(job_path)))
     whole = io.BytesIO()
     np.savez(whole, allow_pickle=False, **{key: np.asarray(value) for key, value in found.items()})
-    write_atomically(Path(answered), whole.getvalue())
+    write_atomically(Path(answers_path), whole.getvalue())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from lyra.spec.sequential import Source
 from lyra.spec.split import HasHeads, HeadSplit
 
 from .case import FLAVOURS, Block, Case, Context, Flavour
-from .frames import Frame
+from .case_sizes import CaseSizes
 from .session import current
 
 FAR = 131_072
@@ -66,39 +66,39 @@ def head_splits(draw: st.DrawFn, spec: HasHeads, kv_heads: int | None = None, al
 @st.composite
 def attention_specs(
     draw: st.DrawFn,
-    frame: Frame,
+    sizes: CaseSizes,
     *,
     live: Sequence[Live] = LIVE,
     positions: Sequence[Positions] = POSITIONS,
     split: bool = True,
     window: bool = False,
 ) -> AttentionSpec:
-    """A spec of a frame's shapes and structure, its numbers free. A window excludes a split."""
+    """A spec of these shapes and this structure, its numbers free. A window excludes a split."""
     scope, splits = current().scope, current().splits
     if scope is not None:
         spec = scope.replace(split=draw(st.sampled_from(splits))) if splits else scope
     else:
-        scale = frame.head_dim**-0.5
+        scale = sizes.head_dim**-0.5
         spec = AttentionSpec(
-            hidden_size=frame.hidden_size,
-            num_attention_heads=frame.heads[0],
-            num_key_value_heads=frame.heads[1],
-            head_dim=frame.head_dim,
+            hidden_size=sizes.hidden_size,
+            num_attention_heads=sizes.heads[0],
+            num_key_value_heads=sizes.heads[1],
+            head_dim=sizes.head_dim,
             scale=draw(st.sampled_from((scale, scale / 2, 1.5 * scale, 168**-0.5))),
-            softcap=draw(st.sampled_from((2.0, 0.5, 50.0))) if frame.softcap else None,
-            bias=frame.bias,
-            qk_norm=QKNormSpec(eps=draw(st.sampled_from((1e-6, 1e-5, 1e-3)))) if frame.qk_norm else None,
+            softcap=draw(st.sampled_from((2.0, 0.5, 50.0))) if sizes.softcap else None,
+            bias=sizes.bias,
+            qk_norm=QKNormSpec(eps=draw(st.sampled_from((1e-6, 1e-5, 1e-3)))) if sizes.qk_norm else None,
             rope=RopeSpec(
                 theta=draw(st.sampled_from((1e4, 1e6, 500.0, 123_456.0))), factor=draw(st.sampled_from((1.0, 8.0, 3.0)))
             )
-            if frame.rope
+            if sizes.rope
             else None,
         )
     changes: dict[str, Any] = {}
     if window and spec.sliding_window is None:
         changes = {"sliding_window": draw(st.integers(1, 12)), "split": None}
     elif split and spec.split is None and spec.sliding_window is None:
-        changes["split"] = draw(head_splits(spec, kv_heads=frame.groups))
+        changes["split"] = draw(head_splits(spec, kv_heads=sizes.static_kv_heads))
     if scope is None or scope.split is None:
         chosen = draw(st.sampled_from(tuple(live))), draw(st.sampled_from(tuple(positions)))
         changes["static"] = StaticSpec(live=chosen[0], positions=chosen[1])
@@ -106,9 +106,9 @@ def attention_specs(
 
 
 @st.composite
-def contexts(draw: st.DrawFn, frame: Frame, *, far: bool = True, hidden: bool = True) -> Context:
-    """A static context of a frame's shape: where it starts, what it hides, whether its positions have gaps."""
-    tokens, rows = frame.context_tokens, frame.context_batch
+def contexts(draw: st.DrawFn, sizes: CaseSizes, *, far: bool = True, hidden: bool = True) -> Context:
+    """A static context of these sizes: where it starts, what it hides, whether its positions have gaps."""
+    tokens, rows = sizes.context_tokens, sizes.context_batch
     start = draw(_near_or_far(20, FAR - 3 * max(0, tokens - 1))) if far else 0
     return Context(
         tokens=tokens,
@@ -141,38 +141,39 @@ def cases(
     min_calls: int = 1,
     min_tokens: int = 1,
     min_context: int = 0,
+    smallest: int | None = None,
     frames: int | None = None,
-    prefer: Callable[[Frame], bool] = bool,
+    prefer: Callable[[CaseSizes], bool] = bool,
     dtype: Dtype = "float32",
 ) -> Case:
-    """Cases of the current run's frames, or of the first so many of them, the smallest being the first. `context` True,
-    False, or None for either; the rest narrows what is drawn, `prefer` to some frames if the run has any such.
+    """Cases of the current run's sizes, or of so many of the `smallest` of them. `context` True, False, or None for
+    either; the rest narrows what is drawn, `prefer` to some sizes if the run has any such. `frames` is another name of `smallest`.
     """
 
-    def fits(frame: Frame) -> bool:
-        enough_calls = len(frame.calls) >= min_calls and sum(frame.calls) >= min_tokens
-        return enough_calls and (frame.context_tokens >= min_context or context is False)
+    def fits(some: CaseSizes) -> bool:
+        enough_calls = len(some.calls) >= min_calls and sum(some.calls) >= min_tokens
+        return enough_calls and (some.context_tokens >= min_context or context is False)
 
-    pool = tuple(frame for frame in current().frames[:frames] if fits(frame))
+    pool = tuple(some for some in current().sizes[: smallest or frames] if fits(some))
     pool = tuple(filter(prefer, pool)) or pool
     if not pool:
         raise ValueError(
-            f"no frame of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens"
+            f"no sizes of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens"
         )
-    frame = draw(st.sampled_from(pool))
-    spec = draw(attention_specs(frame, live=live, positions=positions, split=split and not window, window=window))
+    chosen = draw(st.sampled_from(pool))
+    spec = draw(attention_specs(chosen, live=live, positions=positions, split=split and not window, window=window))
     with_context = draw(st.booleans()) if context is None else context
     if spec.sliding_window is not None:
         with_context = False
-    tokens = sum(frame.calls)
+    tokens = sum(chosen.calls)
     paddings: tuple[int, ...] = ()
     if padding and draw(st.booleans()):
-        paddings = tuple(draw(st.integers(0, tokens - 1)) for _ in range(frame.batch))
+        paddings = tuple(draw(st.integers(0, tokens - 1)) for _ in range(chosen.batch))
     return Case(
         spec=spec,
-        calls=frame.calls,
-        batch=frame.batch,
-        context=draw(contexts(frame, far=far, hidden=hidden)) if with_context else None,
+        calls=chosen.calls,
+        batch=chosen.batch,
+        context=draw(contexts(chosen, far=far, hidden=hidden)) if with_context else None,
         padding=paddings,
         padding_side=draw(st.sampled_from(("left", "right"))) if paddings else "left",
         start=draw(_near_or_far(0, FAR + 1 - tokens)) if far else 0,
@@ -183,41 +184,41 @@ def cases(
     )
 
 
-def case_of(frame: Frame, rng: np.random.Generator) -> Case:
-    """A case of a frame, with a context: its numbers, heads and masks drawn, without Hypothesis."""
-    query_heads, kv_heads = frame.heads
+def case_of(sizes: CaseSizes, rng: np.random.Generator) -> Case:
+    """A case of these sizes, with a context: its numbers, heads and masks drawn, without Hypothesis."""
+    query_heads, kv_heads = sizes.heads
     spec = AttentionSpec(
-        hidden_size=frame.hidden_size,
+        hidden_size=sizes.hidden_size,
         num_attention_heads=query_heads,
         num_key_value_heads=kv_heads,
-        head_dim=frame.head_dim,
-        scale=frame.head_dim**-0.5,
-        softcap=2.0 if frame.softcap else None,
-        bias=frame.bias,
-        qk_norm=QKNormSpec() if frame.qk_norm else None,
+        head_dim=sizes.head_dim,
+        scale=sizes.head_dim**-0.5,
+        softcap=2.0 if sizes.softcap else None,
+        bias=sizes.bias,
+        qk_norm=QKNormSpec() if sizes.qk_norm else None,
         rope=RopeSpec(theta=float(rng.choice([1e4, 1e6])), factor=float(rng.choice([1.0, 8.0])))
-        if frame.rope
+        if sizes.rope
         else None,
     )
     size = spec.group_size
-    readers = rng.permutation(kv_heads)[: frame.groups]
+    readers = rng.permutation(kv_heads)[: sizes.static_kv_heads]
     lyra = [int(kv * size + member) for kv in readers for member in rng.permutation(size)[: rng.integers(1, size + 1)]]
-    tokens = sum(frame.calls)
+    tokens = sum(sizes.calls)
     return Case(
         spec.replace(
             split=HeadSplit.from_q_heads(spec, lyra, share_kv=None),
             static=StaticSpec(live=rng.choice(LIVE), positions=rng.choice(POSITIONS)),
         ),
-        calls=frame.calls,
-        batch=frame.batch,
+        calls=sizes.calls,
+        batch=sizes.batch,
         context=Context(
-            frame.context_tokens,
-            batch=frame.context_batch,
-            start=int(rng.integers(0, FAR - 3 * frame.context_tokens)),
-            hidden=tuple(int(n) for n in rng.integers(0, max(1, frame.context_tokens // 4), frame.context_batch)),
+            sizes.context_tokens,
+            batch=sizes.context_batch,
+            start=int(rng.integers(0, FAR - 3 * sizes.context_tokens)),
+            hidden=tuple(int(n) for n in rng.integers(0, max(1, sizes.context_tokens // 4), sizes.context_batch)),
             gaps=bool(rng.integers(2)),
         ),
-        padding=tuple(int(n) for n in rng.integers(0, tokens, frame.batch)) if rng.integers(2) else (),
+        padding=tuple(int(n) for n in rng.integers(0, tokens, sizes.batch)) if rng.integers(2) else (),
         padding_side=rng.choice(["left", "right"]),
         start=int(rng.integers(0, FAR - tokens)),
         flavour=rng.choice(list(FLAVOURS)),
@@ -248,7 +249,7 @@ LONG = ((15, 1, 1, 1), (5, 28, 1))
 
 
 def in_long_calls(some: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
-    """The same cases with dozens of live tokens; take them of the smallest frame."""
+    """The same cases with dozens of live tokens; take them of the smallest size."""
     return st.builds(lambda case, calls: case.replace(calls=calls), some, st.sampled_from(LONG))
 
 

@@ -15,11 +15,11 @@ from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
 
 from .answers import Malformed, check_result, check_values
-from .asked import Input, Inputs
 from .blocks import expected_of_block, make_block, stage_of_block
 from .case import Problem
 from .journal import journal
 from .record import NARROW, Record
+from .recorded_inputs import RecordedInput, RecordedInputs
 from .tolerance import K_PAIR, MODEL, Distance, K, distance, model_distance, stored_distance
 
 Answer = TypeVar("Answer")
@@ -113,18 +113,18 @@ class Subject:
         self.backend = backend
         self.name = backend.name
         self.record = record
-        self.begin(Inputs())
+        self.begin(RecordedInputs())
 
-    def begin(self, inputs: Inputs) -> None:
+    def begin(self, inputs: RecordedInputs) -> None:
         """A check begins: forget what this backend was asked in the one before."""
         self.inputs = inputs
-        self.asked: list[Input] = []
-        self._answers: list[tuple[Input, Problem, Outcome]] = []
+        self.recorded: list[RecordedInput] = []
+        self._answers: list[tuple[RecordedInput, Problem, Outcome]] = []
         self._held: set[tuple[int, int]] = set()
 
-    def note(self, problem: Problem, calls: tuple[int, ...]) -> Input:
+    def note(self, problem: Problem, calls: tuple[int, ...]) -> RecordedInput:
         """The input that this backend is asked: what premises are looked for in."""
-        self.asked.append(found := self.inputs.note(problem, calls))
+        self.recorded.append(found := self.inputs.note(problem, calls))
         return found
 
     def can(self, capability: str) -> bool:
@@ -275,7 +275,7 @@ class Subject:
         if stage == "output" and against == "the oracle":
             self._held.add((id(problem), id(got)))
         if limit:
-            self.record.saw(self.name, label(problem, stage if against == "the oracle" else against), far.ratio)
+            self.record.observe(self.name, label(problem, stage if against == "the oracle" else against), far.ratio)
         if far.ratio > limit:
             raise Divergence(self.name, f"{far.describe(stage, limit)} against {against}", problem)
 
@@ -283,7 +283,7 @@ class Subject:
         """Every traced stage (or those named) is within K·σ of the oracle on the stage before. Raises Divergence."""
         for name, far in self.stage_distances(problem, outcome.trace).items():
             if names is None or name in names:
-                self.record.saw(self.name, label(problem, f"{name} alone"), far.ratio)
+                self.record.observe(self.name, label(problem, f"{name} alone"), far.ratio)
                 if far.ratio > K:
                     message = f"{far.describe(name, K)} against the oracle on the stage before"
                     raise Divergence(self.name, message, problem, name)
@@ -314,7 +314,7 @@ class Subject:
         except Malformed as error:
             raise Divergence(self.name, str(error)) from None
         off = model_distance(got, wanted)
-        self.record.saw(self.name, f"{what}, whole model", off / MODEL)
+        self.record.observe(self.name, f"{what}, whole model", off / MODEL)
         if off > MODEL:
             raise Divergence(
                 self.name, f"{what}: |Δ| is {off:.3g} of the largest value (limit {MODEL}) against {against}"

@@ -27,9 +27,9 @@ import pytest
 
 from lyra.spec.errors import InputError
 
-from .gather import read_record
 from .journal import Place
 from .record import BY_ITSELF, Failure, Property
+from .record_transfer import read_record
 from .replay import write_replay
 from .session import Card, Session
 
@@ -114,11 +114,11 @@ class Supervisor:
             case "refused":
                 raise InputError(message["message"])
             case "backend":
-                self._cards[message["asked"]] = Card(
+                self._cards[message["requested_as"]] = Card(
                     message["name"], tuple(message["capabilities"]), message["hardware"]
                 )
             case "unloadable":
-                self._give_up(message["asked"], message["message"])
+                self._give_up(message["requested_as"], message["message"])
             case "planned":
                 self._plan(message["properties"])
             case "property":
@@ -164,13 +164,14 @@ class Supervisor:
         """A process ended before its time: who is to blame. With a log in the course no other one goes on."""
         course = self.course
         course.ends[at.backend] += 1
-        asked = next((one for one, card in self._cards.items() if card.name == at.backend), at.backend)
+        requested_as = next((name for name, card in self._cards.items() if card.name == at.backend), at.backend)
         if at.backend and not at.property:
-            self._give_up(asked, f"{how} while the backend was loaded")
+            self._give_up(requested_as, f"{how} while the backend was loaded")
         elif at.backend:
             self._blame(at, f"{how} while the backend was asked")
             if course.ends[at.backend] >= MOST_ENDS:
-                self._give_up(asked, f"given up: it has ended {MOST_ENDS} processes, the last one in {at.property}")
+                why = f"given up: it has ended {MOST_ENDS} processes, the last one in {at.property}"
+                self._give_up(requested_as, why)
         elif at.property:
             self._break(at.property, f"{how} within {BY_ITSELF}, while no backend was asked")
         if not at.backend and (course.ends[""] >= MOST_ENDS or not course.planned):
@@ -180,14 +181,14 @@ class Supervisor:
         """A backend has erred in a property, in which it is not asked again; the others are."""
         self._fail(at.property, at.backend, message, at.case)
         self.course.without.setdefault(at.property, []).append(at.backend)
-        names = {card.name for asked, card in self._cards.items() if asked not in self.course.gone}
+        names = {card.name for requested_as, card in self._cards.items() if requested_as not in self.course.gone}
         if names <= set(self.course.without[at.property]):
             self._done(at.property)
 
     def _break(self, name: str, message: str) -> None:
         """A property has ended a process by itself: no backend has passed it."""
-        for asked, card in self._cards.items():
-            if asked not in self.course.gone and not self.course.lacking[name].get(card.name):
+        for requested_as, card in self._cards.items():
+            if requested_as not in self.course.gone and not self.course.lacking[name].get(card.name):
                 self._fail(name, card.name, message, None)
         self._done(name)
 
@@ -199,15 +200,15 @@ class Supervisor:
             failure = dataclasses.replace(failure, replay=str(write_replay(failure)))
         record.fail(failure)
 
-    def _give_up(self, asked: str, why: str) -> None:
-        self.course.gone[asked] = why
-        self._cards.setdefault(asked, Card(asked, (), None))
+    def _give_up(self, requested_as: str, why: str) -> None:
+        self.course.gone[requested_as] = why
+        self._cards.setdefault(requested_as, Card(requested_as, (), None))
 
     def _settle_the_gone(self) -> None:
         """What is given up has erred in all that was judged without it, but for what it lacks a capability for."""
         record = self.session.record
-        for asked, why in self.course.gone.items():
-            name = self._cards[asked].name
+        for requested_as, why in self.course.gone.items():
+            name = self._cards[requested_as].name
             for prop in record.properties.values():
                 tally = prop.tallies.get(name)
                 if tally is not None and (tally.marked != "unsupported" or tally.why_unsupported):
@@ -217,7 +218,9 @@ class Supervisor:
                 else:
                     self._fail(prop.name, name, why, None)
         self.session.judged = tuple(self._cards.values())
-        self.session.asked = {card.name: asked for asked, card in self._cards.items() if asked in self._task["names"]}
+        self.session.requested_as = {
+            card.name: requested_as for requested_as, card in self._cards.items() if requested_as in self._task["names"]
+        }
 
 
 class Process:

@@ -21,10 +21,10 @@ from lyra.backends.protocol import Backend, BackendEnded, BackendNotFound, get_b
 from lyra.backends.raised import only_told, press
 from lyra.spec.errors import InputError
 
-from .gather import handed_over
 from .journal import journal
 from .judge import lacking
 from .launch import settled, unlike
+from .record_transfer import serialize_record
 from .runner import run
 from .session import Card, Profile, Session
 
@@ -131,7 +131,7 @@ class Teller:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """One more is done."""
-        self._channel.tell("property", seen=handed_over())
+        self._channel.tell("property", seen=serialize_record())
 
 
 def main(text: str) -> None:
@@ -146,7 +146,7 @@ def main(text: str) -> None:
     except InputError as error:
         channel.tell("refused", message=str(error))
     except KeyboardInterrupt:
-        channel.tell("ended", exit_code=int(pytest.ExitCode.INTERRUPTED), log="", seen=handed_over())
+        channel.tell("ended", exit_code=int(pytest.ExitCode.INTERRUPTED), log="", seen=serialize_record())
 
 
 def work(task: Task, channel: Channel) -> None:
@@ -170,7 +170,7 @@ def work(task: Task, channel: Channel) -> None:
     )
     if outcome.refused is not None:
         raise InputError(outcome.refused)
-    channel.tell("ended", exit_code=outcome.exit_code, log=outcome.log, seen=handed_over())
+    channel.tell("ended", exit_code=outcome.exit_code, log=outcome.log, seen=serialize_record())
 
 
 def load(task: Task, session: Session, channel: Channel) -> None:
@@ -185,10 +185,10 @@ def load(task: Task, session: Session, channel: Channel) -> None:
             with journal.asking(name):
                 found[name] = get_backend(name)
                 card = Card.of(found[name])
-            channel.tell("backend", asked=name, **asdict(card))
+            channel.tell("backend", requested_as=name, **asdict(card))
         except BackendEnded as error:
             ended = True
-            channel.tell("unloadable", asked=name, message=str(error))
+            channel.tell("unloadable", requested_as=name, message=str(error))
         except (BackendNotFound, ImportError) as error:
             if task.names or not isinstance(error, ImportError):
                 raise InputError(str(error)) from None
@@ -196,4 +196,4 @@ def load(task: Task, session: Session, channel: Channel) -> None:
     if not (found or ended or task.gone):
         raise InputError("no backend can be loaded: " + "; ".join(missing or ["none is installed"]))
     session.backends = unlike(found)
-    session.asked = {backend.name: name for name, backend in found.items()} if task.names else {}
+    session.requested_as = {backend.name: name for name, backend in found.items()} if task.names else {}

@@ -7,7 +7,7 @@ from typing import Any
 from lyra.conformance.runner import Run, run
 from lyra.conformance.session import Profile, Session
 
-FEW = Profile("smoke", examples=2, frames=3)
+FEW = Profile("smoke", examples=2, sizes=3)
 
 
 def judged(

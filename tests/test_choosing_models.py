@@ -197,7 +197,7 @@ def test_the_suite_is_held_to_the_splits_of_all_layers(tmp_path: Path) -> None:
     drawn: set[HeadSplit | None] = set()
 
     @settings(max_examples=30, database=None)
-    @given(attention_specs(session.frames[0]))
+    @given(attention_specs(session.sizes[0]))
     def note(spec: lyra.AttentionSpec) -> None:
         assert spec.replace(split=None) == SPEC.attention
         drawn.add(spec.split)

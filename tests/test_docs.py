@@ -196,7 +196,7 @@ def test_the_guide_names_every_clause_in_order() -> None:
 def test_the_profiles_are_those_of_the_suite() -> None:
     rows = table_rows("docs/conformance-in-ci.md", "## Profiles")
     told = [(row[0].split("`")[1], *map(int, row[1:4])) for row in rows]
-    assert told == [(one.name, one.examples, one.data, one.frames) for one in PROFILES.values()]
+    assert told == [(one.name, one.examples, one.data, one.sizes) for one in PROFILES.values()]
 
 
 def test_the_context_table_is_the_one_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

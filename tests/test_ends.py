@@ -103,7 +103,7 @@ class Waits(NumpyBackend):
 def _found(empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder with these backends, which processes of a run find where this one does."""
     Path("ends.py").write_text(BACKENDS)
-    monkeypatch.setitem(PROFILES, "smoke", Profile("smoke", examples=4, frames=2))
+    monkeypatch.setitem(PROFILES, "smoke", Profile("smoke", examples=4, sizes=2))
     for folder in (EXAMPLES, Path.cwd()):
         monkeypatch.syspath_prepend(folder)
 

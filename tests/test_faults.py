@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from lyra.backends.protocol import CAPABILITIES, Backend, get_backend
 from lyra.cli import application
 from lyra.conformance.case import Case, Context, Problem
-from lyra.conformance.declared import declared
 from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch, catalogue, parse, patched_source, select
 from lyra.conformance.faults.crew import kill_all
 from lyra.conformance.faults.inject import injected
 from lyra.conformance.faults.kill import kill, stages_of
 from lyra.conformance.launch import prepare_environment
+from lyra.conformance.property_index import all_properties
 from lyra.conformance.runner import run
 from lyra.conformance.session import PROFILES, Session
 
@@ -67,7 +67,7 @@ def test_every_anchor_is_live_in_every_backend() -> None:
 def test_every_capability_has_a_property_and_a_fault(capability: str) -> None:
     """A property asks for it, and a fault that only backends with it can have breaks what that property holds."""
     assert capability in CAPABILITIES
-    held = {one for prop in declared().values() if capability in prop.needs for one in prop.statements}
+    held = {one for prop in all_properties().values() if capability in prop.needs for one in prop.statements}
     faults = [fault for fault in catalogue().values() if fault.needs == capability]
     assert any(set(fault.breaks) & held for fault in faults)
 
@@ -222,7 +222,7 @@ def test_kill_tells_killed_from_broken(backend: str) -> None:
 
 def test_what_changes_nothing_survives(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that is none survives the whole suite: a verdict of killed is not given away."""
-    monkeypatch.setitem(PROFILES, "smoke", PROFILES["smoke"].__class__("smoke", examples=1, frames=2))
+    monkeypatch.setitem(PROFILES, "smoke", PROFILES["smoke"].__class__("smoke", examples=1, sizes=2))
     verdict = kill(a_fault("wide = x.float()", "wide = 1.0 * x.float()"), "torch")
     assert verdict.status == "survived"
     assert verdict.property is None

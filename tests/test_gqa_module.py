@@ -141,7 +141,7 @@ class ModuleAttention:
     [("torch", "not hugging_face", 10), ("jax", "layer_equals_oracle", 1)],  # JAX compiles for every layer anew
 )
 def test_the_module_conforms(framework: str, only: str, properties: int) -> None:
-    session = Session(backends=[ModuleBackend(framework)], profile=Profile("smoke", examples=4, frames=3))
+    session = Session(backends=[ModuleBackend(framework)], profile=Profile("smoke", examples=4, sizes=3))
     outcome = run(session, only=only)
     assert outcome.exit_code == 0, outcome.log
     tallies = [one.tally(f"{framework}-module") for one in session.record.properties.values()]

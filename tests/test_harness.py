@@ -23,8 +23,8 @@ from judging import judged
 
 from lyra.backends.protocol import CAPABILITIES, Backend, get_backend
 from lyra.conformance.case import Case
-from lyra.conformance.declared import declared
 from lyra.conformance.judge import has
+from lyra.conformance.property_index import all_properties
 from lyra.conformance.runner import Run
 from lyra.conformance.selection import selects
 from lyra.conformance.session import Session, start
@@ -59,7 +59,7 @@ def test_a_backend_that_raises_is_errored_and_never_failed() -> None:
 
 
 def test_every_capability_that_a_backend_may_claim_is_asked_for() -> None:
-    asked = {need for declaration in declared().values() for need in declaration.needs}
+    asked = {need for declaration in all_properties().values() for need in declaration.needs}
     assert asked == CAPABILITIES.keys() | {"model"}
 
 
@@ -159,7 +159,7 @@ class GivesUp(Wrapped):
 def test_a_run_cut_short_is_no_pass() -> None:
     outcome = judged(GivesUp(), only="order and (layer_equals_oracle or every_stage)")
     assert 0 < outcome.record.finished < outcome.record.planned
-    assert not outcome.broke
+    assert not outcome.could_not_run
     assert not outcome.record.complete
     assert not outcome.record.failures
     assert not outcome.record.ok

@@ -16,7 +16,7 @@ from lyra.backends.jax_impl.cache import LiveCache, LiveKeys, empty_cache
 from lyra.backends.jax_impl.partial import finish, partial_attention
 from lyra.backends.jax_impl.rope import cos_sin, turn_once
 from lyra.backends.jax_impl.shapes import SMALLEST_TOKENS, round_up
-from lyra.conformance.frames import LARGE
+from lyra.conformance.case_sizes import LARGE
 from lyra.spec import AttentionSpec, HeadSplit, QKNormSpec, RopeSpec, StaticSpec
 
 QUERIES, KEYS, WIDTH = 10, 12, 8
@@ -68,9 +68,9 @@ def test_memory_does_not_grow_with_tokens_times_slots() -> None:
 
 
 def test_generated_cases_are_long_enough_for_blocks() -> None:
-    frame = LARGE["5-million-scores"]
-    tokens = round_up(max(frame.calls), SMALLEST_TOKENS)
-    assert frame.batch * frame.heads[0] * tokens * frame.context_tokens > partial.SCORES_PER_BLOCK
+    sizes = LARGE["5-million-scores"]
+    tokens = round_up(max(sizes.calls), SMALLEST_TOKENS)
+    assert sizes.batch * sizes.heads[0] * tokens * sizes.context_tokens > partial.SCORES_PER_BLOCK
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4)])
@@ -155,4 +155,4 @@ def test_tokens_in_parts_see_what_they_see_at_once(
 
 
 def test_generated_cases_have_tokens_for_several_parts() -> None:
-    assert max(max(frame.calls) for frame in LARGE.values()) >= layer.PARTS * layer.TOKENS_A_PART
+    assert max(max(sizes.calls) for sizes in LARGE.values()) >= layer.PARTS * layer.TOKENS_A_PART

@@ -30,8 +30,8 @@ def test_the_oracle_has_one_thread_unless_the_user_gives_it_more(given: dict[str
 
 LIST = """
 import sys
-from lyra.conformance.declared import declared
-assert len(declared()) > 100
+from lyra.conformance.property_index import all_properties
+assert len(all_properties()) > 100
 print(*sorted({"torch", "transformers", "jax"} & sys.modules.keys()))
 """
 

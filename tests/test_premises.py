@@ -14,16 +14,16 @@ from typer.testing import CliRunner
 
 from lyra.cli import application
 from lyra.conformance import premises
-from lyra.conformance.asked import Input
 from lyra.conformance.case import Case, Context
-from lyra.conformance.declared import declared
+from lyra.conformance.case_sizes import make_sizes
 from lyra.conformance.faults.catalogue import catalogue
 from lyra.conformance.faults.generators import Tamed, tame_all, tame_everywhere
 from lyra.conformance.faults.kill import kill
-from lyra.conformance.frames import make_frames
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import Premise
+from lyra.conformance.property_index import all_properties
 from lyra.conformance.record import Record
+from lyra.conformance.recorded_inputs import RecordedInput
 from lyra.conformance.runner import run
 from lyra.conformance.scored import scored
 from lyra.conformance.session import Session
@@ -37,7 +37,7 @@ LIBRARY = {name: one for name, one in vars(premises).items() if isinstance(one, 
 
 
 def meets(premise: Premise, case: Case) -> bool:
-    return premise.met_by(Input(case.problem(), case.calls))
+    return premise.met_by(RecordedInput(case.problem(), case.calls))
 
 
 MET = {
@@ -110,7 +110,7 @@ def test_what_a_property_does_with_its_case_counts() -> None:
 
 
 def test_every_property_says_what_it_is_about_in_its_own_words() -> None:
-    found = declared()
+    found = all_properties()
     assert all(declaration.premises for declaration in found.values())
     names: dict[str, Premise] = {}
     for declaration in found.values():
@@ -127,7 +127,7 @@ def test_a_replayed_case_is_judged_whatever_it_meets(tmp_path: Path) -> None:
     path = tmp_path / "case.json"
     path.write_text(json.dumps({"property": name, "case": case}))
     record = Record()
-    outcome = run(Session([Wrapped()], record=record, frames=make_frames(2, 0)), replay=str(path))  # type: ignore[list-item]
+    outcome = run(Session([Wrapped()], record=record, sizes=make_sizes(2, 0)), replay=str(path))  # type: ignore[list-item]
     assert outcome.exit_code == 0, outcome.log
     assert (record.properties[name].tally("wrapped").status, record.ok) == ("passed", True)
 
@@ -136,7 +136,7 @@ def test_tame_generators_are_noticed() -> None:
     """Every property with each of its premises kept from coming up: vacuous, and for that reason."""
     found = tame_everywhere(("torch", "jax"))
     assert {one.property.partition("::")[0] for one in found if one.backend == "jax"} == {"mesh"}
-    wanted = sum(len(one.premises) for one in declared().values() if one.profile == "smoke")
+    wanted = sum(len(one.premises) for one in all_properties().values() if one.profile == "smoke")
     assert len({(one.property.partition("[")[0], one.premise) for one in found}) == len(found) == wanted
     assert [one for one in found if one.status != "vacuous"] == []
 

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from lyra.conformance.case import Case, Context
-from lyra.conformance.gather import handed_over, take_in
 from lyra.conformance.record import Failure, Record
+from lyra.conformance.record_transfer import merge_record, serialize_record
 from lyra.conformance.report.charts import head_map, histogram_chart
 from lyra.conformance.report.data import EDGES, Report, histogram, limit, report_data
 from lyra.conformance.report.markdown import SHOWN, append_summary, markdown
@@ -63,8 +63,8 @@ def session() -> Iterator[Session]:
     )
     record.fail(Failure("live::three", "wrong", ("LIVE-4",), "errored", "RuntimeError: no", None, "two calls"))
     for ratio in (0.5, 0.7, 2.0, float("inf")):
-        record.saw("right", "output", ratio)
-    record.saw("right", "Hugging Face's", 9.0)
+        record.observe("right", "output", ratio)
+    record.observe("right", "Hugging Face's", 9.0)
     record.cases, record.calls, record.seconds, record.planned, record.finished = 1002, 3004, 4.0, 3, 3
     yield made
     start(Session())
@@ -92,7 +92,7 @@ def test_the_numbers(session: Session) -> None:
 
 
 def test_the_replay_command_says_the_backend_as_it_was_asked_for(session: Session) -> None:
-    session.asked = {"wrong": "my.package:Wrong"}
+    session.requested_as = {"wrong": "my.package:Wrong"}
     command = report_data(session, 1.0).failures[-1].command
     assert command == "lyra conform --backend my.package:Wrong --replay cases/one.json"
 
@@ -181,9 +181,9 @@ def test_nothing_was_compared_where_every_premise_was_missed(vacuous: Session) -
 
 def test_a_worker_hands_over_what_was_met(vacuous: Session) -> None:
     before = report_data(vacuous, 1.0).properties
-    seen = handed_over()
+    seen = serialize_record()
     vacuous.record = Record()
-    take_in(seen)
+    merge_record(seen)
     assert report_data(vacuous, 1.0).properties == before
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from lyra.cli import application
-from lyra.conformance.declared import declared
+from lyra.conformance.property_index import all_properties
 from lyra.conformance.report.data import Report
 from lyra.conformance.report.markdown import markdown
 from lyra.conformance.report.merge import merged, read_report
@@ -32,7 +32,7 @@ SLOWLY_DIFFERENT = {"started", "seconds", "property_seconds", "cases_per_second"
 @pytest.fixture(autouse=True)
 def _few_examples(empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder; what runs in this process takes few examples."""
-    monkeypatch.setitem(PROFILES, "smoke", Profile("smoke", examples=4, frames=2))
+    monkeypatch.setitem(PROFILES, "smoke", Profile("smoke", examples=4, sizes=2))
 
 
 def lyra(*arguments: object) -> Result:
@@ -49,7 +49,7 @@ def test_every_property_is_in_exactly_one_shard(weights: dict[str, float], count
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_the_shards_of_the_suite_are_balanced(count: int) -> None:
-    weights = {name: declaration.weight for name, declaration in declared().items()}
+    weights = {name: declaration.weight for name, declaration in all_properties().items()}
     assert len(set(weights.values())) > 1
     loads = [0.0] * count
     for name, place in places(weights, count).items():

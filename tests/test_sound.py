@@ -47,7 +47,7 @@ def made(shard: Shard | None = None, *, failing: bool = False, name: str = "righ
         cited = ("STATIC-1", "TOLERANCE-1")
         record.fail(Failure("static::two", name, cited, "failed", HOSTILE, HOSTILE, Case(SCOPE).to_json(), HOSTILE))
     for ratio in (0.5, 0.7, 2.0, float("inf")):
-        record.saw(name, "output", ratio)
+        record.observe(name, "output", ratio)
     record.cases, record.calls, record.seconds = 30, 60, 1.0
     record.planned = record.finished = len(chosen)
     return report_data(session, 1.0)

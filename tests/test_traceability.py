@@ -9,15 +9,15 @@ import pytest
 from typer.testing import CliRunner
 
 from lyra.cli import application
-from lyra.conformance.declared import declared
 from lyra.conformance.premises import CONTEXT, Premise
+from lyra.conformance.property_index import all_properties
 from lyra.conformance.registry import prop
 from lyra.conformance.report.traceability import NOT_HELD, listing
 from lyra.spec.clauses import clauses, statements
 
 
 def test_every_must_is_held_by_a_property_or_listed_with_its_reason() -> None:
-    cited = {statement for declaration in declared().values() for statement in declaration.statements}
+    cited = {statement for declaration in all_properties().values() for statement in declaration.statements}
     assert cited <= set(statements())
     assert set(NOT_HELD) <= set(statements())
     bare = {one for one, statement in statements().items() if statement.level == "MUST"} - cited - set(NOT_HELD)
@@ -30,7 +30,7 @@ def test_the_listing_is_the_whole_of_the_spec_and_of_the_suite() -> None:
     assert [clause.name for clause in found.clauses] == list(clauses())
     assert [one.id for clause in found.clauses for one in clause.statements] == list(statements())
     listed = {part.name for clause in found.clauses for one in clause.statements for part in one.properties}
-    assert listed == set(declared())
+    assert listed == set(all_properties())
     assert all(bool(one.properties) != bool(one.not_held) for clause in found.clauses for one in clause.statements)
     assert any(one.faults for clause in found.clauses for one in clause.statements)
 

@@ -110,8 +110,8 @@ def conform(
         if junit is not None:
             write_atomically(junit, junit_xml(found, course.seconds))
     elif not course.log:
-        asked = f"--replay {replay}" if replay else f"profile {profile.value} with --only {only!r}"
-        raise InputError(f"{asked} names no property; `lyra conform --list` names them all")
+        selection = f"--replay {replay}" if replay else f"profile {profile.value} with --only {only!r}"
+        raise InputError(f"{selection} names no property; `lyra conform --list` names them all")
     raise typer.Exit(exit_code(found))
 
 

@@ -68,9 +68,9 @@ def generate(
     asks_for = {"lyra-kv": lyra_kv, "lyra-q": lyra_q, "split": split, "live": live, "positions": positions}
     check_attaching(context, mode, gate, asks_for | {"override": override})
     loaded = load_model(model, backend, dtype, mode)
-    asked = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
+    requested = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
     if context is not None:
-        loaded.attach(context, asked, live=live, positions=positions or "continue", gate=gate, override=override)
+        loaded.attach(context, requested, live=live, positions=positions or "continue", gate=gate, override=override)
     # What a model writes may move the cursor; a file gets it as it is.
     shown = sys.stdout is not None and sys.stdout.isatty()
     for piece in loaded.stream(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):

@@ -63,7 +63,7 @@ def score(
     check_attaching(context, mode, gate, asks_for | {"override": override})
     words = read_text(text)
     loaded = load_model(model, backend, dtype, mode)
-    asked = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
+    chosen = chosen_split(loaded.spec, lyra_kv, lyra_q, share_kv, split)
     rounds = 1 if context is None else 2
     found: dict[str, Score] = {}
     with steps("Scoring") as move:
@@ -71,7 +71,7 @@ def score(
         found["without context"] = loaded.score(words)
         if context is not None:
             move("with context", 1, rounds)
-            loaded.attach(context, asked, live=live, positions=positions or "continue", gate=gate, override=override)
+            loaded.attach(context, chosen, live=live, positions=positions or "continue", gate=gate, override=override)
             found["with context"] = loaded.score(words)
     data = {
         name: {

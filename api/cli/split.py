@@ -46,17 +46,17 @@ def split(
     check_files(*pictures, json_path=json_path, inputs=(model, file))
     spec = read_spec(model)
     attention = spec.attention if isinstance(spec, ModelSpec) else spec
-    asked: Split | str | None = chosen_split(attention, lyra_kv, lyra_q, share_kv, file)
+    requested: Split | str | None = chosen_split(attention, lyra_kv, lyra_q, share_kv, file)
     if isinstance(spec, ModelSpec):
-        asked = read_split(spec, asked)
-        if asked is None and spec.splits:
-            asked = {item.layer: item.split for item in spec.splits}
-        if isinstance(asked, Mapping):
-            _show_layers(spec.with_split(asked), pictures, json_path)
+        requested = read_split(spec, requested)
+        if requested is None and spec.splits:
+            requested = {item.layer: item.split for item in spec.splits}
+        if isinstance(requested, Mapping):
+            _show_layers(spec.with_split(requested), pictures, json_path)
             return
-    if isinstance(asked, str):
+    if isinstance(requested, str):
         raise SpecError(f"{model} describes one layer; --split goes with a model")
-    attention = attention.replace(split=asked or attention.split or HeadSplit.half(attention))
+    attention = attention.replace(split=requested or attention.split or HeadSplit.half(attention))
     layers = len(spec.global_layers) if isinstance(spec, ModelSpec) else 1
     data = {"model": spec.name if isinstance(spec, ModelSpec) else model} | explain(attention, layers)
     if pictures:

@@ -16,10 +16,10 @@ import pytest
 
 from lyra.backends.protocol import get_backend
 from lyra.conformance.case import Case
-from lyra.conformance.declared import declared
 from lyra.conformance.judge import has
 from lyra.conformance.launch import prepare_environment
 from lyra.conformance.premises import Premise
+from lyra.conformance.property_index import all_properties
 from lyra.conformance.record import Record
 from lyra.conformance.registry import Declaration
 from lyra.conformance.runner import run
@@ -98,7 +98,7 @@ def tamed(premise: Premise, declaration: Declaration) -> Iterator[None]:
 def tame_everywhere(backends: Sequence[str], profile: str = "smoke", seed: int = 0) -> list[Tamed]:
     """The same for every property that one of the backends can do: by the first that can. Raises as `tame_all` does."""
     found: list[Tamed] = []
-    known = declared()
+    known = all_properties()
     left = list(known)
     for backend in backends:
         made = get_backend(backend)
@@ -117,7 +117,7 @@ def tame_all(backend: str = "torch", profile: str = "smoke", seed: int = 0, only
     """
     prepare_environment()
     found: list[Tamed] = []
-    few = Profile(PROFILES[profile].name, EXAMPLES, PROFILES[profile].frames, data=1)
+    few = Profile(PROFILES[profile].name, EXAMPLES, PROFILES[profile].sizes, data=1)
     turn = 0
     while True:
         record = Record()
@@ -125,7 +125,7 @@ def tame_all(backend: str = "torch", profile: str = "smoke", seed: int = 0, only
         outcome = run(session, only=only, plugins=[Tamer(turn)])
         if outcome.found_nothing:
             return found
-        if outcome.broke:
+        if outcome.could_not_run:
             raise FaultError(f"backend {backend!r}: the suite cannot run on tame cases\n{outcome.log}")
         for name, prop in record.properties.items():
             tally = prop.tally(backend)

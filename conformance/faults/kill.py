@@ -14,8 +14,8 @@ from typing import Any, Literal
 import pytest
 
 from lyra.backends.protocol import Backend, get_backend
-from lyra.conformance.declared import declared
 from lyra.conformance.launch import prepare_environment
+from lyra.conformance.property_index import all_properties
 from lyra.conformance.record import Failure, Record
 from lyra.conformance.runner import run
 from lyra.conformance.session import PROFILES, Session
@@ -105,7 +105,7 @@ def _run(backend: Backend, profile: str, seed: int, only: str, record: Record) -
     session = Session(backends=[backend], profile=PROFILES[profile], seed=seed, database=None, record=record)
     outcome = run(session, fail_fast=True, only=only)
     unexplained = outcome.exit_code == pytest.ExitCode.TESTS_FAILED and not record.failures
-    if unexplained or (outcome.broke and outcome.exit_code != pytest.ExitCode.NO_TESTS_COLLECTED):
+    if unexplained or (outcome.could_not_run and outcome.exit_code != pytest.ExitCode.NO_TESTS_COLLECTED):
         raise FaultError(f"backend {backend.name!r}: the suite cannot run (--only {only!r})\n{outcome.log}")
 
 
@@ -130,7 +130,7 @@ def _but(wanted: str, without: list[str]) -> str:
     return " and ".join([f"({wanted})", *(f"not ({one})" for one in without)])
 
 
-declarations = cache(declared)
+declarations = cache(all_properties)
 """What every property of the suite says of itself, found once for all faults."""
 
 

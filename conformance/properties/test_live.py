@@ -61,7 +61,7 @@ def test_calls_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
 @prop(
     "LIVE-4",
     premise=MANY_TOKENS,
-    case=in_long_calls(cases(context=True, frames=1)),
+    case=in_long_calls(cases(context=True, smallest=1)),
     needs=("static", "cache"),
     weight=0.5,
 )

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from lyra.conformance.case import Case, Context, Problem
-from lyra.conformance.frames import SMALLEST
+from lyra.conformance.case_sizes import SMALLEST
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import Premise
 from lyra.conformance.registry import prop

@@ -13,7 +13,7 @@ from lyra.spec.attention import QKNormSpec
 
 
 def normed(case: Case) -> Case:
-    """The case with a norm, whatever its frame says."""
+    """The case with a norm, whatever its sizes say."""
     return case if case.spec.qk_norm is not None else case.respec(qk_norm=QKNormSpec())
 
 

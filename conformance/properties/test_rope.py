@@ -15,7 +15,7 @@ from lyra.spec.attention import RopeSpec
 
 
 def rotated(case: Case) -> Case:
-    """The case with RoPE, whatever its frame says."""
+    """The case with RoPE, whatever its sizes say."""
     return case if case.spec.rope is not None else case.respec(rope=RopeSpec())
 
 
@@ -61,7 +61,7 @@ def test_far_positions(case: Case, judge: Judge) -> None:
     "POSITION-1",
     "POSITION-2",
     premise=(LAST_TOKEN, LAST_SLOT),
-    case=cases(context=True, min_context=2, hidden=False, frames=1).map(rotated),
+    case=cases(context=True, min_context=2, hidden=False, smallest=1).map(rotated),
     needs=("static",),
     weight=0.5,
 )
@@ -84,7 +84,7 @@ def test_the_last_position(case: Case, judge: Judge) -> None:
     "ROPE-3",
     "ORDER-3",
     premise=LAST_TOKEN,
-    case=cases(context=False, frames=1).map(rotated),
+    case=cases(context=False, smallest=1).map(rotated),
     needs=("trace",),
     weight=0.3,
 )

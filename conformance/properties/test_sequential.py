@@ -161,7 +161,7 @@ def test_calls_of_a_block_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     "SEQUENTIAL-4",
     "LIVE-4",
     premise=MANY_TOKENS,
-    case=in_long_calls(block_cases(context=True, live=("self", "causal"), frames=1)),
+    case=in_long_calls(block_cases(context=True, live=("self", "causal"), smallest=1)),
     needs=NEEDS,
     weight=0.25,
 )

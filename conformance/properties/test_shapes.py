@@ -1,6 +1,6 @@
 """The ends of what the suite covers: rows, tokens, slots, heads and widths of a size that generated cases rarely have.
 
-Clauses STATIC, SPLIT, BATCH and LIVE at every shape of `lyra.conformance.frames.LARGE`, a few cases each.
+Clauses STATIC, SPLIT, BATCH and LIVE at every shape of `lyra.conformance.case_sizes.LARGE`, a few cases each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lyra.conformance.case import Case
-from lyra.conformance.frames import LARGE, SMALLEST
+from lyra.conformance.case_sizes import LARGE, SMALLEST
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import CONTEXT, Premise
 from lyra.conformance.registry import prop
@@ -27,7 +27,7 @@ def large_cases() -> dict[str, Case]:
         return {}
     rng = np.random.default_rng([session.seed, 23])
     count = max(1, session.profile.examples // 60)
-    return {f"{name}-{i}": case_of(frame, rng) for name, frame in LARGE.items() for i in range(count)}
+    return {f"{name}-{i}": case_of(sizes, rng) for name, sizes in LARGE.items() for i in range(count)}
 
 
 CASES = large_cases()

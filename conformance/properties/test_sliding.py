@@ -44,7 +44,7 @@ def test_window_equals_oracle(case: Case, judge: Judge) -> None:
 @prop(
     "SLIDING-1",
     premise=(BEHIND_WINDOW, NARROWEST),
-    case=cases(window=True, min_tokens=3, padding=False, frames=1),
+    case=cases(window=True, min_tokens=3, padding=False, smallest=1),
     weight=0.25,
 )
 def test_every_width_of_a_window(case: Case, judge: Judge) -> None:

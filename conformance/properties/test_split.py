@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lyra.conformance.case import Case, Problem
-from lyra.conformance.frames import GROUPS
+from lyra.conformance.case_sizes import GROUPS
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import (
     BOTH_STREAMS,
@@ -48,10 +48,10 @@ def test_any_split_equals_oracle(case: Case, judge: Judge) -> None:
 
 
 def group_cases() -> dict[str, Case]:
-    """By name, a case of every frame of GROUPS; none where a spec is given, whose heads are its own."""
+    """By name, a case for every entry of GROUPS; none where a spec is given, whose heads are its own."""
     session = current()
     rng = np.random.default_rng([session.seed, 24])
-    return {} if session.scope is not None else {name: case_of(frame, rng) for name, frame in GROUPS.items()}
+    return {} if session.scope is not None else {name: case_of(sizes, rng) for name, sizes in GROUPS.items()}
 
 
 OF_GROUPS = group_cases()

@@ -8,8 +8,8 @@ from pydantic import Field
 from rich.table import Table
 from rich.text import Text
 
-from lyra.conformance.declared import declared
 from lyra.conformance.faults.catalogue import catalogue
+from lyra.conformance.property_index import all_properties
 from lyra.spec.clauses import clauses
 
 from .data import Part
@@ -68,7 +68,7 @@ class Listing(Part):
 def listing() -> Listing:
     """Every clause, in the order of SPEC.md."""
     holding: dict[str, list[HoldingPart]] = {}
-    for name, declaration in declared().items():
+    for name, declaration in all_properties().items():
         part = HoldingPart(
             name=name,
             summary=declaration.summary,

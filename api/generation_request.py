@@ -13,7 +13,7 @@ from lyra.spec.errors import InputError
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """The prompts of a generation, whether it is one by itself, how many tokens it may make, and how they are drawn.
 
     `sampling` None takes the most likely token.
@@ -26,7 +26,9 @@ class Asked:
     seed: int
 
     @classmethod
-    def of(cls, prompt: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Asked:
+    def of(
+        cls, prompt: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any
+    ) -> GenerationRequest:
         """The arguments of `Model.generate`, checked. Raises InputError."""
         count = check_whole("max_new_tokens", max_new_tokens, 0, what="how many tokens to generate at most")
         drawn = secrets.randbits(32) if seed is None else check_seed(seed)

@@ -19,7 +19,7 @@ def sheet() -> np.ndarray:
     return numbers
 
 
-class Noise:
+class RandomArrays:
     """A source of arrays for one case: its seed says where the sheet is cut, and one array follows the other."""
 
     def __init__(self, rng: np.random.Generator) -> None:

@@ -10,7 +10,7 @@ from .case import Problem
 
 
 @dataclass
-class Input:
+class RecordedInput:
     """One input, cut into `calls`, and what each backend answered: all live tokens, the first time it was asked.
 
     `held` names the backends whose answers were compared with the oracle's; `facts` is what is known of premises.
@@ -23,13 +23,13 @@ class Input:
     facts: dict[str, bool] = field(default_factory=dict)
 
 
-class Inputs:
+class RecordedInputs:
     """The inputs of one check. Two are the same where arrays, spec and the cut into calls are."""
 
     def __init__(self) -> None:
-        self._inputs: list[Input] = []
+        self._inputs: list[RecordedInput] = []
 
-    def note(self, problem: Problem, calls: tuple[int, ...]) -> Input:
+    def note(self, problem: Problem, calls: tuple[int, ...]) -> RecordedInput:
         """The input that a backend is asked; what is remembered of the same arrays, the oracle's values, is shared."""
         found = None
         for one in self._inputs:
@@ -37,9 +37,9 @@ class Inputs:
                 problem.memo.update(one.problem.memo)
                 found = found or (one if one.calls == calls else None)
         if found is None:
-            self._inputs.append(found := Input(problem, calls))
+            self._inputs.append(found := RecordedInput(problem, calls))
         return found
 
-    def compared(self, backends: list[str]) -> list[Input]:
+    def compared(self, backends: list[str]) -> list[RecordedInput]:
         """Those that all of these backends were asked and held to the oracle for."""
         return [one for one in self._inputs if one.held.issuperset(backends)]

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from lyra.conformance.frames import COST, GROUPS, LARGE, Frame, make_frames
+from lyra.conformance.case_sizes import COST, GROUPS, LARGE, CaseSizes, make_sizes
 from lyra.conformance.properties.test_split import group_cases
 from lyra.conformance.session import PROFILES, Session, start
 from lyra.spec.model import ModelSpec
 
-THOROUGH, CI = PROFILES["thorough"].frames, PROFILES["ci"].frames
+THOROUGH, CI = PROFILES["thorough"].sizes, PROFILES["ci"].sizes
 SEEDS = (0, 1, 7, 2**31)
 
-COVERED: dict[str, Callable[[Frame], bool]] = {
+COVERED: dict[str, Callable[[CaseSizes], bool]] = {
     "one row": lambda f: f.batch == 1,
     "8 rows": lambda f: f.batch == 8,
     "8 rows with a context each": lambda f: f.batch == f.context_batch == 8,
@@ -36,7 +36,7 @@ COVERED: dict[str, Callable[[Frame], bool]] = {
     "a softcap": lambda f: f.softcap,
     "biases": lambda f: f.bias,
 }
-SMALL: dict[str, Callable[[Frame], bool]] = {
+SMALL: dict[str, Callable[[CaseSizes], bool]] = {
     "one token": lambda f: sum(f.calls) == 1,
     "an empty context": lambda f: f.context_tokens == 0,
     "one slot": lambda f: f.context_tokens == 1,
@@ -46,14 +46,14 @@ SMALL: dict[str, Callable[[Frame], bool]] = {
 }
 
 
-def missing(frames: Iterable[Frame], wanted: dict[str, Callable[[Frame], bool]]) -> list[str]:
-    pool = tuple(frames)
+def missing(sizes: Iterable[CaseSizes], wanted: dict[str, Callable[[CaseSizes], bool]]) -> list[str]:
+    pool = tuple(sizes)
     return [name for name, occurs in wanted.items() if not any(map(occurs, pool))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_thorough_draws_every_size_the_suite_promises(seed: int) -> None:
-    assert missing(make_frames(THOROUGH, seed), COVERED | SMALL) == []
+    assert missing(make_sizes(THOROUGH, seed), COVERED | SMALL) == []
 
 
 def test_ci_meets_every_large_size_in_cases_of_their_own() -> None:
@@ -62,20 +62,20 @@ def test_ci_meets_every_large_size_in_cases_of_their_own() -> None:
 
 def test_a_case_of_thorough_costs_at_most_twice_one_of_ci() -> None:
     def costs(count: int) -> list[int]:
-        return [frame.cost for seed in SEEDS for frame in make_frames(count, seed)]
+        return [sizes.cost for seed in SEEDS for sizes in make_sizes(count, seed)]
 
     ci, thorough = costs(CI), costs(THOROUGH)
     assert max(ci + thorough) <= COST
     assert sum(thorough) / len(thorough) <= 2 * sum(ci) / len(ci)
 
 
-GROUP: dict[str, Callable[[Frame], bool]] = {
+GROUP: dict[str, Callable[[CaseSizes], bool]] = {
     f"{size} query heads to each of several KV heads": lambda f, size=size: (
         f.heads[1] > 1 and f.heads[0] == size * f.heads[1]
     )
     for size in range(1, 9)
 }
-ODD: dict[str, Callable[[Frame], bool]] = {
+ODD: dict[str, Callable[[CaseSizes], bool]] = {
     **{f"{count} KV heads": lambda f, count=count: f.heads[1] == count for count in (2, 3, 5, 6, 7)},
     **{f"{rows} rows": lambda f, rows=rows: f.batch == rows for rows in (4, 5, 6, 7)},
     "an odd number of pairs": lambda f: f.rope and f.head_dim > 2 and f.head_dim % 4 == 2,
@@ -97,20 +97,20 @@ def test_every_profile_has_groups_of_every_size(seed: int) -> None:
 
 
 def test_thorough_draws_groups_that_share_several_kv_heads() -> None:
-    drawn = {frame.heads[0] // frame.heads[1] for frame in make_frames(THOROUGH, 0) if frame.heads[1] > 1}
+    drawn = {sizes.heads[0] // sizes.heads[1] for sizes in make_sizes(THOROUGH, 0) if sizes.heads[1] > 1}
     assert drawn >= {1, 2, 3, 5, 6, 7}
 
 
 @pytest.mark.parametrize("count", [CI, THOROUGH])
 def test_three_quarters_of_a_pool_are_the_same_for_every_seed(count: int) -> None:
-    pools = [set(make_frames(count, seed)) for seed in SEEDS]
+    pools = [set(make_sizes(count, seed)) for seed in SEEDS]
     assert len(set.intersection(*pools)) >= count * 3 // 4 - 1
     assert len({frozenset(pool) for pool in pools}) == len(SEEDS)
 
 
 def test_a_spec_of_its_own_keeps_its_sizes_and_meets_no_large_ones() -> None:
     spec = ModelSpec.preset("gemma-3-1b").attention
-    for frame in make_frames(THOROUGH, 0, spec):
-        assert (frame.heads, frame.head_dim, frame.hidden_size) == ((4, 1), 256, 1152)
-        assert frame.batch * sum(frame.calls) <= 3 * 64
-        assert frame.context_tokens <= 40
+    for sizes in make_sizes(THOROUGH, 0, spec):
+        assert (sizes.heads, sizes.head_dim, sizes.hidden_size) == ((4, 1), 256, 1152)
+        assert sizes.batch * sum(sizes.calls) <= 3 * 64
+        assert sizes.context_tokens <= 40

@@ -11,7 +11,7 @@ from .registry import Declaration
 from .runner import forget_properties
 
 
-def declared() -> dict[str, Declaration]:
+def all_properties() -> dict[str, Declaration]:
     """Every property of the suite by its name in reports, without parameters: `static::one_softmax`."""
     found = {}
     for info in pkgutil.iter_modules(properties.__path__, f"{properties.__name__}."):

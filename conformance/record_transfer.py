@@ -13,7 +13,7 @@ from .record import Record, rate
 from .session import current
 
 
-def handed_over() -> str:
+def serialize_record() -> str:
     """What this worker saw since it last handed over, as JSON; its record starts anew."""
     session = current()
     seen = session.record
@@ -37,7 +37,7 @@ def _records() -> TypeAdapter[Record]:
     return TypeAdapter(Record)
 
 
-def take_in(seen: str) -> None:
+def merge_record(seen: str) -> None:
     """Add what a worker of this run saw to the record of this process."""
     current().record.add(read_record(seen))
 
