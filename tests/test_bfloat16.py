@@ -209,7 +209,7 @@ def test_static_keys_and_values_are_kept_in_bfloat16() -> None:
 
 
 def test_bfloat16_compiles_beside_float32_and_not_again() -> None:
-    from lyra.backends.jax_impl.backend import call_layer
+    from lyra.backends.jax_impl.attention_backend import call_layer
 
     problem = a_case().problem().replace(static=None)
     wide, small = (layer("jax", problem.replace(dtype=dtype)) for dtype in ("float32", "bfloat16"))

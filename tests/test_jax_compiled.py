@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lyra.backends.jax_impl import JaxBackend, shapes
-from lyra.backends.jax_impl.backend import call_layer
+from lyra.backends.jax_impl.attention_backend import call_layer
 from lyra.backends.jax_impl.gradients import pull_back
-from lyra.backends.jax_impl.sequential import call_block
+from lyra.backends.jax_impl.sequential_backend import call_block
 from lyra.conformance.case import Case
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.sequential import SequentialSpec

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lyra.backends.jax_impl import backend, layer, partial
-from lyra.backends.jax_impl.backend import JaxAttention
+from lyra.backends.jax_impl import attention_backend, layer, partial
+from lyra.backends.jax_impl.attention_backend import JaxAttention
 from lyra.backends.jax_impl.cache import LiveCache, LiveKeys, empty_cache
 from lyra.backends.jax_impl.partial import finish, partial_attention
 from lyra.backends.jax_impl.rope import cos_sin, turn_once
@@ -136,7 +136,7 @@ def test_tokens_in_parts_see_what_they_see_at_once(
         return attend(query, given, *rest)
 
     def run() -> np.ndarray:
-        backend.call_layer.clear_cache()
+        attention_backend.call_layer.clear_cache()
         attention, cache, outputs = JaxAttention(spec, weights), None, []
         for part in (slice(0, 3), slice(3, 37)):
             result = attention(x[:, part], positions=positions[:, part], mask=mask[:, part], cache=cache)
@@ -149,7 +149,7 @@ def test_tokens_in_parts_see_what_they_see_at_once(
     monkeypatch.setattr(layer, "partial_attention", noted)
     monkeypatch.setattr(layer, "PARTS", 4)
     in_parts = run()
-    backend.call_layer.clear_cache()
+    attention_backend.call_layer.clear_cache()
     np.testing.assert_allclose(in_parts[mask], at_once[mask], rtol=2e-5, atol=2e-5)
     assert keys == [16, 80, 96, 112, 128]  # 34 tokens, padded to 64, behind 3 of a cache that grows to 128 slots
 
