@@ -147,7 +147,8 @@ def cases(
     dtype: Dtype = "float32",
 ) -> Case:
     """Cases of the current run's sizes, or of so many of the `smallest` of them. `context` True, False, or None for
-    either; the rest narrows what is drawn, `prefer` to some sizes if the run has any such. `frames` is another name of `smallest`.
+    either; the rest narrows what is drawn, `prefer` to some sizes if the run has any such. `frames` is another name of
+    `smallest`.
     """
 
     def fits(some: CaseSizes) -> bool:
