@@ -39,6 +39,7 @@ __all__ = [
     "CapturedLayer",
     "DifferentiableAttention",
     "Engine",
+    "FixedBackend",
     "GatedEngine",
     "GatedText",
     "Gradients",
@@ -123,6 +124,15 @@ class Backend(Protocol):
     capabilities: frozenset[str]
 
     def attention(self, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> Attention: ...
+
+
+@runtime_checkable
+class FixedBackend(Backend, Protocol):
+    """A backend whose layers have one structure, as a module of a framework has: what differs is not asked of it."""
+
+    def fits(self, spec: AttentionSpec | SequentialSpec) -> str | None:
+        """None for a spec that it can be asked to make, else in a few words what does not fit: "a bias"."""
+        ...
 
 
 @runtime_checkable

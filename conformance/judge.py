@@ -17,7 +17,7 @@ from .journal import journal
 from .premises import Premise
 from .record import Failure, Property, Record
 from .recorded_inputs import RecordedInputs
-from .subject import BackendError, Divergence, Subject, expected, label
+from .subject import BackendError, Divergence, Subject, Unfit, expected, label
 from .tolerance import K_PAIR, distance
 
 
@@ -54,27 +54,28 @@ class Judge:
         Beside what the check expects, all that it asks is held to the oracle, and the backends' answers to each other
         (TOLERANCE-1). Counts a compared case for every input that all backends were asked, one where a check compares
         something else. Whatever else a check raises on a backend's answer (a missing method, an array that cannot be
-        indexed) counts as that backend's error.
+        indexed) counts as that backend's error. A backend of fixed structure that the case does not fit has no part.
         """
         inputs, text = RecordedInputs(), cache(lambda: text_of(case))
-        names = [subject.name for subject in self.subjects]
         try:
             caught = [error for subject in self.subjects if (error := self._caught(text, subject, check, inputs))]
         finally:
-            compared = inputs.compared(names)
-            self.record.cases += max(1, len(compared))
-            self.record.calls += max(1, sum(len(one.calls) for one in compared))
+            names = [subject.name for subject in self.subjects if subject.fits]
+            compared = inputs.compared(names) if names else []
+            self.record.cases += max(1, len(compared)) if names else 0
+            self.record.calls += max(1, sum(len(recorded.calls) for recorded in compared)) if names else 0
         if caught:
             for other in caught[1:]:
                 caught[0].add_note(f"{other.backend}: {other}")
             raise caught[0]
-        for one in compared:
-            self.agree_on(case, one.problem, "output", one.outputs, expected(one.problem)["output"], one.problem.real)
+        for recorded in compared:
+            problem = recorded.problem
+            self.agree_on(case, problem, "output", recorded.outputs, expected(problem)["output"], problem.real)
 
     def _caught(
         self, text: Callable[[], str], subject: Subject, check: Callable[[Subject], None], inputs: RecordedInputs
     ) -> Divergence | BackendError | None:
-        """Run a check on one backend: its failure, if it fails, which is kept."""
+        """Run a check on one backend: its failure, if it fails, which is kept; a case that does not fit it is none."""
         subject.begin(inputs)
         tally = self.property.tally(subject.name)
         found: Divergence | BackendError | None = None
@@ -82,6 +83,9 @@ class Judge:
             with journal.asking(subject.name, text):
                 check(subject)
                 subject.hold_answers()
+        except Unfit as error:
+            tally.misfit, subject.fits = str(error), False
+            return None
         except (Divergence, BackendError) as error:
             found = error
         except BaseException as error:

@@ -36,11 +36,15 @@ class Failure:
 
 @dataclass
 class Tally:
-    """What one backend did in one property. `met` counts the checks in which each of its premises was met."""
+    """What one backend did in one property. `met` counts the checks in which each of its premises was met.
+
+    misfit  why a case was not asked of a backend of fixed structure, if there was one
+    """
 
     cases: int = 0
     marked: Status = "unsupported"
     why_unsupported: str = ""
+    misfit: str = ""
     met: dict[str, int] = field(default_factory=dict)
 
     def mark(self, status: Status) -> None:
@@ -55,8 +59,20 @@ class Tally:
 
     @property
     def status(self) -> Status:
-        """What became of the property: it was marked so; without what it is about nothing has passed."""
-        return "vacuous" if self.marked == "passed" and self.unmet else self.marked
+        """What became of the property: it was marked so; without what it is about nothing has passed.
+
+        Where that could not come up, since the cases with it do not fit the backend, the property is unsupported.
+        """
+        if self.marked == "passed" and self.unmet:
+            return "unsupported" if self.misfit else "vacuous"
+        return self.marked
+
+    @property
+    def reason(self) -> str:
+        """Why the property is unsupported; nothing where it is not."""
+        if self.status != "unsupported":
+            return ""
+        return self.why_unsupported or (f"does not fit: {self.misfit}" if self.misfit else "")
 
 
 @dataclass

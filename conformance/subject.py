@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from lyra.backends.protocol import Attention, Backend, Bfloat16Backend, Engine, ModelBackend
+from lyra.backends.protocol import Attention, Backend, Bfloat16Backend, Engine, FixedBackend, ModelBackend
 from lyra.backends.raised import ends_the_process, interrupted, raised
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
@@ -42,6 +42,10 @@ class BackendError(Exception):
         ending = ", which would have ended the run" if ends_the_process(error) else ""
         super().__init__(f"{raised(error)}{ending}")
         self.backend = backend
+
+
+class Unfit(Exception):
+    """A case has a structure that a backend of fixed structure does not have: it is not asked."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ def alone_distance(problem: Problem, got: np.ndarray, wanted: Uncertain) -> Dist
 
 
 class Subject:
-    """One backend, within one property. `inputs` are those of the check that runs, of all backends in it."""
+    """One backend, within one property. `inputs` are those of the check that runs, of all backends in it; `fits` says
+    whether the backend has the structure that the check is about.
+    """
 
     def __init__(self, backend: Backend, record: Record) -> None:
         self.backend = backend
@@ -118,6 +124,7 @@ class Subject:
     def begin(self, inputs: RecordedInputs) -> None:
         """A check begins: forget what this backend was asked in the one before."""
         self.inputs = inputs
+        self.fits = True
         self.recorded: list[RecordedInput] = []
         self._answers: list[tuple[RecordedInput, Problem, Outcome]] = []
         self._held: set[tuple[int, int]] = set()
@@ -132,7 +139,12 @@ class Subject:
         return capability in self.backend.capabilities
 
     def layer(self, problem: Problem) -> Attention:
-        """The backend's layer, or injected block, for a problem's spec, weights and dtype. Raises BackendError."""
+        """The backend's layer, or injected block, for a problem's spec, weights and dtype. Raises BackendError, and
+        Unfit where a backend of fixed structure has another one.
+        """
+        backend = self.backend
+        if isinstance(backend, FixedBackend) and (misfit := self.attempt(lambda: backend.fits(problem.described))):
+            raise Unfit(misfit)
         if problem.block is not None:
             return self.attempt(lambda: make_block(self.backend, problem))
         if problem.dtype == "float32":

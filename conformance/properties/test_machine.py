@@ -198,7 +198,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def _each_cache(self, change: Any) -> dict[str, Any]:
         found = {}
-        for subject in self.judge.subjects:
+        for subject in [some for some in self.judge.subjects if some.name in self.life.caches]:
             layer, cache = self._layer(subject), self.life.caches[subject.name]
             found[subject.name] = subject.attempt(lambda layer=layer, cache=cache: change(layer, cache))
         return found

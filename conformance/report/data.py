@@ -282,7 +282,7 @@ def _property(prop: Property) -> PropertyPart:
             backend: TallyPart(
                 status=tally.status,
                 cases=tally.cases,
-                why_unsupported=tally.why_unsupported or None,
+                why_unsupported=tally.reason or None,
                 premises=tally.met,
             )
             for backend, tally in prop.tallies.items()
