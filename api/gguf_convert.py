@@ -1,4 +1,4 @@
-"""A Gemma-3 .gguf file as a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json.
+"""A .gguf file as a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json.
 
 Weights become float32, one block of rows at a time, so a conversion needs little memory whatever the model's size.
 """
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from lyra.spec.errors import SpecError
+from lyra.spec.families import FAMILIES, Family
+from lyra.spec.families.gguf import EMBEDDING, GGUF, HEAD, Metadata
 from lyra.spec.model import ModelSpec
 
 from .errors import CheckpointError
@@ -25,31 +27,6 @@ from .progress import Steps
 
 CONVERTER_VERSION = 2
 """Part of a converted folder's name: raise it whenever the same file would convert to something else."""
-
-MODEL_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
-PATTERN = "attention.sliding_window_pattern"
-LAYERS_OF_27B = 62
-"""The one Gemma-3 size whose scale is not head_dim ** -0.5; a .gguf file does not say so."""
 
 
 def convert(path: Path, folder: Path, progress: Steps | None = None) -> None:
@@ -71,109 +48,46 @@ def convert(path: Path, folder: Path, progress: Steps | None = None) -> None:
     write_weights(file, folder / "model.safetensors", report)
 
 
+def family_of(file: GGUFModel) -> tuple[Family, GGUF]:
+    """Whose file it is, and how that family's files are read. Raises CheckpointError for another architecture."""
+    architecture, read = file.metadata.get("general.architecture"), []
+    for family in FAMILIES.values():
+        if family.gguf is None:
+            continue
+        if isinstance(architecture, str) and architecture == family.gguf.architecture:
+            return family, family.gguf
+        read.append(family.gguf.architecture)
+    names = " and ".join(map(repr, read))
+    raise CheckpointError(f"{file.path} holds the architecture {architecture!r:.100}; Lyra reads {names}")
+
+
 def hf_config(file: GGUFModel) -> dict[str, Any]:
-    """The config.json of a Gemma-3 file. Raises CheckpointError, naming what is missing or wrong."""
+    """The config.json of a file. Raises CheckpointError, naming what is missing or wrong."""
     metadata = file.metadata
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture != "gemma3":
-        raise CheckpointError(f"{file.path} holds the architecture {architecture!r:.100}; Lyra reads 'gemma3'")
-    if "token_embd.weight" not in file.tensors:
-        raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight; it is incomplete: download it again")
+    family, form = family_of(file)
+    if EMBEDDING not in file.tensors:
+        raise CheckpointError(f"{file.path} lacks the tensor {EMBEDDING}; it is incomplete: download it again")
     check_vocabulary(file)
-    fields = Fields(file.path, metadata)
-    hidden, heads, layers = (fields.whole(key) for key in ("embedding_length", "attention.head_count", "block_count"))
-    head_dim = fields.whole("attention.key_length")
-    if fields.whole("attention.value_length", head_dim) != head_dim:
-        raise CheckpointError(f"{file.path}: gemma3.attention.value_length is not attention.key_length, {head_dim}")
-    kinds = fields.layer_types(layers)
     return {
         "_name_or_path": _model_name(file),
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
+        "architectures": [family.architecture],
+        "model_type": family.text_type,
         "dtype": "float32",
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "hidden_size": hidden,
-        "intermediate_size": fields.whole("feed_forward_length"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.whole("attention.head_count_kv"),
-        "head_dim": head_dim,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": fields.whole("context_length"),
-        "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon"),
-        "query_pre_attn_scalar": hidden // heads if layers == LAYERS_OF_27B else head_dim,
-        "sliding_window": fields.whole("attention.sliding_window"),
-        **({"layer_types": kinds} if kinds else {"sliding_window_pattern": fields.whole(PATTERN, 6)}),
-        "rope_theta": fields.number("rope.freq_base", 1_000_000.0),
-        "rope_local_base_freq": fields.number("rope.freq_base_swa", 10_000.0),
-        "rope_scaling": fields.rope_scaling(),
-        "attention_bias": False,
-        "attn_logit_softcapping": fields.softcap("attn_logit_softcapping"),
-        "final_logit_softcapping": fields.softcap("final_logit_softcapping"),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", 2),
-        "eos_token_id": _end_tokens(metadata),
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id", 0),
+        "vocab_size": file.tensors[EMBEDDING].shape[0],
+        **form.config(_metadata(file, form)),
+        "tie_word_embeddings": HEAD not in file.tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id", family.fields["bos_token_id"].default),
+        "eos_token_id": _end_tokens(metadata, family.fields["eos_token_id"].default),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id", family.fields["pad_token_id"].default),
     }
-
-
-class Fields:
-    """The metadata under `gemma3.`, each of the kind that is asked for. All methods raise CheckpointError."""
-
-    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        self.path, self.metadata = path, metadata
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A size, 1 or more; a list with one number for all layers is that number."""
-        value = self._value(key, default)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()
-        if type(value) is not int or value < 1:
-            raise self._wrong(key, value, "a whole number of 1 or more")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0: the decimal that was meant, 1e-06 and not the nearest float32's 9.999999974752427e-07."""
-        value = self._value(key, default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise self._wrong(key, value, "a number above 0")
-        return float(f"{value:.7g}")
-
-    def softcap(self, key: str) -> float | None:
-        """A softcap, None where there is none."""
-        return self.number(key) if f"gemma3.{key}" in self.metadata else None
-
-    def layer_types(self, layers: int) -> list[str] | None:
-        """The kind of every layer where the pattern is a list of which ones slide; None where it is a number."""
-        value = self._value(PATTERN, 6)
-        if not isinstance(value, np.ndarray):
-            return None
-        if value.dtype != np.bool_ or len(value) != layers:
-            raise self._wrong(PATTERN, value.tolist(), f"a number, or true or false for each of {layers} layers")
-        return ["sliding_attention" if slides else "full_attention" for slides in value]
-
-    def rope_scaling(self) -> dict[str, Any] | None:
-        """The scaling of the global layers' RoPE."""
-        kind = self.metadata.get("gemma3.rope.scaling.type", "none")
-        if not isinstance(kind, str):
-            raise self._wrong("rope.scaling.type", kind, "a word")
-        return None if kind == "none" else {"rope_type": kind, "factor": self.number("rope.scaling.factor")}
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.metadata.get(f"gemma3.{key}", default)
-        if value is None:
-            raise CheckpointError(f"{self.path} lacks the metadata gemma3.{key}; convert or download it again")
-        return value
-
-    def _wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: gemma3.{key} is {value!r:.100}; expected {expected}")
 
 
 def check_tensors(file: GGUFModel, config: Mapping[str, Any]) -> None:
     """The tensors are those of the metadata's model, no more, no fewer, none misshapen. Raises CheckpointError."""
+    _, form = family_of(file)
     try:
         shapes = ModelSpec.from_hf_config(config).weight_shapes()
-        names = {name: hf_name(name) for name in file.tensors}
+        names = {name: form.hf_name(name) for name in file.tensors}
     except (SpecError, CheckpointError) as refusal:
         text = str(refusal).replace("\n", "; ").replace("ModelSpec.from_hf_config: ", "")
         raise CheckpointError(f"{file.path}: {text}") from None
@@ -192,36 +106,31 @@ def check_tensors(file: GGUFModel, config: Mapping[str, Any]) -> None:
         )
 
 
-def hf_name(name: str) -> str:
-    """Hugging Face's name of a Gemma-3 tensor. Raises CheckpointError for a tensor that Gemma-3 does not have."""
-    if name in MODEL_TENSORS:
-        return MODEL_TENSORS[name]
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if found is None or found[2] not in LAYER_TENSORS:
-        raise CheckpointError(f"tensor {name!r} belongs to no Gemma-3 text model")
-    return f"model.layers.{found[1]}.{LAYER_TENSORS[found[2]]}.weight"
-
-
 def write_weights(file: GGUFModel, path: Path, report: Steps) -> None:
-    """All tensors as float32 in one safetensors file. Norm weights are stored there as 1 + w, here as w."""
-    order = sorted(file.tensors, key=hf_name)
+    """All tensors as float32 in one safetensors file, as the model computes with them (`GGUF.weights`)."""
+    _, form = family_of(file)
+    order = sorted((form.hf_name(name), name) for name in file.tensors)
     header, offset = {}, 0
-    for name in order:
-        shape = file.tensors[name].shape
+    for name, stored in order:
+        shape = file.tensors[stored].shape
         size = 4 * prod(shape)
-        header[hf_name(name)] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as target:
         target.write(struct.pack("<Q", len(text)) + text)
-        for done, name in enumerate(order):
-            report(name, done, len(order))
-            for block in file.blocks(name):
-                if not np.isfinite(block).all():
-                    raise CheckpointError(f"{file.path}: tensor {name!r} holds NaN or infinity; download it again")
-                target.write((block - 1 if name.endswith("norm.weight") else block).data)
+        for done, (name, stored) in enumerate(order):
+            report(stored, done, len(order))
+            for rows in form.weights(name, file.blocks(stored), _metadata(file, form)):
+                if not np.isfinite(rows).all():
+                    raise CheckpointError(f"{file.path}: tensor {stored!r} holds NaN or infinity; download it again")
+                target.write(rows.data)
     report("done", len(order), len(order))
+
+
+def _metadata(file: GGUFModel, form: GGUF) -> Metadata:
+    return Metadata(file.path, file.metadata, form.architecture)
 
 
 def _model_name(file: GGUFModel) -> str:
@@ -230,10 +139,10 @@ def _model_name(file: GGUFModel) -> str:
     return re.sub(r"[\s_]+", "-", name.strip().lower())
 
 
-def _end_tokens(metadata: Mapping[str, Any]) -> int | list[int]:
+def _end_tokens(metadata: Mapping[str, Any], default: int) -> int | list[int]:
     """EOS, and the end of a turn or message, by the file's fields or by the spelling of a control token."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    named = [metadata[key] for key in keys if key in metadata] or [1]
+    named = [metadata[key] for key in keys if key in metadata] or [default]
     ends = sorted({*named, *control_ends(metadata)})
     return ends[0] if len(ends) == 1 else ends
 

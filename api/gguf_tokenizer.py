@@ -1,4 +1,4 @@
-"""The tokenizer that a Gemma .gguf file describes, built with the `tokenizers` library alone."""
+"""The tokenizer that a .gguf file describes by a SentencePiece vocabulary, built with `tokenizers` alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPECIAL_KEYS = {
 
 
 def build_tokenizer(file: GGUFModel) -> Tokenizer:
-    """The tokenizer of a Gemma file; it puts the BOS in front where the file says so.
+    """The tokenizer of a file; it puts the BOS in front where the file says so.
 
     Raises CheckpointError where the file holds no SentencePiece vocabulary, or one that is not that of its model.
     """
@@ -66,7 +66,7 @@ def check_vocabulary(file: GGUFModel) -> None:
     kind = file.metadata.get("tokenizer.ggml.model")
     if not isinstance(kind, str) or kind != "llama" or "tokenizer.ggml.tokens" not in file.metadata:
         raise CheckpointError(
-            f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r:.100}); Gemma's is 'llama'"
+            f"{file.path} holds no SentencePiece vocabulary (tokenizer.ggml.model is {kind!r:.100}; expected 'llama')"
         )
     pieces, kinds = (file.metadata.get(f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type"))
     rows = file.tensors["token_embd.weight"].shape[0]
@@ -122,8 +122,8 @@ def control_ends(metadata: Mapping[str, Any]) -> list[int]:
 def derive_merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
     """The merges that a vocabulary in merge order implies: every cut of a token into two tokens.
 
-    Earlier tokens merge first; of one token's cuts, the one with the longest left part. Gemma's scores do not follow
-    the merge order, the order of the vocabulary does.
+    Earlier tokens merge first; of one token's cuts, the one with the longest left part. Scores need not follow the
+    merge order (Gemma's do not), the order of the vocabulary does.
     """
     known = set(tokens)
     return [

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import overload
 
+from . import families
 from .arguments import check_indices, check_mapping, check_number, check_path, check_whole, shown
 from .attention import AttentionSpec, StaticSpec
 from .context import StaticContext
@@ -190,7 +191,7 @@ def blocks_by_layer(
             attention=spec.attention.replace(split=one, static=static),
             residual=residual,
             gate=gates[layer],
-            norm_eps=spec.rms_norm_eps,
+            **families.of(spec).block_fields(spec),
         )
         for layer, one in splits.items()
     }

@@ -60,7 +60,7 @@ class AttentionSpec(SpecModel):
     Symbols used throughout: E hidden_size, Hq num_attention_heads, Hkv num_key_value_heads, D head_dim,
     R = Hq / Hkv the group size. Query head h reads KV head h // R.
 
-    scale multiplies the scores (Gemma-3: query_pre_attn_scalar ** -0.5); softcap, if any, follows it as
+    scale multiplies the scores (often head_dim ** -0.5); softcap, if any, follows it as
     softcap · tanh(score / softcap), before the mask. sliding_window W lets a query at t see keys t-W+1 .. t.
     bias adds a bias to all four projections. qk_norm and rope may be None (written "none" in TOML and JSON).
 

@@ -1,4 +1,4 @@
-"""ModelSpec: a whole Gemma-3 text model as the spec sees it, its layer pattern and the spec of every layer."""
+"""ModelSpec: a whole text model as the spec sees it, its family, its layer pattern and the spec of every layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from . import families
 from .arguments import is_whole, shown
 from .attention import AttentionSpec, Positive, Size, StaticSpec
 from .base import SpecModel
@@ -19,9 +20,6 @@ from .split import HeadSplit
 from .text_file import read_toml
 
 LayerType = Literal["sliding", "global"]
-
-NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
-"""The norms of a decoder layer, by the first half of their names: `input_layernorm` and so on."""
 
 
 class LayerSplit(SpecModel):
@@ -36,6 +34,8 @@ class ModelSpec(SpecModel):
 
     `attention` describes the global layers, `sliding` the sliding-window ones (None where there are none).
     `splits` overrides the head split of single global layers. `layer(i)` gives the AttentionSpec of layer i.
+    `family` says how weights are called and what a layer is made of beside its attention (`lyra.spec.families`); it is
+    None, "none" in a file, for a model that is described and that Lyra does not run.
 
     Raises SpecError.
     """
@@ -51,11 +51,22 @@ class ModelSpec(SpecModel):
     tie_word_embeddings: bool = True
     final_softcap: Positive | None = None
     splits: tuple[LayerSplit, ...] = ()
+    family: str | None = families.DEFAULT
 
-    @field_validator("sliding", "final_softcap", mode="before")
+    @field_validator("sliding", "final_softcap", "family", mode="before")
     @classmethod
     def _none(cls, value: Any) -> Any:
         return None if value == "none" else value
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, name: str | None) -> str | None:
+        if name is not None and name not in families.FAMILIES:
+            raise ValueError(
+                f"{shown(name)} is no family; known: {', '.join(families.FAMILIES)}, or 'none' for a model that is "
+                f"only described"
+            )
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
@@ -112,18 +123,11 @@ class ModelSpec(SpecModel):
         return self.attention.replace(split=own[index]) if index in own else self.attention
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight, in Hugging Face's names and layout; `lm_head.weight` where it is not tied."""
-        hidden, wide = (self.hidden_size,), (self.intermediate_size, self.hidden_size)
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
-        for index in range(self.num_hidden_layers):
-            owner = f"model.layers.{index}"
-            attention = self.layer(index).weight_shapes()
-            shapes |= {f"{owner}.self_attn.{name}": shape for name, shape in attention.items()}
-            shapes |= {f"{owner}.mlp.{name}_proj.weight": wide for name in ("gate", "up")}
-            shapes[f"{owner}.mlp.down_proj.weight"] = wide[::-1]
-            shapes |= {f"{owner}.{name}_layernorm.weight": hidden for name in NORMS}
-        shapes["model.norm.weight"] = hidden
-        return shapes if self.tie_word_embeddings else {**shapes, "lm_head.weight": shapes["model.embed_tokens.weight"]}
+        """Name and shape of every weight, in Hugging Face's names and layout; the head's where it is not tied.
+
+        Raises SpecError for a model of no family.
+        """
+        return families.of(self).weight_shapes(self)
 
     def with_split(self, split: HeadSplit | Mapping[int, HeadSplit] | None, static: StaticSpec | None = None) -> Self:
         """The same model with one split for all global layers, or one per layer (layers left out get none)."""
@@ -135,10 +139,10 @@ class ModelSpec(SpecModel):
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], name: str | None = None) -> Self:
-        """The spec of a Gemma-3 config.json, old or new style, text-only or multimodal.
+        """The spec of a config.json of a known family, old or new style, text-only or multimodal.
 
-        What the file leaves out means what transformers fills in (`Gemma3TextConfig`), RoPE included. Raises SpecError
-        for another architecture, for what transformers itself refuses, and for a feature the spec does not have.
+        What the file leaves out means what transformers fills in, RoPE included. Raises SpecError for a model of
+        another family, for what transformers itself refuses, and for a feature the spec does not have.
         """
         return cls(**spec_fields(config, name))
 

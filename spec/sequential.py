@@ -8,15 +8,13 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import model_validator
 
+from . import families
 from .attention import AttentionSpec, Positive, StaticSpec
 from .base import SpecModel
 from .errors import InputError
 from .split import HeadSplit
 
 Source = Literal["external", "own"]
-
-FROM_LAYER = {"input_norm.weight": "input_layernorm.weight", "output_norm.weight": "post_attention_layernorm.weight"}
-"""Where a Gemma-3 decoder layer keeps the block's norms; the attention's weights stand below `self_attn.`."""
 
 KEY_STAGES = frozenset({"k_proj", "v_proj", "k_norm", "k_rope"})
 """Stages of keys and values: those of the layer, not of the block, where the block shares the layer's cache."""
@@ -90,17 +88,19 @@ class SequentialSpec(SpecModel):
         last = ("output_norm", "output") if self.output_norm else ("output",)
         return ("input_norm", *inner, "attention", *last)
 
-    def weights_of(self, layer: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The block's weights, initialised from those of its Gemma-3 decoder layer (SEQUENTIAL-7).
+    def weights_of(self, layer: Mapping[str, np.ndarray], family: str = families.DEFAULT) -> dict[str, np.ndarray]:
+        """The block's weights, initialised from those of its decoder layer, in a model of `family` (SEQUENTIAL-7).
 
         `layer` goes by Hugging Face's names within the layer: `input_layernorm.weight`, `self_attn.q_proj.weight`, …,
         `post_attention_layernorm.weight`; others are not read. The arrays are handed on, not copied. Raises InputError.
         """
-        names = {name: FROM_LAYER.get(name, f"self_attn.{name}") for name in self.weight_shapes()}
+        owner = families.family(family)
+        norms, attention = owner.block_weights, owner.names.attention
+        names = {name: norms.get(name, f"{attention}.{name}") for name in self.weight_shapes()}
         missing = sorted(theirs for theirs in names.values() if theirs not in layer)
         if missing:
             raise InputError(
-                f"the layer's weights lack {missing}; give the state dict of one Gemma-3 decoder layer, names as "
-                f"within the layer"
+                f"the layer's weights lack {missing}; give the state dict of one {owner.title} decoder layer, names "
+                f"as within the layer"
             )
         return {name: layer[theirs] for name, theirs in names.items()}

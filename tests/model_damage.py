@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lyra.spec.hf_config import FIELDS, OLD_FIELDS
+from lyra.spec.families.gemma3 import FIELDS, OLD_FIELDS
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXTREMES = (0, 1, 0xFF, 0x7FFF_FFFF, 0xFFFF_FFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 
 from lyra.checkpoint import cache_folder, check_folder, resolve
 from lyra.errors import CheckpointError
-from lyra.gguf_convert import convert, hf_name
+from lyra.gguf_convert import convert
 from lyra.gguf_file import GGUFFile
 from lyra.gguf_tokenizer import derive_merges
 from lyra.spec import ModelSpec
+from lyra.spec.families.gemma3 import GEMMA3
 
 ROUND_TRIPS = [
     "The  quick brown   fox",
@@ -46,7 +47,7 @@ def test_converted_weights_equal_gguf_dequantised_by_its_own_reader(tiny_gguf: P
         expected = gguf.dequantize(tensor.data, tensor.tensor_type)
         if tensor.name.endswith("norm.weight"):
             expected = expected - 1
-        found = weights[hf_name(tensor.name)]
+        found = weights[GEMMA3.gguf.hf_name(tensor.name)]
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected, err_msg=tensor.name)
 
@@ -254,7 +255,7 @@ def test_another_architecture_is_refused(tmp_path: Path, cache: Path) -> None:
 
 def test_an_unknown_tensor_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"blk\.0\.ssm_a\.weight"):
-        hf_name("blk.0.ssm_a.weight")
+        GEMMA3.gguf.hf_name("blk.0.ssm_a.weight")
 
 
 def test_conversion_needs_neither_torch_nor_transformers(tiny_gguf: Path, tmp_path: Path) -> None:

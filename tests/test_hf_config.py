@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lyra.spec import ModelSpec, RopeSpec, SpecError
-from lyra.spec.hf_config import FIELDS, LAYER_TYPES, checked_fields
+from lyra.spec.families.config import LAYER_TYPES
+from lyra.spec.families.gemma3 import FIELDS
+from lyra.spec.hf_config import checked_fields
 
 transformers = pytest.importorskip("transformers")
 

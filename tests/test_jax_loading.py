@@ -25,7 +25,6 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from tiny_gemma import CUT, GLOBAL, assert_close, hf_logits, make_model, random_ids  # noqa: E402
 
 import lyra  # noqa: E402
-from lyra.backends.checkpoint.names import text_name  # noqa: E402
 from lyra.backends.jax_impl import JaxBackend  # noqa: E402
 from lyra.backends.jax_impl.gemma3 import DecoderLayer, Gemma3  # noqa: E402
 from lyra.backends.jax_impl.model import JaxEngine  # noqa: E402
@@ -33,6 +32,7 @@ from lyra.backends.jax_impl.params import module_path  # noqa: E402
 from lyra.backends.jax_impl.saving import save_model, text_config  # noqa: E402
 from lyra.backends.jax_impl.sharding import ShardingConfig  # noqa: E402
 from lyra.spec import InputError, ModelSpec, StaticSpec  # noqa: E402
+from lyra.spec.families.gemma3 import GEMMA3  # noqa: E402
 from lyra.spec.inputs import StaticLayer  # noqa: E402
 
 
@@ -172,9 +172,9 @@ def test_checkpoints_that_do_not_fit_are_refused(gemma_folder: Path, tmp_path: P
 
 def test_every_name_has_one_entry(gemma: Any) -> None:
     names = list(gemma.state_dict())
-    assert [text_name(name) for name in names] == names
+    assert [GEMMA3.text_name(name) for name in names] == names
     assert len({module_path(name) for name in names}) == len(names)
-    assert text_name("model.vision_tower.encoder.layers.0.weight") is None
+    assert GEMMA3.is_other_part("model.vision_tower.encoder.layers.0.weight")
 
 
 def test_loads_without_torch_and_transformers(gemma_folder: Path, jax_engine: JaxEngine) -> None:

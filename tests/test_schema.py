@@ -21,6 +21,7 @@ from lyra.conformance.report.data import Report, report_data, report_schema
 from lyra.conformance.session import Session
 from lyra.spec import AttentionSpec, HeadSplit, LayerSplit, ModelSpec, SequentialSpec, SpecError, load_spec, presets
 from lyra.spec.base import SpecModel
+from lyra.spec.families import FAMILIES
 from lyra.spec.schema import MODELS, spec_schema, text
 
 SPEC = Draft202012Validator(spec_schema())
@@ -55,6 +56,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
         "tie_word_embeddings": draw(st.booleans()),
         "final_softcap": draw(st.none() | positive),
         "splits": tuple(LayerSplit(layer=index, split=draw(split)) for index in sorted(split_layers)),
+        "family": draw(st.sampled_from([None, *FAMILIES])),
     }
     assert set(fields) == set(ModelSpec.model_fields)
     return ModelSpec(**fields)

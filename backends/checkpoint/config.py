@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lyra.spec import families
 from lyra.spec.errors import CheckpointError, SpecError
-from lyra.spec.hf_config import FIELDS, checked_fields, text_fields
+from lyra.spec.families import Family
+from lyra.spec.hf_config import checked_fields, text_fields
 from lyra.spec.model import ModelSpec
 from lyra.spec.text_file import read_json
 
-MODEL_TYPES = ("gemma3_text", "gemma3")
-ACTIVATION = "gelu_pytorch_tanh"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OWNERS = ("ModelSpec.from_hf_config: ", "ModelSpec.", "ModelSpec: ", "AttentionSpec.", "AttentionSpec: ")
 """How refusals of a spec start; of a file it is the file that is named."""
@@ -20,7 +20,7 @@ OWNERS = ("ModelSpec.from_hf_config: ", "ModelSpec.", "ModelSpec: ", "AttentionS
 class Config(NamedTuple):
     """What a config.json says.
 
-    fields   of the text model, as transformers fills them in
+    fields   of the text model, those of its family, as transformers fills them in
     special  SPECIAL_IDS; of a multimodal model those that the file names outside, where it does
     spec     of the text model
     """
@@ -44,10 +44,16 @@ def read_config(folder: Path) -> Config:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     kind = given.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise CheckpointError(f"{folder} holds a model of type {kind!r:.100}; Lyra reads {' and '.join(MODEL_TYPES)}")
-    if kind == "gemma3" and "text_config" not in given:
-        raise CheckpointError(f"{path}: there is no text_config; expected that of a Gemma-3 beside model_type 'gemma3'")
+    family = next((known for known in families.FAMILIES.values() if kind in known.model_types), None)
+    if family is None:
+        raise CheckpointError(
+            f"{folder} holds a model of type {kind!r:.100}; Lyra reads {' and '.join(families.model_types())}: give a "
+            f"model of {families.titles()}"
+        )
+    if kind == family.outer_type and "text_config" not in given:
+        raise CheckpointError(
+            f"{path}: there is no text_config; expected that of a {family.title} beside model_type {kind!r}"
+        )
     try:
         spec = ModelSpec.from_hf_config(given)
         fields = checked_fields(given)
@@ -59,12 +65,12 @@ def read_config(folder: Path) -> Config:
             raise CheckpointError(
                 f"{path}: quantization_config is set; Lyra reads plain weights: save the model dequantised"
             )
-    _check_computed_alike(path, spec)
+    _check_computed_alike(path, spec, family)
     special = {name: fields[name] if given.get(name) is None else given[name] for name in SPECIAL_IDS}
     for owner in (fields, special):
         for name in SPECIAL_IDS:
             check_ids(path, name, owner[name], spec.vocab_size)
-    return Config(path, kind == "gemma3", {name: fields[name] for name in FIELDS}, special, spec)
+    return Config(path, kind == family.outer_type, {name: fields[name] for name in family.fields}, special, spec)
 
 
 def check_ids(path: Path, name: str, value: Any, vocab_size: int) -> None:
@@ -75,14 +81,16 @@ def check_ids(path: Path, name: str, value: Any, vocab_size: int) -> None:
             raise CheckpointError(f"{path}: {name} is {value!r:.100}; expected ids from 0 to {vocab_size - 1:,}")
 
 
-def _check_computed_alike(path: Path, spec: ModelSpec) -> None:
+def _check_computed_alike(path: Path, spec: ModelSpec, family: Family) -> None:
     """Refuse what one backend would compute and the other not, or not in the same way."""
-    if spec.hidden_activation != ACTIVATION:
-        raise CheckpointError(f"{path}: hidden_activation is {spec.hidden_activation!r:.100}; expected {ACTIVATION!r}")
-    if spec.attention.softcap is not None:
+    if spec.hidden_activation != family.activation:
         raise CheckpointError(
-            f"{path}: attn_logit_softcapping is {spec.attention.softcap}; expected null: Gemma-3 has no softcap of "
-            f"scores, and Hugging Face's model ignores it"
+            f"{path}: {family.activation_field} is {spec.hidden_activation!r:.100}; expected {family.activation!r}"
+        )
+    if spec.attention.softcap is not None and not family.softcap:
+        raise CheckpointError(
+            f"{path}: attn_logit_softcapping is {spec.attention.softcap}; expected null: {family.title} has no softcap "
+            f"of scores, and Hugging Face's model ignores it"
         )
 
 

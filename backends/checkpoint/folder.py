@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from lyra.spec import families
 from lyra.spec.errors import CheckpointError
 from lyra.spec.model import ModelSpec
 
 from .config import Config, read_config
 from .files import INDEX, WEIGHTS, weight_files, weight_map
-from .names import OTHER_PARTS, text_name
 from .safetensors_file import DTYPES, StoredTensor, read_table
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED_AT_ONCE = 1 << 24
 """Bytes of a head that are held beside the embedding's at a time."""
 
@@ -26,9 +25,9 @@ COMPARED_AT_ONCE = 1 << 24
 class Checkpoint:
     """A model's folder that has been checked.
 
-    fields   of the text model's config (`lyra.spec.hf_config.FIELDS`), as given or as transformers fills them in
+    fields   of the text model's config (`lyra.spec.families.Family.fields`), as given or as transformers fills them in
     spec     what they describe
-    tensors  every weight of the text model, by its name in a `Gemma3ForCausalLM`
+    tensors  every weight of the text model, by its name in transformers' class of it
     """
 
     folder: Path
@@ -51,12 +50,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Nothing but config.json and headers is read, except where a tied head is stored as well.
     """
     config = read_config(folder)
-    held = _held(folder, config)
     shapes = config.spec.weight_shapes()
+    held = _held(folder, config, shapes)
     _check_tied_head(config, held)
     for name, tensor in held.items():
-        if name not in shapes:
-            raise CheckpointError(_no_place(tensor, config.spec))
         if tensor.dtype not in DTYPES:
             raise CheckpointError(
                 f"{tensor.path}: tensor {tensor.name!r} is stored as {tensor.dtype}; weights are read as "
@@ -75,18 +72,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config.fields, config.spec, held)
 
 
-def _held(folder: Path, config: Config) -> dict[str, StoredTensor]:
-    """The tensors of the text model in the folder's files, by their names in it."""
+def _held(folder: Path, config: Config, shapes: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors of the text model in the folder's files, by their names in it; a head also where it is tied."""
     found: dict[str, StoredTensor] = {}
+    family = families.of(config.spec)
     files = weight_files(folder)
     stored = [tensor for path in files for tensor in read_table(path)]
     if files != (folder / WEIGHTS,):
         _check_index(folder, stored)
     for tensor in stored:
-        if config.multimodal and OTHER_PARTS.fullmatch(tensor.name):
+        if config.multimodal and family.is_other_part(tensor.name):
             continue
-        name = text_name(tensor.name)
-        if name is None:
+        name = family.text_name(tensor.name)
+        if name not in shapes and name != family.names.head:
             raise CheckpointError(_no_place(tensor, config.spec))
         if name in found:
             first = found[name]
@@ -110,7 +108,8 @@ def _check_index(folder: Path, stored: list[StoredTensor]) -> None:
 
 def _check_tied_head(config: Config, held: dict[str, StoredTensor]) -> None:
     """Where the config ties the head to the embedding, a head that is stored as well is a copy, and is left out."""
-    head, embedding = held.get(HEAD), held.get(EMBEDDING)
+    names = families.of(config.spec).names
+    head, embedding = held.get(names.head), held.get(names.embedding)
     if head is None or not config.spec.tie_word_embeddings:
         return
     if embedding is None or not _equal(head, embedding):
@@ -118,7 +117,7 @@ def _check_tied_head(config: Config, held: dict[str, StoredTensor]) -> None:
             f"{head.path}: tensor {head.name!r} is not the embedding, to which config.json ties the head; "
             f"if the model has a head of its own, set tie_word_embeddings to false there"
         )
-    del held[HEAD]
+    del held[names.head]
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:

@@ -1,0 +1,144 @@
+"""The seam for model families: what is a family's own stands in its module, and old files mean what they meant."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lyra.backends.checkpoint import open_checkpoint
+from lyra.checkpoint import resolve
+from lyra.errors import CheckpointError
+from lyra.gguf_convert import family_of
+from lyra.gguf_parts import GGUFModel
+from lyra.spec import ModelSpec, SequentialSpec, SpecError, families, load_spec, presets
+from lyra.spec.attaching import blocks_by_layer
+from lyra.spec.attention import StaticSpec
+from lyra.spec.families import FAMILIES, LayerNorms, family, family_of_config
+from lyra.spec.families.gemma3 import GEMMA3
+
+ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {
+    "name": "small", "vocab_size": 7, "intermediate_size": 6, "pattern": ("global",),
+    "attention": {"hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "scale": 1.0},
+}  # fmt: skip
+
+
+def test_a_spec_that_names_no_family_is_a_gemma_and_stays_as_it_was_written() -> None:
+    """Files older than the field keep loading, and are written without it."""
+    old = ModelSpec.from_dict(SMALL)
+    assert old.family == "gemma3"
+    assert families.of(old) is GEMMA3
+    assert old == ModelSpec.from_dict({**SMALL, "family": "gemma3"})
+    assert "family" not in old.to_dict()
+    assert ModelSpec.from_json(json.dumps(old.to_dict())) == old
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_say_whether_lyra_runs_them(name: str) -> None:
+    spec = load_spec(name)
+    assert isinstance(spec, ModelSpec)
+    assert spec.family == ("gemma3" if name.startswith("gemma-3") else None)
+    if spec.family is None:
+        with pytest.raises(SpecError, match=rf"{name} is described by its spec only; the models Lyra runs are Gemma-3"):
+            spec.weight_shapes()
+        with pytest.raises(CheckpointError, match="for studies and splits; the models Lyra runs are Gemma-3"):
+            resolve(name)
+    elif name not in ("gemma-3-270m",):
+        with pytest.raises(CheckpointError, match=rf"hub id such as 'google/{name}-pt'; only 'gemma-3-270m' can be"):
+            resolve(name)
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(SpecError, match=r"'llama' is no family; known: gemma3, or 'none' for a model that is only"):
+        ModelSpec.from_dict({**SMALL, "family": "llama"})
+    with pytest.raises(SpecError, match="unknown family 'llama'; known: gemma3"):
+        family("llama")
+    assert ModelSpec.from_dict({**SMALL, "family": "none"}).family is None
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"model_type": "llama"},
+            "model_type is 'llama'; this reads 'gemma3' and 'gemma3_text': give a model of Gem",
+        ),
+        ({}, "model_type is None; this reads"),
+        ({"model_type": ["gemma3_text"]}, r"model_type is \['gemma3_text'\]; this reads"),
+        ({"model_type": "gemma3", "text_config": 5}, "text_config is 5; expected a table of fields"),
+        (
+            {"model_type": "llava", "text_config": {"model_type": "llama"}},
+            "model_type is 'llava', that of text_config 'llama'; this reads 'gemma3' with a text_config of 'gemma3_te",
+        ),
+    ],
+)
+def test_a_config_of_no_known_family_is_refused_by_its_model_type(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        family_of_config(config)
+    with pytest.raises(SpecError, match=words):
+        ModelSpec.from_hf_config(config)
+
+
+def test_folders_and_files_of_other_families_are_refused(tmp_path: Path, tiny_gguf: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(CheckpointError, match="of type 'qwen3'; Lyra reads gemma3_text and gemma3: give a model of Ge"):
+        open_checkpoint(tmp_path)
+    file = GGUFModel(tiny_gguf)
+    assert family_of(file)[0] is GEMMA3
+    file.metadata["general.architecture"] = "qwen3"
+    with pytest.raises(CheckpointError, match="architecture 'qwen3'; Lyra reads 'gemma3'"):
+        family_of(file)
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+        ("layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+        ("language_model.model.norm.weight", "model.norm.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
+        ("language_model.norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("model.lm_head.weight", "model.lm_head.weight"),
+    ],
+)
+def test_names_in_files_of_every_age(stored: str, name: str) -> None:
+    assert GEMMA3.text_name(stored) == name
+
+
+def test_a_layer_without_outer_norms_gives_them_neither_to_a_model_nor_to_a_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in Llama, where a norm called post_attention_layernorm stands before the feed-forward part."""
+    plain = replace(GEMMA3, name="plain", norms=LayerNorms("input_layernorm", None, "post_attention_layernorm", None))
+    monkeypatch.setattr(families, "FAMILIES", {**FAMILIES, "plain": plain})
+    spec = ModelSpec.from_dict({**SMALL, "family": "plain"})
+    names = [name for name in spec.weight_shapes() if name.endswith("layernorm.weight")]
+    assert names == [f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")]
+    (block,) = blocks_by_layer(spec, {0: (0,)}, None, StaticSpec(), 0.0, True).values()
+    assert not block.output_norm
+    assert blocks_by_layer(ModelSpec.from_dict(SMALL), {0: (0,)}, None, StaticSpec(), 0.0, True)[0].output_norm
+    layer = {name.removeprefix("model.layers.0."): None for name in spec.weight_shapes()}
+    assert set(block.weights_of(layer, "plain")) == set(block.weight_shapes())
+    with pytest.raises(SpecError, match="unknown family 'olmo'"):
+        SequentialSpec.for_layer(spec.attention).weights_of(layer, "olmo")
+
+
+@pytest.mark.parametrize("folder", ["api", "backends/checkpoint", "spec"])
+def test_the_files_of_a_model_are_read_without_naming_a_family(folder: str) -> None:
+    """Names and patterns of a family's own stand in its module alone."""
+    own = re.compile(r"gemma3|Gemma3|(?:input|post_attention|pre_feedforward|post_feedforward)_layernorm|vision_tower")
+    paths = [path for path in (ROOT / folder).glob("*.py") if path.name != "drop_in.py"]
+    found = {path.name: own.findall(_without_documentation(path.read_text(encoding="utf-8"))) for path in paths}
+    assert len(paths) > 4
+    assert not {name: words for name, words in found.items() if words}
+
+
+def _without_documentation(code: str) -> str:
+    return re.sub(r'""".*?"""|#.*', "", code, flags=re.DOTALL)
