@@ -16,7 +16,7 @@ import_extra("lyra.backends.torch_impl.versions", "torch").check_transformers()
 
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402  # only what has been checked
 
-from lyra.backends.torch_impl.lyra_model import LyraForCausalLM  # noqa: E402
+from lyra.backends.torch_impl.families.gemma3 import LyraForCausalLM  # noqa: E402
 
 
 class Lyra(LyraForCausalLM):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from .backend import CudaBackend, TorchAttention, TorchBackend
 
 if TYPE_CHECKING:
+    from .families.gemma3 import LyraForCausalLM
     from .gemma3 import LyraGemma3Attention
     from .injector import GemmaInjector
-    from .lyra_model import LyraForCausalLM
 
 __all__ = [
     "CudaBackend",
@@ -21,7 +21,11 @@ __all__ = [
     "TorchBackend",
 ]
 
-_MODEL_LEVEL = {"GemmaInjector": "injector", "LyraForCausalLM": "lyra_model", "LyraGemma3Attention": "gemma3"}
+_MODEL_LEVEL = {
+    "GemmaInjector": "injector",
+    "LyraForCausalLM": "families.gemma3",
+    "LyraGemma3Attention": "gemma3",
+}
 
 
 def __getattr__(name: str) -> Any:

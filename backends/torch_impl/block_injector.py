@@ -9,9 +9,10 @@ from typing import Self
 
 import numpy as np
 import torch
-from transformers import Gemma3TextModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from lyra.spec import families
 from lyra.spec.arguments import check_flag, check_indices, check_path
 from lyra.spec.attaching import (
     Gate,
@@ -38,9 +39,9 @@ CONTEXTS = "a StaticContext, the path of its file, or a transformers Cache"
 
 
 class BlockInjector(ABC):
-    """Gives layers of a Gemma-3 injected blocks and takes them away again; `GemmaInjector` is one, for any model."""
+    """Gives layers of a model injected blocks and takes them away again; `Injector` is one, for any model."""
 
-    text: Gemma3TextModel
+    text: PreTrainedModel
 
     @property
     @abstractmethod
@@ -96,10 +97,10 @@ class BlockInjector(ABC):
         if external_kv_cache is None:
             asked = self.spec.global_layers if layers is None else check_indices("layers", layers)
             chosen = sorted(set(asked))
-            gates, eps = gates_by_layer(gate, chosen), self.spec.rms_norm_eps
+            gates, norms = gates_by_layer(gate, chosen), families.of(self.spec).block_fields(self.spec)
             blocks = {
                 layer: SequentialSpec.for_layer(
-                    self.spec.layer(layer), source="own", residual=residual, gate=gates[layer], norm_eps=eps
+                    self.spec.layer(layer), source="own", residual=residual, gate=gates[layer], **norms
                 )
                 for layer in chosen
             }

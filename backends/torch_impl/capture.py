@@ -8,16 +8,17 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, Gemma3TextModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lyra.backends.protocol import CapturedLayer
 from lyra.spec.finite import first_token
 
+from .families import of_text
 from .finite import locate
 
 
 def capture(
-    module: Gemma3TextModel,
+    module: PreTrainedModel,
     ids: torch.Tensor,
     layers: Sequence[int],
     chunk_size: int,
@@ -25,8 +26,9 @@ def capture(
 ) -> dict[int, CapturedLayer]:
     """Run the unmodified model over ids [1,S] in chunks; k (normed, unrotated) and v of `layers`, [1,Hkv,S,D].
 
-    The model's own cache carries the sliding-window layers from chunk to chunk; what is kept is read off k_norm and
-    v_proj, because that cache holds rotated keys and forgets what has left the window. Clauses CAPTURE-1, CAPTURE-2.
+    The model's own cache carries the sliding-window layers from chunk to chunk; what is kept is read off the submodules
+    that make it, because that cache holds rotated keys and forgets what has left the window. Clauses CAPTURE-1,
+    CAPTURE-2.
 
     Raises NotFiniteError for keys or values that are NaN or infinite.
     """
@@ -63,20 +65,18 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watch(module: Gemma3TextModel, found: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]) -> Iterator[None]:
-    """Collect the outputs of k_norm [1,Hkv,T,D] and v_proj [1,T,Hkv·D] while the block runs."""
+def _watch(module: PreTrainedModel, found: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]) -> Iterator[None]:
+    """Collect keys, normed and unrotated, and values of layers, [1,Hkv,T,D] each, while the code within runs."""
+    known = of_text(module)
     handles = []
     try:
-        for layer, (keys, values) in found.items():
-            attention = module.layers[layer].self_attn
-            handles.append(attention.k_norm.register_forward_hook(lambda _m, _i, out, keys=keys: keys.append(out)))
-            handles.append(
-                attention.v_proj.register_forward_hook(
-                    lambda _m, _i, out, values=values, D=attention.head_dim: values.append(
-                        out.unflatten(-1, (-1, D)).transpose(1, 2)
+        for layer, parts in found.items():
+            for source, kept in zip(known.keys_and_values(module.layers[layer].self_attn), parts, strict=True):
+                handles.append(
+                    source.module.register_forward_hook(
+                        lambda _m, _i, out, by_head=source.by_head, kept=kept: kept.append(by_head(out))
                     )
                 )
-            )
         yield
     finally:
         for handle in handles:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Gemma3TextModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lyra.backends.protocol import CapturedLayer
@@ -15,11 +15,12 @@ from lyra.spec.arguments import check_kind
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
+from .families import of_text
 from .tokens import token_positions
 
 
 def from_cache(
-    text: Gemma3TextModel, spec: ModelSpec, cache: Cache, layers: Sequence[int], mask: np.ndarray | None
+    text: PreTrainedModel, spec: ModelSpec, cache: Cache, layers: Sequence[int], mask: np.ndarray | None
 ) -> tuple[dict[int, CapturedLayer], np.ndarray, np.ndarray]:
     """Keys and values [B,Hkv,S,D] of some layers of a cache that `text` has filled, mask bool and positions [B,S].
 
@@ -35,10 +36,10 @@ def from_cache(
         raise InputError(f"mask has shape {mask.shape} and dtype {mask.dtype}; the cache holds bool {tuple(shape)}")
     seen = torch.tensor(mask, device=text.device)
     positions = token_positions(seen.long())
-    found = {}
+    known, found = of_text(text), {}
     with torch.inference_mode():
         for layer, (k, v) in whole.items():
-            cos, sin = text.rotary_emb(k, positions, text.config.layer_types[layer])
+            cos, sin = known.turn(text, k, positions, layer)
             found[layer] = CapturedLayer(*(_array(part, seen) for part in (turned_back(k, cos, sin), v)))
     return found, mask, positions.cpu().numpy()
 

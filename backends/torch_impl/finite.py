@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import DynamicCache, Gemma3TextModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lyra.spec.errors import NotFiniteError
 from lyra.spec.finite import not_finite
@@ -22,7 +22,7 @@ def finite_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def locate(
-    module: Gemma3TextModel,
+    module: PreTrainedModel,
     ids: torch.Tensor,
     mask: torch.Tensor | None = None,
     otherwise: str = "the scores",
@@ -37,7 +37,7 @@ def locate(
 
 
 @torch.inference_mode()
-def finite_layers(module: Gemma3TextModel, ids: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray:
+def finite_layers(module: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray:
     """Of which tokens the embedding and the output of each layer is finite: bool [L+1,B,T]."""
     watched = [module.embed_tokens, *module.layers]
     found: list[list[torch.Tensor]] = [[] for _ in watched]

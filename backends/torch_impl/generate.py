@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache, Gemma3ForCausalLM
+from transformers import DynamicCache, PreTrainedModel
 
 from lyra.backends.protocol import Sampling
 
@@ -16,7 +16,7 @@ from .tokens import token_positions
 
 
 def generate(
-    module: Gemma3ForCausalLM,
+    module: PreTrainedModel,
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     max_new_tokens: int,

@@ -1,20 +1,21 @@
-"""Injecting: a loaded Gemma-3's attention is swapped for Lyra's, or gets blocks behind it, and is given back."""
+"""Injecting: a loaded model's attention is swapped for Lyra's, or gets blocks behind it, and is given back."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
-from transformers import Gemma3TextModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lyra.backends.protocol import CapturedLayer
+from lyra.spec import families as spec_families
 from lyra.spec.arguments import check_capture, check_flag, check_path
 from lyra.spec.attaching import (
     SplitSource,
@@ -33,11 +34,11 @@ from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
+from . import families
 from .attention_kinds import check_kind
 from .block_injector import BlockInjector
 from .capture import capture
 from .external import from_cache
-from .gemma3 import LyraGemma3Attention
 from .live_rope import check_rope
 from .offload import at_hand, device_of
 from .tensor_parallel import prepare_own, share_of, whole
@@ -45,33 +46,35 @@ from .tokens import check_tokens
 from .tuning import tuned_context
 
 
-class GemmaInjector(BlockInjector):
-    """Gives the global layers of a Gemma-3 a head split and a static context, and takes them away again.
+class Injector(BlockInjector):
+    """Gives the global layers of a model a head split and a static context, and takes them away again.
 
     `enable` and `disable` do it in parallel, within the layers' own attention; `attach` and `detach` in sequence, with
     a block behind it (clause SEQUENTIAL).
 
-    `model` is any PyTorch module with one Gemma3TextModel in it: Gemma3ForCausalLM, Gemma3ForConditionalGeneration,
-    Gemma3Model, Gemma3TextModel itself, a wrapper of one of them. All that there is to know stands in the model, so
-    several injectors of one model do not contradict each other.
+    `model` is any PyTorch module with one decoder of a known family in it: Gemma3ForCausalLM, say, or
+    Gemma3ForConditionalGeneration, Gemma3Model, Gemma3TextModel itself, a wrapper of one of them. All that there is to
+    know stands in the model, so several injectors of one model do not contradict each other.
 
         with GemmaInjector(model).enable("book.safetensors"):
             model.generate(...)
 
     Raises InputError for a model that is no such thing, whose attention implementation is not "sdpa" or "eager", or
-    whose config has a softcap of scores, which Hugging Face's Gemma-3 ignores.
+    whose config has a softcap of scores where Hugging Face's model of the family ignores it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.text = text_model(model)
+        self.text = families.text_model(model)
+        self.family = families.of_text(self.text)
         name = Path(self.text.config.name_or_path)
         self._spec = ModelSpec.from_hf_config(self.text.config.to_dict(), name.name if name.is_dir() else str(name))
         check_kind(self.text.config._attn_implementation)
-        if self.spec.attention.softcap is not None:
+        known = spec_families.of(self._spec)
+        if self._spec.attention.softcap is not None and not known.softcap:
             raise InputError(
-                f"attn_logit_softcapping is {self.spec.attention.softcap}; Hugging Face's Gemma-3 ignores it, so this "
-                f"model would not follow its own spec"
+                f"attn_logit_softcapping is {self._spec.attention.softcap}; Hugging Face's {known.title} ignores it, "
+                f"so this model would not follow its own spec"
             )
 
     def __enter__(self) -> Self:
@@ -88,10 +91,10 @@ class GemmaInjector(BlockInjector):
         return self._spec
 
     @property
-    def enabled(self) -> dict[int, LyraGemma3Attention]:
+    def enabled(self) -> dict[int, Any]:
         """The layers that have Lyra's attention now; empty where the model is Hugging Face's."""
         found = enumerate(layer.self_attn for layer in self.text.layers)
-        return {number: module for number, module in found if isinstance(module, LyraGemma3Attention)}
+        return {number: module for number, module in found if isinstance(module, self.family.attention)}
 
     def enable(
         self,
@@ -104,7 +107,7 @@ class GemmaInjector(BlockInjector):
         group: ProcessGroup | None = None,
         trainable: bool = False,
     ) -> Self:
-        """Put LyraGemma3Attention into the layers of `context`; what was enabled before is replaced.
+        """Put the family's attention with Lyra heads into the layers of `context`; what was enabled before is replaced.
 
         `context` is a StaticContext or its file; without one all global layers get the split and nothing else, so that
         the model gives what it gave and the Lyra heads' projections can be tuned. `split` is one HeadSplit or one for
@@ -205,7 +208,7 @@ class GemmaInjector(BlockInjector):
         for layer, spec in specs.items():
             if layer not in kept:
                 decoder_layer = self.text.layers[layer]
-                decoder_layer.self_attn = LyraGemma3Attention.around(decoder_layer.self_attn, spec)
+                decoder_layer.self_attn = self.family.attention.around(decoder_layer.self_attn, spec)
             mask = static[layer].mask if layer in static else None
             self.text.layers[layer].self_attn.attend_to(prepared[layer], mode, trainable=trainable, mask=mask)
 
@@ -256,7 +259,7 @@ class GemmaInjector(BlockInjector):
         """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""
         names = self.spec.layer(layer).weight_shapes()
         attention = self.text.layers[layer].self_attn
-        found = attention.weights if isinstance(attention, LyraGemma3Attention) else attention.get_parameter
+        found = attention.weights if isinstance(attention, self.family.attention) else attention.get_parameter
         with at_hand(attention):
             return {name: whole(found(name)).detach().to("cpu", torch.float32, copy=True).numpy() for name in names}
 
@@ -268,20 +271,12 @@ class GemmaInjector(BlockInjector):
         return StaticContext(layers, mask, positions, self.fingerprint(layers), tokens)
 
 
-def spec_now(spec: ModelSpec, text: Gemma3TextModel) -> ModelSpec:
+def spec_now(spec: ModelSpec, text: PreTrainedModel) -> ModelSpec:
     """The spec of a model whose embeddings have been resized since, or whose last layers have been cut off."""
     pattern = spec.pattern[: len(text.layers[: text.config.num_hidden_layers])]
     now = {"vocab_size": text.embed_tokens.get_parameter("weight").shape[0], "pattern": pattern}
     return spec if (spec.vocab_size, spec.pattern) == tuple(now.values()) else spec.replace(**now)
 
 
-def text_model(model: nn.Module) -> Gemma3TextModel:
-    """The Gemma3TextModel in a model. Raises InputError where there is none, or more than one."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    found = [module for module in modules if isinstance(module, Gemma3TextModel)]
-    if len(found) != 1:
-        raise InputError(
-            f"a {type(model).__name__} holds {len(found)} Gemma3TextModels; expected a Gemma-3, such as a "
-            f"Gemma3ForCausalLM or a Gemma3ForConditionalGeneration"
-        )
-    return found[0]
+GemmaInjector = Injector
+"""The same by the name that users of Gemma-3 know it by."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 
 import torch
-from transformers import Gemma3TextModel
+from transformers import PreTrainedModel
 
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
+from .families import of_text
 from .rope import inverse_frequencies
 
 SAME, ROUNDED, SMALLEST = 1e-5, 2**-8, 6e-8
@@ -17,13 +18,13 @@ SAME, ROUNDED, SMALLEST = 1e-5, 2**-8, 6e-8
 cannot tell from 0."""
 
 
-def check_rope(text: Gemma3TextModel, spec: ModelSpec) -> None:
+def check_rope(text: PreTrainedModel, spec: ModelSpec) -> None:
     """Hold the frequencies of the global layers in the model to those of its spec, by which static keys are turned.
 
     Warns where they have been rounded, as `model.bfloat16()` does with everything. Raises InputError where they are
     others, since the config was changed after the model was made from it.
     """
-    buffer, rope = getattr(text.rotary_emb, "full_attention_inv_freq", None), spec.attention.rope
+    buffer, rope = of_text(text).frequencies(text), spec.attention.rope
     if buffer is None or buffer.is_meta or rope is None:
         return
     expected = inverse_frequencies(rope, spec.attention.head_dim)

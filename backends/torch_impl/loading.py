@@ -7,50 +7,45 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lyra.backends.checkpoint import Checkpoint
-from lyra.spec.attention import RopeSpec
 from lyra.spec.errors import CheckpointError, InputError
+from lyra.spec.families import family
 from lyra.spec.storage import BFLOAT16
 from lyra.spec.text_file import read_json
 
-TEXT_MODEL = {
-    r"^(language_model\.model|model\.language_model)\.": "model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-}
-"""Where multimodal checkpoints, old and new, keep the parts of the text model."""
-
-NOT_TEXT = [r"vision_tower", r"multi_modal_projector"]
-"""The rest of a multimodal checkpoint, which a text model does not miss."""
+from . import families
 
 
-def text_options(name: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
-    """What from_pretrained of a text model has to be told of a multimodal checkpoint; nothing for one of text.
+def text_options(name: str | os.PathLike[str], kind: str, **options: Any) -> dict[str, Any]:
+    """What from_pretrained of a text model of a family has to be told of a multimodal checkpoint; nothing for text.
 
-    `options` say where it is found, as `revision` does. Raises InputError for a model that is no Gemma-3.
+    `options` say where it is found, as `revision` does. Raises InputError for a model of another family.
     """
-    config = AutoConfig.from_pretrained(name, **options)
-    if hasattr(config, "text_config") and config.model_type == "gemma3":
-        return {"config": config.text_config, "key_mapping": TEXT_MODEL}
-    if config.model_type != "gemma3_text":
-        raise InputError(f"{name} holds a model of type {config.model_type!r}; expected 'gemma3_text' or 'gemma3'")
+    config, known = AutoConfig.from_pretrained(name, **options), family(kind)
+    if hasattr(config, "text_config") and config.model_type == known.outer_type:
+        return {"config": config.text_config, "key_mapping": dict(families.family(kind).key_mapping)}
+    if config.model_type != known.text_type:
+        expected = " or ".join(map(repr, known.model_types))
+        raise InputError(f"{name} holds a model of type {config.model_type!r}; expected {expected}")
     return {}
 
 
-def save_as_text(model: Gemma3ForCausalLM) -> None:
+def save_as_text(model: PreTrainedModel) -> None:
     """Let the text model of a multimodal checkpoint be saved as such: transformers would undo the renaming."""
     model._weight_conversions = None
 
 
-def load_module(checkpoint: Checkpoint, dtype: torch.dtype) -> Gemma3ForCausalLM:
-    """The Gemma3ForCausalLM of a checked folder; of a multimodal model the text part. Raises CheckpointError.
+def load_module(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Hugging Face's model of a checked folder; of a multimodal one the text part. Raises CheckpointError.
 
     Its config and its weights are those of the checkpoint, and nothing else that lies in the folder.
     """
-    loaded: Any = Gemma3ForCausalLM.from_pretrained(
+    known = families.of(checkpoint.spec)
+    loaded: Any = known.causal_model.from_pretrained(
         None,
-        config=text_config(checkpoint),
+        config=known.config(checkpoint),
         state_dict={name: as_tensor(array) for name, array in checkpoint.arrays()},
         dtype=dtype,
         attn_implementation="sdpa",
@@ -65,33 +60,11 @@ def load_module(checkpoint: Checkpoint, dtype: torch.dtype) -> Gemma3ForCausalLM
     return module
 
 
-def text_config(checkpoint: Checkpoint) -> Gemma3TextConfig:
-    """The checked config as transformers knows it, every layer's kind and RoPE written out."""
-    spec = checkpoint.spec
-    kinds = {"global": "full_attention", "sliding": "sliding_attention"}
-    layers = {"full_attention": spec.attention, "sliding_attention": spec.sliding}
-    ropes = {kind: rope_table(layer.rope) for kind, layer in layers.items() if layer is not None and layer.rope}
-    return Gemma3TextConfig(
-        **dict(checkpoint.fields)
-        | {
-            "layer_types": [kinds[kind] for kind in spec.pattern],
-            "rope_parameters": ropes,
-        }
-    )
-
-
-def rope_table(rope: RopeSpec) -> dict[str, Any]:
-    """One kind of layer's entry in a config's `rope_parameters`."""
-    if rope.factor == 1:
-        return {"rope_type": "default", "rope_theta": rope.theta}
-    return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
-
-
 def generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     """What the folder says of generation, or what follows from its config. Raises CheckpointError."""
     path = checkpoint.folder / "generation_config.json"
     if not path.is_file():
-        return GenerationConfig.from_model_config(text_config(checkpoint))
+        return GenerationConfig.from_model_config(families.of(checkpoint.spec).config(checkpoint))
     try:
         return GenerationConfig(**read_json(path, refuse=CheckpointError, what="how to generate"))
     except (ValueError, TypeError, AttributeError) as error:

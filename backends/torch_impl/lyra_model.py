@@ -1,4 +1,4 @@
-"""Lyra as a model of its own: a Gemma3ForCausalLM that contexts can be enabled on."""
+"""Lyra as a model of its own: one of Hugging Face's that contexts can be enabled on, whatever its family."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lyra.spec.arguments import check_ids, check_text
@@ -19,23 +19,24 @@ from lyra.spec.context import StaticContext
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import hash_vocabulary
 
-from .injector import GemmaInjector
-from .loading import NOT_TEXT, save_as_text, text_options
+from .injector import Injector
+from .loading import save_as_text, text_options
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """The options of from_pretrained that say where files are found; config and tokenizer lie there too."""
 
 
-class LyraForCausalLM(Gemma3ForCausalLM):
-    """A Gemma3ForCausalLM with GemmaInjector's methods, `capture` from text, and its tokenizer.
+class ContextModel(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
+    """What makes a class of Hugging Face's one with the injector's methods, `capture` from text, and its tokenizer.
 
-    Without a context it is Gemma3ForCausalLM, bit for bit, and it is saved as one whatever is enabled: plain
-    transformers load what it saves. Of a multimodal checkpoint it takes the text model.
+    A family's class inherits from this one and from Hugging Face's, and says which family it is of. Without a context
+    it is Hugging Face's, bit for bit, and it is saved as one whatever is enabled.
     """
 
-    _keys_to_ignore_on_load_unexpected = NOT_TEXT
+    family: ClassVar[str]
+    """The name of the family in `lyra.spec.families`."""
 
-    def __init__(self, config: Gemma3TextConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._hub_options: dict[str, Any] = {}
         self._tokenizer: Any = None
@@ -44,12 +45,12 @@ class LyraForCausalLM(Gemma3ForCausalLM):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, from a folder, a hub id or a state_dict, with all options. Raises InputError for no
-        Gemma-3."""
+        """As in transformers, from a folder, a hub id or a state_dict, with all options. Raises InputError for a model
+        of another family."""
         name = pretrained_model_name_or_path
         where = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
         known = "config" in kwargs or "gguf_file" in kwargs
-        options = {} if name is None or known else text_options(name, **where)
+        options = {} if name is None or known else text_options(name, cls.family, **where)
         loaded: Any = super().from_pretrained(name, *model_args, **kwargs, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if options:
@@ -62,7 +63,7 @@ class LyraForCausalLM(Gemma3ForCausalLM):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """As in transformers: a plain Gemma3ForCausalLM, whatever is enabled, with the tokenizer if there is one.
+        """As in transformers: the plain model, whatever is enabled, with the tokenizer if there is one.
 
         Contexts are not part of the model; save them by `StaticContext.save`.
         """
@@ -88,27 +89,27 @@ class LyraForCausalLM(Gemma3ForCausalLM):
         context: StaticContext | str | os.PathLike[str] | None = None,
         split: SplitSource | None = None,
         **options: Any,
-    ) -> GemmaInjector:
-        """`GemmaInjector.enable` for this model; `with model.enable(context):` disables at the end."""
-        return GemmaInjector(self).enable(context, split, **options)
+    ) -> Injector:
+        """`Injector.enable` for this model; `with model.enable(context):` disables at the end."""
+        return Injector(self).enable(context, split, **options)
 
     def disable(self) -> None:
-        """`GemmaInjector.disable` for this model."""
-        GemmaInjector(self).disable()
+        """`Injector.disable` for this model."""
+        Injector(self).disable()
 
     def attach(
         self, external_kv_cache: StaticContext | str | os.PathLike[str] | Cache | None = None, **options: Any
-    ) -> GemmaInjector:
-        """`GemmaInjector.attach` for this model; `with model.attach(context, gate=1.0):` detaches at the end."""
-        return GemmaInjector(self).attach(external_kv_cache, **options)
+    ) -> Injector:
+        """`Injector.attach` for this model; `with model.attach(context, gate=1.0):` detaches at the end."""
+        return Injector(self).attach(external_kv_cache, **options)
 
     def detach(self) -> None:
-        """`GemmaInjector.detach` for this model."""
-        GemmaInjector(self).detach()
+        """`Injector.detach` for this model."""
+        Injector(self).detach()
 
     def context(self) -> StaticContext:
-        """`GemmaInjector.context` for this model: the context that is enabled, tuned or not."""
-        return GemmaInjector(self).context()
+        """`Injector.context` for this model: the context that is enabled, tuned or not."""
+        return Injector(self).context()
 
     def capture(
         self,
@@ -123,7 +124,7 @@ class LyraForCausalLM(Gemma3ForCausalLM):
         `layers` are global layers, all of them by default; `kv_heads` those to keep, by layer if a mapping. Raises
         InputError while a context is enabled, and for a text where there is no tokenizer.
         """
-        injector = GemmaInjector(self)
+        injector = Injector(self)
         wanted, given = (
             chosen_heads(injector.spec, layers, kv_heads),
             self._ids(text) if isinstance(text, str) else text,
@@ -142,7 +143,3 @@ class LyraForCausalLM(Gemma3ForCausalLM):
         if self.tokenizer is None:
             raise InputError("capture: this model has no tokenizer; set model.tokenizer, or give token ids")
         return with_one_bos(self.tokenizer(check_text("text", text))["input_ids"], self.config.bos_token_id)
-
-
-# transformers goes by a class's name to choose the loss, to know what a pipeline serves and to save `architectures`.
-LyraForCausalLM.__name__ = Gemma3ForCausalLM.__name__

@@ -1,4 +1,4 @@
-"""A whole Gemma-3 in PyTorch: Hugging Face's model, with the attention of its global layers swapped while attached."""
+"""A whole model in PyTorch: Hugging Face's, with the attention of its global layers swapped while attached."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Gemma3ForCausalLM
+from transformers import PreTrainedModel
 
 from lyra.backends.checkpoint import open_checkpoint
 from lyra.backends.protocol import CapturedLayer, Sampling
@@ -21,13 +21,13 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
+from . import families
 from .capture import capture
 from .device import device_named
 from .finite import finite_rows, locate
 from .gates import GatedText
-from .gemma3 import LyraGemma3Attention
 from .generate import generate
-from .injector import GemmaInjector, spec_now
+from .injector import Injector, spec_now
 from .loading import load_module
 from .logits import logits, rows_at_once
 from .tokens import Tokens, check_tokens, token_positions
@@ -36,19 +36,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class TorchEngine:
-    """A Gemma-3 in PyTorch. Implements `lyra.backends.protocol.Engine`; `module` is the Gemma3ForCausalLM itself."""
+    """A model in PyTorch. Implements `lyra.backends.protocol.Engine`; `module` is Hugging Face's, with its head."""
 
-    def __init__(self, module: Gemma3ForCausalLM, spec: ModelSpec) -> None:
+    def __init__(self, module: PreTrainedModel, spec: ModelSpec) -> None:
         self.module = module
         self._spec = spec
-        self.injector = GemmaInjector(module)
+        self.injector = Injector(module)
 
     @classmethod
     def load(cls, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
         """The model of a folder with config.json and *.safetensors, on `device` (the CPU if None).
 
-        Of a multimodal Gemma-3 the text model is taken. Raises InputError for an unknown dtype or device, and
-        CheckpointError for a folder whose config or weights are not those of a Gemma-3.
+        Of a multimodal model the text model is taken. Raises InputError for an unknown dtype or device, and
+        CheckpointError for a folder whose config or weights are not those of a model of a known family.
         """
         kind, place = DTYPES[check_choice("dtype", dtype, DTYPES)], device_named(device)
         checkpoint = open_checkpoint(Path(folder))
@@ -154,11 +154,12 @@ class TorchEngine:
         tokens = self._tokens(ids, mask)
         layers = check_layers("attentions", layers, self.spec.num_hidden_layers)
         found: dict[int, np.ndarray] = {}
+        kind = families.of(self.spec).attention
 
         def watch(layer: int) -> Callable[..., None]:
             def look(module: Any, _: object, call: dict[str, Any]) -> None:
-                if not isinstance(module, LyraGemma3Attention):
-                    module = LyraGemma3Attention.around(module, self.spec.layer(layer))
+                if not isinstance(module, kind):
+                    module = kind.around(module, self.spec.layer(layer))
                 weights = module.look(**call)
                 if tokens.mask is not None:
                     weights = torch.where(tokens.mask[:, None, :, None] == 1, weights, 0.0)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from lyra.spec.context import ContextLayer, StaticContext
 
-from .gemma3 import TUNED, LyraGemma3Attention
+from .gemma3 import TUNED
 
 
-def tuned_context(context: StaticContext, modules: Mapping[int, LyraGemma3Attention]) -> StaticContext:
+def tuned_context(context: StaticContext, modules: Mapping[int, Any]) -> StaticContext:
     """`context`, which the modules of its layers attend to, with the keys and values that they have now.
 
     Where any is trainable it is no longer the context of a text, holds no tokens, and is stored as float32. Raises
@@ -25,7 +26,7 @@ def tuned_context(context: StaticContext, modules: Mapping[int, LyraGemma3Attent
     return replace(context, layers={**context.layers, **tuned}, tokens=None)
 
 
-def _tuned(context: StaticContext, layer: int, module: LyraGemma3Attention) -> ContextLayer:
+def _tuned(context: StaticContext, layer: int, module: Any) -> ContextLayer:
     """A layer of the context, with the values of the module's parameters for Lyra's heads and the slots they see."""
     held = context.layers[layer]
     every = np.arange(context.mask.shape[1])

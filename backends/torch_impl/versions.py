@@ -8,7 +8,7 @@ OLDEST, TOO_NEW = (5, 20), (6, 0)
 
 
 def check_transformers(installed: str | None = None) -> None:
-    """Refuse a missing transformers, or one whose Gemma-3 this package does not know. Raises ImportError.
+    """Refuse a missing transformers, or one whose models this package does not know. Raises ImportError.
 
     `installed` is the version to judge, by default that of the installed package.
     """
@@ -20,5 +20,5 @@ def check_transformers(installed: str | None = None) -> None:
     major, minor = (int(part) for part in installed.split(".")[:2])
     if not OLDEST <= (major, minor) < TOO_NEW:
         raise ImportError(
-            f"transformers {installed} is installed; Lyra knows the Gemma-3 of {wanted}: pip install '{wanted}'"
+            f"transformers {installed} is installed; Lyra knows the models of {wanted}: pip install '{wanted}'"
         )

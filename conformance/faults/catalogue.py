@@ -144,7 +144,7 @@ def patched_source(fault: Fault, backend: str) -> tuple[str, str]:
     Raises FaultError, naming fault, backend and file, where the file is missing or an anchor is dead or ambiguous.
     """
     patch = fault.patch(backend)
-    module = f"{backend_package(backend)}.{patch.file.removesuffix('.py')}"
+    module = f"{backend_package(backend)}.{patch.file.removesuffix('.py').replace('/', '.')}"
     where = f"fault {fault.id!r}, backend {backend!r}, file {patch.file!r}"
     spec = importlib.util.find_spec(backend_package(backend))
     folder = Path(spec.origin).parent if spec is not None and spec.origin else Path()
