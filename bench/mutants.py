@@ -40,8 +40,8 @@ from lyra.cli.app import run_script
 from lyra.cli.conform import ProfileName
 from lyra.cli.faults import FaultyBackend
 from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch
-from lyra.conformance.faults.crew import TURN
 from lyra.conformance.faults.kill import kill
+from lyra.conformance.faults.workers import TURN
 from lyra.conformance.launch import prepare_environment
 from lyra.conformance.session import PROFILES
 from lyra.spec.clauses import statements

@@ -21,7 +21,7 @@ import numpy as np
 
 from lyra.backends.protocol import Backend, MeshBackend, get_backend
 from lyra.conformance.faults.catalogue import Fault
-from lyra.conformance.faults.inject import active, injected
+from lyra.conformance.faults.inject import fault_in, injected
 from lyra.spec.attention import StaticSpec
 from lyra.spec.errors import InputError
 from lyra.spec.files import write_atomically
@@ -114,7 +114,7 @@ def _refusal(backend: MeshBackend, folder: str, axes: dict[str, int]) -> str:
 def _elsewhere(backend: MeshBackend, job: Job) -> Answers:
     """The same in a process with as many devices as the largest mesh needs."""
     devices = max(int(np.prod(list(axes.values()))) for axes in (job.axes, *job.refused))
-    fault = active()
+    fault = fault_in(backend)
     made = type(backend)
     order = {
         "backend": backend.name if fault else f"{made.__module__}:{made.__qualname__}",

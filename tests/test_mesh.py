@@ -11,7 +11,7 @@ from backends_for_tests import NullZeros
 from lyra.backends.protocol import get_backend
 from lyra.conformance.case import Case, Context
 from lyra.conformance.faults.catalogue import catalogue
-from lyra.conformance.faults.inject import active, injected
+from lyra.conformance.faults.inject import fault_in, injected
 from lyra.conformance.spread import Job, over_devices
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
@@ -71,9 +71,8 @@ def test_a_process_that_cannot_answer_is_told_in_a_line(job: Job) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_the_fault_of_a_backend_is_known_while_it_is_in_it() -> None:
-    assert active() is None
+def test_the_fault_of_a_backend_is_known() -> None:
     fault = catalogue()["weight-without-one"]
-    with injected(fault, "torch"):
-        assert active() == fault
-    assert active() is None
+    with injected(fault, "torch") as faulty, injected(fault, "torch") as again:
+        assert fault_in(faulty) == fault_in(again) == fault
+    assert fault_in(get_backend("torch")) is None

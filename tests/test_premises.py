@@ -148,7 +148,7 @@ def test_a_generator_that_only_seems_tame_is_told(monkeypatch: pytest.MonkeyPatc
     (found,) = tame_all("torch", only="norm_forgets_the_size")
     assert found == Tamed("norm::norm_forgets_the_size", wild.name, "torch", "passed")
     monkeypatch.setattr("lyra.conformance.faults.generators.tame_all", lambda *_: [found])
-    monkeypatch.setattr("lyra.conformance.faults.crew.kill_all", lambda *_: iter(()))
+    monkeypatch.setattr("lyra.conformance.faults.workers.kill_all", lambda *_: iter(()))
     monkeypatch.setattr("lyra.conformance.faults.catalogue.select", lambda _: [])
     done = CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(application(), ["faults", "--backend", "torch"])
     assert done.exit_code == 1, done.output

@@ -64,8 +64,8 @@ def faults(
     import_extra("hypothesis", "conformance")
     import_extra("pytest", "conformance")
     from lyra.conformance.faults.catalogue import select
-    from lyra.conformance.faults.crew import kill_all
     from lyra.conformance.faults.generators import tame_everywhere
+    from lyra.conformance.faults.workers import kill_all
     from lyra.conformance.launch import prepare_environment
 
     prepare_environment()

@@ -1,33 +1,41 @@
 """The catalogue of faults: what each one is, which statements it breaks, and how to make it in every backend.
 
-One TOML file per clause stands beside this module:
+TOML files stand beside this module, one per clause:
 
-    [norm-after-rope]
-    breaks = ["ORDER-1"]
-    does = "queries and keys are rotated before they are normed"
-    [norm-after-rope.backends.torch]
-    file = "layer.py"
-    edits = [{ find = "in spec.order:", replace = "in (...):" }]
+    [merge-without-rescaling]
+    breaks = ["STATIC-1"]
+    does = "the live and the static part are added without bringing them to one maximum"
+    [merge-without-rescaling.backends]
+    torch = [{ in = "merge", find = "weights($A, $B, $TOP)", replace = "(torch.ones_like($TOP),) * 2" }]
 
-`find` must stand exactly once in the file, so that an edit never goes to a wrong place or nowhere.
+`in` says where: the name of a function or a class in the backend's package, with as much of the dotted path before it
+as makes it the only one ("run_layer", "LiveCache.append", "layer.norm", "families.gemma3.Layer.forward"), so that code
+may move to another file; for what stands in no function the file itself ("dtype.py"). `find` is a small pattern of
+syntax (`lyra.conformance.faults.patterns`) that must match exactly once there, so that an edit never goes to a wrong
+place or nowhere: write `$NAME` for a local variable, so that it may be renamed, and no more of the code than states the
+fault. Edits are made one after another. `torch-module` and `jax-module` in the place of a backend are the same package,
+judged as whole modules.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lyra.backends.protocol import CAPABILITIES
 from lyra.spec.clauses import clauses, statements
 from lyra.spec.errors import InputError, SpecError
 
-STRICT = ConfigDict(frozen=True, extra="forbid")
+from .patterns import PatternError, check, definitions, edited
+
+STRICT = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class FaultError(InputError):
@@ -35,6 +43,21 @@ class FaultError(InputError):
 
 
 class Edit(BaseModel):
+    """Replace the one match of a pattern in one definition."""
+
+    model_config = STRICT
+
+    where: str = Field(alias="in", min_length=1)
+    find: str = Field(min_length=1)
+    replace: str
+
+    @model_validator(mode="after")
+    def _is_syntax(self) -> Edit:
+        check(self.find, self.replace)
+        return self
+
+
+class TextEdit(BaseModel):
     """Replace the one place where `find` stands."""
 
     model_config = STRICT
@@ -44,12 +67,15 @@ class Edit(BaseModel):
 
 
 class Patch(BaseModel):
-    """Edits of one file of a backend; `file` is relative to the backend's folder."""
+    """Edits of the text of one file of a backend; `file` is relative to the backend's folder."""
 
     model_config = STRICT
 
     file: str
-    edits: tuple[Edit, ...] = Field(min_length=1)
+    edits: tuple[TextEdit, ...] = Field(min_length=1)
+
+
+Edits = Annotated[tuple[Edit, ...], Field(min_length=1)]
 
 
 class Fault(BaseModel):
@@ -64,14 +90,14 @@ class Fault(BaseModel):
     breaks: tuple[str, ...] = Field(min_length=1)
     does: str
     needs: str | None = None
-    backends: dict[str, Patch] = Field(min_length=1)
+    backends: dict[str, Edits | Patch] = Field(min_length=1)
 
     @property
     def clause(self) -> str:
         """The clause of its first statement."""
         return statements()[self.breaks[0]].clause
 
-    def patch(self, backend: str) -> Patch:
+    def edits(self, backend: str) -> tuple[Edit, ...] | Patch:
         """How it is made in a backend. Raises FaultError where the catalogue does not say."""
         if backend not in self.backends:
             raise FaultError(f"fault {self.id!r} has no edit for backend {backend!r}; it has {sorted(self.backends)}")
@@ -80,19 +106,23 @@ class Fault(BaseModel):
 
 @cache
 def catalogue() -> dict[str, Fault]:
-    """Every fault by id, clause by clause in the order of SPEC.md. Raises FaultError for a malformed catalogue."""
-    found: dict[str, Fault] = {}
-    for name in clauses():
-        file = files("lyra.conformance.faults") / f"{name.lower()}.toml"
-        if not file.is_file():
+    """Every fault by id, clause by clause in the order of SPEC.md. Raises FaultError for a malformed catalogue.
+
+    A file with a clause's name holds that clause's faults only, `wiring_*.toml` those of the wiring of modules.
+    """
+    found: dict[str, tuple[Fault, str]] = {}
+    for file in sorted(files("lyra.conformance.faults").iterdir(), key=lambda file: file.name):
+        name, _, kind = file.name.partition(".")
+        if kind != "toml":
             continue
         for fault in parse(file.read_text(encoding="utf-8"), file.name):
-            if fault.clause != name:
+            if name.upper() != fault.clause and not name.startswith("wiring"):
                 raise FaultError(f"{file.name}: fault {fault.id!r} breaks {fault.breaks[0]}, so it belongs elsewhere")
             if fault.id in found:
-                raise FaultError(f"{file.name}: fault {fault.id!r} stands in {found[fault.id].clause} too")
-            found[fault.id] = fault
-    return found
+                raise FaultError(f"{file.name}: fault {fault.id!r} stands in {found[fault.id][1]} too")
+            found[fault.id] = fault, file.name
+    order = list(clauses())
+    return {id: fault for id, (fault, _) in sorted(found.items(), key=lambda item: order.index(item[1][0].clause))}
 
 
 def parse(text: str, source: str) -> list[Fault]:
@@ -134,33 +164,88 @@ def _matches(fault: Fault, wanted: str) -> bool:
 
 
 def backend_package(backend: str) -> str:
-    """The package of a backend that faults are made in."""
-    return f"lyra.backends.{backend}_impl"
+    """The package of a backend that faults are made in; that of a subject is the one that it drives."""
+    return f"lyra.backends.{backend.removesuffix('-module')}_impl"
 
 
-def patched_source(fault: Fault, backend: str) -> tuple[str, str]:
-    """The module that a fault changes, and its source with the fault in it.
+def patched_sources(fault: Fault, backend: str) -> dict[str, str]:
+    """The files that a fault changes, by their paths from the package's folder, each as it is with the fault in it.
 
-    Raises FaultError, naming fault, backend and file, where the file is missing or an anchor is dead or ambiguous.
+    Raises FaultError, naming fault, backend, file and function, where a function is missing or not the only one of its
+    name, and where a pattern matches nothing in it or more than once.
     """
-    patch = fault.patch(backend)
-    module = f"{backend_package(backend)}.{patch.file.removesuffix('.py').replace('/', '.')}"
-    where = f"fault {fault.id!r}, backend {backend!r}, file {patch.file!r}"
-    spec = importlib.util.find_spec(backend_package(backend))
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else Path()
-    try:
-        source = (folder / patch.file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise FaultError(f"{where}: cannot be read ({error.strerror})") from None
+    edits = fault.edits(backend)
+    made = f"fault {fault.id!r}, backend {backend!r}"
+    before = _sources(backend_package(backend))
+    after = dict(before)
+    if isinstance(edits, Patch):
+        after[edits.file] = _with_text(edits, after, f"{made}, file {edits.file!r}")
+    else:
+        for edit in edits:
+            file, definition = _place(edit.where, after, made)
+            try:
+                after[file] = edited(after[file], definition, edit.find, edit.replace)
+            except PatternError as error:
+                within = f", {definition!r}" if definition else ""
+                raise FaultError(f"{made}, file {file!r}{within}: {error}") from None
+    return {file: source for file, source in after.items() if source != before[file]}
+
+
+def package_folder(package: str) -> Path:
+    """Where a package's files are. Raises FaultError where there is no such package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FaultError(f"there is no package {package!r} to make faults in")
+    return Path(spec.origin).parent
+
+
+def module_name(package: str, file: str) -> str:
+    """The dotted name of a package's file."""
+    return f"{package}.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+
+
+@cache
+def _sources(package: str) -> dict[str, str]:
+    """The source of every module of a package, by its file's path from the package's folder."""
+    folder = package_folder(package)
+    files = sorted(folder.rglob("*.py"))
+    return {file.relative_to(folder).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
+@cache
+def _definitions(source: str) -> tuple[str, ...]:
+    return tuple(definitions(source))
+
+
+def _place(where: str, sources: Mapping[str, str], made: str) -> tuple[str, str]:
+    """The file and the definition in it that `in` means, nothing for all of a file. Raises FaultError."""
+    if where.endswith(".py"):
+        if where not in sources:
+            raise FaultError(f"{made}: there is no file {where!r}")
+        return where, ""
+    found = [
+        (file, name)
+        for file, source in sources.items()
+        for name in _definitions(source)
+        if f"{module_name('', file)}.{name}".endswith(f".{where}")
+    ]
+    if not found:
+        raise FaultError(f"{made}: there is no function or class {where!r}")
+    if len(found) > 1:
+        places = ", ".join(f"{module_name('', file)}.{name}".strip(".") for file, name in found)
+        raise FaultError(f"{made}: {where!r} is ambiguous, it may be {places}")
+    return found[0]
+
+
+def _with_text(patch: Patch, sources: Mapping[str, str], where: str) -> str:
+    """A file's source with edits of its text. Raises FaultError unless each anchor stands exactly once."""
+    source = sources.get(patch.file)
+    if source is None:
+        raise FaultError(f"{where}: there is no such file")
     for edit in patch.edits:
-        source = apply(edit, source, where)
-    return module, source
-
-
-def apply(edit: Edit, source: str, where: str) -> str:
-    """The source with one edit made. Raises FaultError unless the anchor stands exactly once."""
-    count = source.count(edit.find)
-    if count != 1:
-        problem = "is dead: the source does not have it" if count == 0 else f"is ambiguous: it stands {count} times"
-        raise FaultError(f"{where}: the anchor {edit.find!r} {problem}")
-    return source.replace(edit.find, edit.replace)
+        count = source.count(edit.find)
+        if count != 1:
+            problem = "is dead: the source does not have it" if count == 0 else f"is ambiguous: it stands {count} times"
+            raise FaultError(f"{where}: the anchor {edit.find!r} {problem}")
+        source = source.replace(edit.find, edit.replace)
+    return source

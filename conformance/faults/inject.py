@@ -1,111 +1,136 @@
 """Put a fault into a backend: a second copy of its modules, imported in this process from patched source.
 
-The real backend stays as it is. Its modules step aside while the faulty copy is in use and come back afterwards;
-nothing is written to disk, no byte code either.
+The copy is a package of its own beside the real one (`lyra.backends.torch_impl__norm_after_rope_1`), so the real one
+stays as it is and where it is. Nothing is written to disk, no byte code either. The module that drives a backend as a
+subject is copied too, and imports the copy where it names the backend's package.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import CodeType, ModuleType
 
-from lyra.backends.protocol import Backend, get_backend
+from lyra.backends.protocol import Backend, get_backend, known_backends
 
-from .catalogue import Fault, FaultError, backend_package, patched_source
-
-
-class PatchedLoader(importlib.machinery.SourceFileLoader):
-    """Loads one module from patched source. A traceback quotes it, under the file's name and the fault's."""
-
-    def __init__(self, fullname: str, path: str, source: str, fault: str) -> None:
-        super().__init__(fullname, path)
-        self._source = source
-        self._fault = fault
-
-    def get_source(self, fullname: str) -> str:
-        """The patched text: what a traceback quotes."""
-        return self._source
-
-    def get_code(self, fullname: str) -> CodeType:
-        """Compiled here, so that no cached byte code is read or written."""
-        return compile(self._source, f"{self.path} with {self._fault}", "exec", dont_inherit=True)
+from .catalogue import Fault, FaultError, backend_package, module_name, package_folder, patched_sources
 
 
-class PatchedFinder(importlib.abc.MetaPathFinder):
-    """Finds the one module that a fault changes."""
+@dataclass(frozen=True)
+class Copy(importlib.abc.MetaPathFinder):
+    """Finds the modules of a copy of some packages: `names` are the copies' by the packages' own, `sources` the text of
+    the files that differ by their paths.
+    """
 
-    def __init__(self, module: str, source: str, fault: str) -> None:
-        self._module = module
-        self._source = source
-        self._fault = fault
+    fault: Fault
+    names: Mapping[str, str]
+    sources: Mapping[str, str] = field(repr=False)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec of the changed module with the loader of the patched source; None for any other module."""
-        if fullname != self._module:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.origin is None:
-            return None
-        spec.loader = PatchedLoader(fullname, spec.origin, self._source, self._fault)
-        return spec
+        """The spec of a module of the copy; None for any other module."""
+        for original, copy in self.names.items():
+            if fullname == copy:
+                found = importlib.util.find_spec(original)
+            elif fullname.startswith(f"{copy}."):
+                found = importlib.machinery.PathFinder.find_spec(original + fullname.removeprefix(copy), path)
+            else:
+                continue
+            if found is None or found.origin is None:
+                return None
+            loader = CopyLoader(fullname, found.origin, self)
+            return importlib.util.spec_from_file_location(
+                fullname, found.origin, loader=loader, submodule_search_locations=found.submodule_search_locations
+            )
+        return None
+
+    def with_imports(self, source: str) -> str:
+        """A module's source with imports of what is copied turned to the copy."""
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    if whole in self.names:
+                        alias.asname = alias.asname or alias.name
+                        alias.name = self.names[whole].rpartition(".")[2]
+                node.module = self.named(node.module)
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    alias.name = self.named(alias.name)
+        return ast.unparse(tree)
+
+    def named(self, module: str) -> str:
+        """The copy's name of a module; a module's own where it is not copied."""
+        for original, copy in self.names.items():
+            if f"{module}.".startswith(f"{original}."):
+                return copy + module.removeprefix(original)
+        return module
+
+
+class CopyLoader(importlib.machinery.SourceFileLoader):
+    """Loads a module of a copy. A traceback quotes what was patched, under the file's name and the fault's."""
+
+    def __init__(self, fullname: str, path: str, copy: Copy) -> None:
+        super().__init__(fullname, path)
+        written = Path(path).read_text(encoding="utf-8")
+        source = copy.sources.get(path, written)
+        if any(original in source for original in copy.names):
+            source = copy.with_imports(source)
+        self._source = None if source == written else source
+        self._fault = copy.fault.id
+
+    def get_source(self, fullname: str) -> str | None:
+        """The text that is run: what a traceback quotes."""
+        return super().get_source(fullname) if self._source is None else self._source
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Compiled here where it differs, so that no cached byte code is read or written."""
+        if self._source is None:
+            return super().get_code(fullname)
+        return compile(self._source, f"{self.path} with {self._fault}", "exec", dont_inherit=True)
+
+
+_faults: dict[str, Fault] = {}
+"""The fault of every copy, by the name of its package."""
 
 
 @contextmanager
 def injected(fault: Fault, backend: str) -> Iterator[Backend]:
     """A fresh backend of this name with the fault in it, as long as the block runs.
 
-    Raises FaultError for a dead or ambiguous anchor and for a fault that keeps the backend from being imported.
+    Raises FaultError for a dead or ambiguous pattern and for a fault that keeps the backend from being imported.
     """
-    module, source = patched_source(fault, backend)
-    finder = PatchedFinder(module, source, fault.id)
-    with _set_aside(backend_package(backend)):
-        sys.meta_path.insert(0, finder)
-        _active.append(fault)
-        try:
-            try:
-                made = get_backend(backend)
-                importlib.import_module(module)  # now: pytest puts a finder of its own in front of this one
-            except Exception as error:
-                raise FaultError(f"fault {fault.id!r}, backend {backend!r}: cannot be imported ({error})") from error
-            yield made
-        finally:
-            _active.remove(fault)
-            sys.meta_path.remove(finder)
-
-
-def active() -> Fault | None:
-    """The fault that is in a backend now, if there is one: what another process is told that is to have it too."""
-    return _active[-1] if _active else None
-
-
-_active: list[Fault] = []
-
-
-@contextmanager
-def _set_aside(package: str) -> Iterator[None]:
-    """Forget a package and its modules for as long as the block runs; then put back the ones that were there."""
-    parent_name, _, name = package.rpartition(".")
-    parent = importlib.import_module(parent_name)
-    attribute = getattr(parent, name, None)
-    kept = _forget(package)
+    package, (module, _, made) = backend_package(backend), known_backends()[backend].value.partition(":")
+    home = package if f"{module}.".startswith(f"{package}.") else module.rpartition(".")[0]
+    suffix = f"__{fault.id.replace('-', '_')}_{len(_faults)}"
+    names = {original: original + suffix for original in (package, home)}
+    patched = patched_sources(fault, backend)
+    copy = Copy(fault, names, {str(package_folder(package) / file): source for file, source in patched.items()})
+    _faults.update(dict.fromkeys(names.values(), fault))
+    sys.meta_path.insert(0, copy)
     try:
-        yield
+        try:
+            faulty = get_backend(f"{copy.named(module)}:{made}")
+            for file in patched:
+                importlib.import_module(copy.named(module_name(package, file)))
+        except Exception as error:
+            raise FaultError(f"fault {fault.id!r}, backend {backend!r}: cannot be imported ({error})") from error
+        yield faulty
     finally:
-        _forget(package)
-        sys.modules.update(kept)
-        if attribute is not None:
-            setattr(parent, name, attribute)
-        elif hasattr(parent, name):
-            delattr(parent, name)
+        sys.meta_path.remove(copy)
 
 
-def _forget(package: str) -> dict[str, ModuleType]:
-    names = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
-    return {name: sys.modules.pop(name) for name in names}
+def fault_in(backend: Backend) -> Fault | None:
+    """The fault that was put into a backend, if it is a faulty one: another process is told to put it in there too."""
+    module = type(backend).__module__
+    return next((fault for name, fault in _faults.items() if f"{module}.".startswith(f"{name}.")), None)

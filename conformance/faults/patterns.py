@@ -1,0 +1,159 @@
+"""An edit of source text by a pattern of syntax: where it goes is a definition's name, what it changes a small pattern.
+
+Text is compared as `ast.unparse` writes it, source and pattern alike, so layout, comments, quotes, needless parentheses
+and trailing commas do not matter. ast-grep matches: `$A` stands for any one node, `$$$A` for any number of arguments or
+statements, the same name twice for the same text twice; both may stand in the replacement too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ast_grep_py import SgNode, SgRoot
+
+VARIABLE = re.compile(r"\$\$\$([A-Z][A-Z0-9_]*)?|\$([A-Z_][A-Z0-9_]*)")
+HOLDER = re.compile(r"__(any|all)_([A-Z0-9_]*)__")
+LOOSE = (
+    ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Lambda, ast.NamedExpr, ast.Await, ast.Yield
+)  # fmt: skip
+"""Expressions that need parentheses where they take the place of a name."""
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+class PatternError(ValueError):
+    """A pattern that is no Python, or that its definition does not have exactly once."""
+
+
+def canonical(text: str) -> str:
+    """A pattern or a replacement as `ast.unparse` writes it. Raises PatternError for what is no Python."""
+    try:
+        tree = ast.parse(VARIABLE.sub(_holder, text.strip("\n")))
+    except SyntaxError as error:
+        raise PatternError(f"{text!r} is no Python: {error.msg}") from None
+    alone = tree.body[0] if len(tree.body) == 1 else tree
+    written = ast.unparse(alone.value if isinstance(alone, ast.Expr) else tree)
+    return HOLDER.sub(lambda held: ("$$$" if held[1] == "all" else "$") + held[2], written)
+
+
+def _holder(variable: re.Match[str]) -> str:
+    """The name that stands for a variable while Python reads the pattern."""
+    many, single = variable.groups()
+    return f"__any_{single}__" if single else f"__all_{many or ''}__"
+
+
+def variables(text: str) -> set[str]:
+    """The variables of a pattern, each with its dollars."""
+    return {found[0] for found in VARIABLE.finditer(text)}
+
+
+def check(find: str, replace: str) -> None:
+    """Raises PatternError for a pattern that is not one expression or statement, and for a variable it doesn't bind."""
+    find, replace = canonical(find), canonical(replace)
+    if len(ast.parse(VARIABLE.sub(_holder, find)).body) != 1:
+        raise PatternError(f"the pattern {find!r} is not one expression or statement")
+    unbound = variables(replace) - variables(find) | variables(replace) & {"$_", "$$$"}
+    if unbound:
+        raise PatternError(f"the pattern {find!r} does not bind {', '.join(sorted(unbound))} of the replacement")
+
+
+def definitions(source: str) -> Iterator[str]:
+    """The dotted names of all functions and classes of a module, those within others too."""
+    for name, _, _ in _definitions(ast.parse(source), ""):
+        yield name
+
+
+def _definitions(parent: ast.AST, within: str) -> Iterator[tuple[str, Definition, list[Any]]]:
+    """Every definition below a node: its dotted name, itself, the list that it stands in."""
+    for _, field in ast.iter_fields(parent):
+        for node in field if isinstance(field, list) else [field]:
+            if isinstance(node, Definition):
+                assert isinstance(field, list)
+                yield within + node.name, node, field
+            if isinstance(node, ast.AST):
+                yield from _definitions(node, f"{within}{node.name}." if isinstance(node, Definition) else within)
+
+
+def edited(source: str, definition: str, find: str, replace: str) -> str:
+    """A module's source with the one match in a definition replaced; with `definition` empty, the one in the module.
+
+    Raises PatternError where the pattern matches nothing there or more than once, and where no Python comes out.
+    """
+    tree = ast.parse(source)
+    if not definition:
+        return ast.unparse(_parsed(_replaced(ast.unparse(tree), find, replace)))
+    for name, node, siblings in list(_definitions(tree, "")):
+        if name == definition:
+            place = siblings.index(node)
+            siblings[place : place + 1] = _parsed(_replaced(ast.unparse(node), find, replace)).body
+            return ast.unparse(tree)
+    raise PatternError(f"there is no function or class {definition!r}")
+
+
+def _parsed(text: str) -> ast.Module:
+    try:
+        return ast.parse(text)
+    except SyntaxError as error:
+        raise PatternError(f"the replacement gives no Python: {error.msg} in {(error.text or '').strip()!r}") from None
+
+
+def _replaced(text: str, find: str, replace: str) -> str:
+    """Canonical text with the one match of a pattern replaced. Raises PatternError."""
+    find, replace = canonical(find), canonical(replace)
+    root = SgRoot(text, "python").root()
+    matches = root.find_all(pattern=find)
+    if len(matches) != 1:
+        problem = f"is ambiguous: it matches {len(matches)} times" if matches else "is dead: it matches nothing"
+        raise PatternError(f"the pattern {find!r} {problem}")
+    filled = _filled(replace, matches[0])
+    body = ast.parse(VARIABLE.sub(_holder, replace)).body
+    if len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, LOOSE):
+        filled = f"({filled})"
+    return root.commit_edits([matches[0].replace(_indented(filled, _indent(matches[0])))])
+
+
+def _filled(replace: str, match: SgNode) -> str:
+    """A replacement with what a match bound in the place of its variables."""
+
+    def bound(variable: re.Match[str]) -> str:
+        line = variable.string[: variable.start()].rpartition("\n")[2]
+        return _indented(_bound(match, *variable.groups()), " " * (len(line) - len(line.lstrip())))
+
+    for name in variables(replace):
+        if name.startswith("$$$") and not match.get_multiple_matches(name[3:]):
+            quoted = re.escape(name)
+            replace = re.sub(rf"{quoted}, |, {quoted}\b|{quoted}\b", "", replace)
+    return VARIABLE.sub(bound, replace)
+
+
+def _bound(match: SgNode, many: str | None, single: str | None) -> str:
+    """The text that a variable stands for, as it would stand at the left margin."""
+    if single is not None:
+        node = match.get_match(single)
+        assert node is not None
+        written = _outdented(node)
+        try:
+            loose = isinstance(ast.parse(written, mode="eval").body, LOOSE)
+        except SyntaxError:
+            loose = False
+        return f"({written})" if loose else written
+    nodes = match.get_multiple_matches(many or "")
+    kept = [_outdented(node) for node in nodes if node.kind() != ","]
+    return (", " if len(kept) < len(nodes) else "\n").join(kept)
+
+
+def _indent(node: SgNode) -> str:
+    """What the line that a node begins in is indented by."""
+    line = node.get_root().root().text().splitlines()[node.range().start.line]
+    return line[: len(line) - len(line.lstrip())]
+
+
+def _outdented(node: SgNode) -> str:
+    return node.text().replace(f"\n{_indent(node)}", "\n")
+
+
+def _indented(text: str, indent: str) -> str:
+    return text.replace("\n", f"\n{indent}")
