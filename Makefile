@@ -51,6 +51,8 @@ test-harness: $(INSTALLED)
 test-models: $(INSTALLED)
 	$(PYTEST) $(MODEL_TESTS)
 
+# A word of a real model takes long enough without looking at every array's axes on the way.
+test-real: export JAXTYPING_DISABLE := 1
 test-real: $(INSTALLED)
 	$(PYTEST) $(REAL_TESTS)
 

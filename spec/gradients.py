@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .array_types import Bool, Float, Int, Shaped
 from .attention import AttentionSpec
 from .inputs import StaticLayer, check_call, check_cotangent
 from .reference import Stream, angles, at, by_head, context_end, reference, static_keys, visible_live
@@ -25,37 +26,36 @@ SMALLEST = 2.0**-126
 class OracleGradients(NamedTuple):
     """Gradients of sum(cotangent · output), in the shapes of what they belong to; static_k, static_v None without."""
 
-    x: Uncertain
+    x: Float[Uncertain, "B T E"]
     weights: dict[str, Uncertain]
-    static_k: Uncertain | None
-    static_v: Uncertain | None
+    static_k: Float[Uncertain, "Bc Hs S D"] | None
+    static_v: Float[Uncertain, "Bc Hs S D"] | None
 
 
 class Attended(NamedTuple):
-    """Gradients of what heads attend with: q [B,T,Hq,D], live k and v [B,T,Hkv,D], static k and v [Bc,G,S,D]."""
+    """Gradients of what heads attend with: queries, live keys and values, static ones or None."""
 
-    q: Uncertain
-    k: Uncertain
-    v: Uncertain
-    static_k: Uncertain | None
-    static_v: Uncertain | None
+    q: Float[Uncertain, "B T Hq D"]
+    k: Float[Uncertain, "B T Hkv D"]
+    v: Float[Uncertain, "B T Hkv D"]
+    static_k: Float[Uncertain, "Bc Hs S D"] | None
+    static_v: Float[Uncertain, "Bc Hs S D"] | None
 
 
 def gradients(
     spec: AttentionSpec,
     weights: Mapping[str, np.ndarray],
-    cotangent: np.ndarray,
-    x: np.ndarray,
+    cotangent: Float[np.ndarray, "B T E"],
+    x: Float[np.ndarray, "B T E"],
     *,
-    positions: np.ndarray,
-    mask: np.ndarray | None = None,
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"] | None = None,
     static: StaticLayer | None = None,
 ) -> OracleGradients:
     """Gradients of one call without a cache. Clause GRAD.
 
-    cotangent and x [B,T,E], positions [B,T], mask [B,T] bool or None, static or None. Padding and masked static slots
-    have no influence (MASKED-1), so they enter as zeros, and their gradients are exactly 0, with σ = 0. Raises
-    InputError.
+    Padding and masked static slots have no influence (MASKED-1), so they enter as zeros, and their gradients are
+    exactly 0, with σ = 0. Raises InputError.
     """
     inputs = check_call(spec, x, positions, mask, static)
     upstream = exact(check_cotangent(cotangent, inputs))
@@ -79,14 +79,14 @@ def gradients(
     return OracleGradients(of_x, found, back.static_k, back.static_v)
 
 
-def contract(subscripts: str, a: Uncertain, b: Uncertain) -> Uncertain:
+def contract(subscripts: str, a: Float[Uncertain, "*of_a"], b: Float[Uncertain, "*of_b"]) -> Float[Uncertain, "*out"]:
     """An einsum of two arrays, each element a sum of n products. Adds c(n), d(n) and, where it errs, SMALLEST."""
     inputs, _, out = subscripts.partition("->")
     sizes = dict(zip(inputs.replace(",", ""), (*a.value.shape, *b.value.shape), strict=True))
     terms = int(np.prod([size for axis, size in sizes.items() if axis not in out]))
 
-    def sum_of(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return np.einsum(subscripts, one, other, optimize=True)
+    def sum_of(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.einsum(subscripts, first, second, optimize=True)
 
     variance = sum_of(a.variance + sum_error(terms) ** 2 * a.value**2, b.value**2) + sum_of(a.value**2, b.variance)
     value = sum_of(a.value, b.value)
@@ -94,20 +94,22 @@ def contract(subscripts: str, a: Uncertain, b: Uncertain) -> Uncertain:
     return Uncertain(value, np.where(variance > 0, variance + SMALLEST**2, 0.0))
 
 
-def added(a: Uncertain, b: Uncertain) -> Uncertain:
+def added(a: Float[Uncertain, "*axes"], b: Float[Uncertain, "*#axes"]) -> Float[Uncertain, "*axes"]:
     """a + b, rounded once."""
     value = a.value + b.value
     return Uncertain(value, a.variance + b.variance + (U * value) ** 2)
 
 
-def times(a: Uncertain, b: Uncertain) -> Uncertain:
+def times(a: Float[Uncertain, "*axes"], b: Float[Uncertain, "*#axes"]) -> Float[Uncertain, "*axes"]:
     """a · b element by element, rounded once."""
     value = a.value * b.value
     return Uncertain(value, a.variance * b.value**2 + a.value**2 * b.variance + (U * value) ** 2)
 
 
-def rms_norm_back(upstream: Uncertain, z: Uncertain, weight: np.ndarray, eps: float) -> tuple[Uncertain, Uncertain]:
-    """Gradients of z [B,T,H,D], (h − n·mean(h·n)) / rms with n = z / rms and h = upstream · (1 + w); of weight [D]."""
+def rms_norm_back(
+    upstream: Float[Uncertain, "B T H D"], z: Float[Uncertain, "B T H D"], weight: Shaped[np.ndarray, " D"], eps: float
+) -> tuple[Float[Uncertain, "B T H D"], Float[Uncertain, " D"]]:
+    """Gradients of z, (h − n·mean(h·n)) / rms with n = z / rms and h = upstream · (1 + w); and of weight."""
     size = z.value.shape[-1]
     normed = rms_norm(z, np.zeros(size), eps)
     of_weight = contract("bthd,bthd->d", upstream, normed)
@@ -121,7 +123,7 @@ def rms_norm_back(upstream: Uncertain, z: Uncertain, weight: np.ndarray, eps: fl
     return times(across, Uncertain(inverse, (inverse * rho) ** 2)), of_weight
 
 
-def softmax(s: Uncertain) -> Uncertain:
+def softmax(s: Float[Uncertain, "*heads T L"]) -> Float[Uncertain, "*heads T L"]:
     """Softmax over the last axis; a row with nothing visible (all -inf) gives exactly 0."""
     visible = np.isfinite(s.value)
     top = s.value.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -133,10 +135,16 @@ def softmax(s: Uncertain) -> Uncertain:
     return Uncertain(p, np.where(visible, p**2 * relative + SMALLEST**2, 0.0))
 
 
-def scores_back(s: Uncertain, p: Uncertain, of_p: Uncertain, mean: Uncertain, softcap: float | None) -> Uncertain:
-    """Gradient of the raw scores [..., T, L]: p · (of_p − mean), through tanh where there is a softcap.
+def scores_back(
+    s: Float[Uncertain, "*heads T L"],
+    p: Float[Uncertain, "*heads T L"],
+    of_p: Float[Uncertain, "*heads T L"],
+    mean: Float[Uncertain, "*heads T 1"],
+    softcap: float | None,
+) -> Float[Uncertain, "*heads T L"]:
+    """Gradient of the raw scores: p · (of_p − mean), through tanh where there is a softcap.
 
-    mean [..., T, 1] is Σ p · of_p, which is upstream · output.
+    mean is Σ p · of_p, which is upstream · output.
     """
     of_s = times(p, added(of_p, Uncertain(-mean.value, mean.variance)))
     if softcap is None:
@@ -151,18 +159,18 @@ def _without_hidden(static: StaticLayer) -> StaticLayer:
     return static._replace(k=np.where(shown, static.k, 0.0), v=np.where(shown, static.v, 0.0))
 
 
-def _reshaped(y: Uncertain, shape: tuple[int, ...]) -> Uncertain:
+def _reshaped(y: Float[Uncertain, "*axes"], shape: tuple[int, ...]) -> Float[Uncertain, "*other"]:
     return Uncertain(y.value.reshape(shape), y.variance.reshape(shape))
 
 
 def _linear_back(
     name: str,
-    upstream: Uncertain,
-    x: Uncertain,
+    upstream: Float[Uncertain, "B T m"],
+    x: Float[Uncertain, "B T n"],
     weights: Mapping[str, np.ndarray],
     found: dict[str, Uncertain],
-) -> Uncertain:
-    """Gradient of x [B,T,n] from that of x · Wᵀ (+ bias) [B,T,m]; those of the weight and the bias go into `found`."""
+) -> Float[Uncertain, "B T n"]:
+    """Gradient of x from that of x · Wᵀ (+ bias); those of the weight and the bias go into `found`."""
     found[f"{name}.weight"] = contract("btm,btn->mn", upstream, x)
     if f"{name}.bias" in weights:
         found[f"{name}.bias"] = contract("btm,bt->m", upstream, exact(np.ones(x.value.shape[:2])))
@@ -172,9 +180,9 @@ def _linear_back(
 def _attend_back(
     spec: AttentionSpec,
     stages: Mapping[str, Uncertain],
-    of_heads: Uncertain,
-    positions: np.ndarray,
-    mask: np.ndarray,
+    of_heads: Float[Uncertain, "B T Hq D"],
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
     static: StaticLayer | None,
 ) -> Attended:
     """Back through attention and RoPE, stream by stream. Clauses SPLIT, STATIC, LIVE, POSITION."""
@@ -182,12 +190,12 @@ def _attend_back(
     q, k, v = stages[f"q_{normed}"], stages[f"k_{normed}"], stages["v_proj"]
     lyra_heads = np.array(spec.lyra_q_heads, dtype=int)
     vanilla_heads = np.setdiff1d(np.arange(spec.num_attention_heads), lyra_heads)
-    own = positions + context_end(spec, static)[:, None]
+    behind = positions + context_end(spec, static)[:, None]
     live = visible_live(spec, positions, mask)
     streams = []
     for heads, places, visible, context in (
         (vanilla_heads, positions, live["causal"], None),
-        (lyra_heads, own, live[spec.static.live], static),
+        (lyra_heads, behind, live[spec.static.live], static),
     ):
         stream = Stream(at(spec, q, places), at(spec, k, places), static_keys(spec, context))
         part = _stream_back(spec, heads, stream, v, of_heads, visible, context)
@@ -198,11 +206,11 @@ def _attend_back(
 
 def _stream_back(
     spec: AttentionSpec,
-    heads: np.ndarray,
+    heads: Int[np.ndarray, " h"],
     stream: Stream,
-    v: Uncertain,
-    of_heads: Uncertain,
-    visible: np.ndarray,
+    v: Float[Uncertain, "B T Hkv D"],
+    of_heads: Float[Uncertain, "B T Hq D"],
+    visible: Bool[np.ndarray, "B T T"],
     static: StaticLayer | None,
 ) -> Attended:
     """What one stream's heads give back to their rotated queries, live keys and values, and stored static ones."""
@@ -222,8 +230,8 @@ def _stream_back(
     kv_heads = np.arange(spec.num_key_value_heads)
     readers = heads // spec.group_size
     of_q, of_k, of_v = (
-        Uncertain(*(part.swapaxes(1, 2) for part in one))
-        for one in (
+        Uncertain(*(part.swapaxes(1, 2) for part in by_head_first))
+        for by_head_first in (
             _summed(of_query, heads, np.arange(spec.num_attention_heads)),
             _summed(of_key.pick(np.s_[:, :, slots:]), readers, kv_heads),
             _summed(of_value.pick(np.s_[:, :, slots:]), readers, kv_heads),
@@ -231,20 +239,22 @@ def _stream_back(
     )
     if static is None:
         return Attended(of_q, of_k, of_v, None, None)
-    groups = np.array(spec.lyra_kv_heads, dtype=int)
-    of_static_k = _of_rows(_summed(of_key.pick(np.s_[:, :, :slots]), readers, groups), len(static.k))
-    of_static_v = _of_rows(_summed(of_value.pick(np.s_[:, :, :slots]), readers, groups), len(static.k))
+    static_heads = np.array(spec.lyra_kv_heads, dtype=int)
+    of_static_k = _of_rows(_summed(of_key.pick(np.s_[:, :, :slots]), readers, static_heads), len(static.k))
+    of_static_v = _of_rows(_summed(of_value.pick(np.s_[:, :, :slots]), readers, static_heads), len(static.k))
     if spec.rope is not None:
         of_static_k = rotate(of_static_k, -angles(spec, static.positions)[:, None])
     return Attended(of_q, of_k, of_v, of_static_k, of_static_v)
 
 
-def _summed(y: Uncertain, heads: np.ndarray, onto: np.ndarray) -> Uncertain:
-    """y [B,h,L,D], the parts of some heads, summed by what head they belong to: [B,onto,L,D]."""
+def _summed(
+    y: Float[Uncertain, "B h L D"], heads: Int[np.ndarray, " h"], onto: Int[np.ndarray, " H"]
+) -> Float[Uncertain, "B H L D"]:
+    """The parts of some heads, summed by what head they belong to."""
     belongs = (heads[None, :] == onto[:, None]).astype(np.float64)
     return Uncertain(*(np.einsum("oh,bhld->bold", belongs, part) for part in y))
 
 
-def _of_rows(y: Uncertain, rows: int) -> Uncertain:
-    """A gradient of every row [B,...], summed over the rows where all of them read one context."""
+def _of_rows(y: Float[Uncertain, "B Hs S D"], rows: int) -> Float[Uncertain, "Bc Hs S D"]:
+    """A gradient of every row, summed over the rows where all of them read one context."""
     return Uncertain(*(part.sum(axis=0, keepdims=True) for part in y)) if rows == 1 else y

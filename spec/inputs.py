@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 
+from .array_types import Bool, Float, Int
 from .attention import AttentionSpec
 from .errors import InputError
 from .sequential import SequentialSpec
@@ -18,24 +19,24 @@ Dtype = Literal["float32", "bfloat16"]
 class StaticLayer(NamedTuple):
     """One layer's static keys and values, for the KV heads the Lyra stream reads, in ascending order.
 
-    k, v       [Bc, G, S, D] float32; k normed and unrotated (clause STORED)
+    k, v       [Bc, Hs, S, D] float32; k normed and unrotated (clause STORED)
     mask       [Bc, S] bool; False hides a slot from every head and row (clause MASKED)
     positions  [Bc, S] int; where the static tokens sit (clause POSITION)
     Bc is 1 (one context for all rows) or B.
     """
 
-    k: np.ndarray
-    v: np.ndarray
-    mask: np.ndarray
-    positions: np.ndarray
+    k: Float[np.ndarray, "Bc Hs S D"]
+    v: Float[np.ndarray, "Bc Hs S D"]
+    mask: Bool[np.ndarray, "Bc S"]
+    positions: Int[np.ndarray, "Bc S"]
 
 
 class CallInputs(NamedTuple):
-    """The arguments of a call, checked: x [B,T,E] float32, positions [B,T] int64, mask [B,T] bool, static or None."""
+    """The arguments of a call, checked: x float32, positions int64, mask bool, static or None."""
 
-    x: np.ndarray
-    positions: np.ndarray
-    mask: np.ndarray
+    x: Float[np.ndarray, "B T E"]
+    positions: Int[np.ndarray, "B T"]
+    mask: Bool[np.ndarray, "B T"]
     static: StaticLayer | None
 
 
@@ -143,12 +144,12 @@ def check_length(length: int, tokens: int) -> int:
 def check_static(spec: AttentionSpec, static: StaticLayer, batch: int) -> StaticLayer:
     """Check one layer's static K/V against the spec and the batch. Raises InputError."""
     k, v, mask, positions = (np.asarray(part) for part in static)
-    groups = len(spec.lyra_kv_heads)
+    kv_heads = len(spec.lyra_kv_heads)
     if k.ndim != 4 or v.shape != k.shape:
         raise InputError(f"static k {k.shape} and v {v.shape} must both be [1 or batch, kv_heads, tokens, head_dim]")
-    if k.shape[1] != groups:
+    if k.shape[1] != kv_heads:
         raise InputError(
-            f"static k and v hold {k.shape[1]} KV heads; the split's Lyra heads read {groups}: {spec.lyra_kv_heads}"
+            f"static k and v hold {k.shape[1]} KV heads; the split's Lyra heads read {kv_heads}: {spec.lyra_kv_heads}"
         )
     if k.shape[3] != spec.head_dim:
         raise InputError(f"static k and v have head_dim {k.shape[3]}; the spec has {spec.head_dim}")
@@ -169,7 +170,7 @@ def check_static(spec: AttentionSpec, static: StaticLayer, batch: int) -> Static
 
 
 def check_visible_finite(name: str, values: np.ndarray, mask: np.ndarray) -> None:
-    """Refuse NaN and infinity where they would be seen: values [Bc,G,S,D], mask [Bc,S]. Raises InputError."""
+    """Refuse NaN and infinity where they would be seen: values [Bc,Hs,S,D], mask [Bc,S]. Raises InputError."""
     if np.isfinite(values).all():
         return
     bad = np.argwhere(~np.isfinite(values).all(axis=(1, 3)) & mask)

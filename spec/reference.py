@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .array_types import Bool, Float, Int
 from .attention import AttentionSpec
 from .inputs import StaticLayer, check_call, check_dtype
 from .uncertain import (
@@ -27,33 +28,32 @@ from .uncertain import (
     stored_turned,
 )
 
-BLOCK = 2**22
+ELEMENTS_PER_TILE = 2**22
 """Elements of keys handled at once, so that a long context does not fill the memory."""
 
 
 class Stream(NamedTuple):
-    """What one kind of heads attends with: q [B,T,Hq,D], live k [B,T,Hkv,D], static k [Bc,G,S,D] or None."""
+    """What one kind of heads attends with: q [B,T,Hq,D], live k [B,T,Hkv,D], static k [Bc,Hs,S,D] or None."""
 
-    q: Uncertain
-    k: Uncertain
-    static_k: Uncertain | None
+    q: Float[Uncertain, "B T Hq D"]
+    k: Float[Uncertain, "B T Hkv D"]
+    static_k: Float[Uncertain, "Bc Hs S D"] | None
 
 
 def reference(
     spec: AttentionSpec,
     weights: Mapping[str, np.ndarray],
-    x: np.ndarray,
+    x: Float[np.ndarray, "B T E"],
     *,
-    positions: np.ndarray,
-    mask: np.ndarray | None = None,
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"] | None = None,
     static: StaticLayer | None = None,
     dtype: str = "float32",
 ) -> dict[str, Uncertain]:
     """Every stage of the layer for all live tokens of a sequence, by trace name (ORDER-3), with σ.
 
-    x [B,T,E], positions [B,T], mask [B,T] bool or None, static or None. `dtype` is the type a backend would store
-    stages in, "float32" or "bfloat16" (DTYPE); the values are float64 either way, and what comes in is taken as it is.
-    Raises InputError.
+    `dtype` is the type a backend would store stages in, "float32" or "bfloat16" (DTYPE); the values are float64 either
+    way, and what comes in is taken as it is. Raises InputError.
     """
     check_dtype(dtype)
     x, positions, mask, static = check_call(spec, x, positions, mask, static)
@@ -63,13 +63,13 @@ def reference(
 def stages_of(
     spec: AttentionSpec,
     weights: Mapping[str, np.ndarray],
-    x: Uncertain,
-    positions: np.ndarray,
-    mask: np.ndarray,
+    x: Float[Uncertain, "B T {spec.hidden_size}"],
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
     static: StaticLayer | None,
     dtype: str = "float32",
 ) -> dict[str, Uncertain]:
-    """The same for checked arguments and an x [B,T,E] that may itself be uncertain."""
+    """The same for checked arguments and an x that may itself be uncertain."""
     stages = {"q_proj": project(spec, weights, "q", x), "k_proj": project(spec, weights, "k", x)}
     stages["v_proj"] = project(spec, weights, "v", x)
     stages = {name: stored(value, dtype) for name, value in stages.items()}
@@ -79,8 +79,8 @@ def stages_of(
         k = stages["k_norm"] = stored(rms_norm(k, weights["k_norm.weight"], spec.qk_norm.eps), dtype)
     lyra_q, lyra_k, lyra_static = q, k, static_keys(spec, static)
     if spec.rope is not None:
-        own = positions + context_end(spec, static)[:, None]
-        lyra_q, lyra_k = stored_turned(at(spec, q, own), dtype), stored_turned(at(spec, k, own), dtype)
+        behind = positions + context_end(spec, static)[:, None]
+        lyra_q, lyra_k = stored_turned(at(spec, q, behind), dtype), stored_turned(at(spec, k, behind), dtype)
         lyra_static = None if lyra_static is None else stored_turned(lyra_static, dtype)
         q = stages["q_rope"] = stored(at(spec, q, positions), dtype)
         k = stages["k_rope"] = stored(at(spec, k, positions), dtype)
@@ -95,10 +95,10 @@ def stage_from_trace(
     weights: Mapping[str, np.ndarray],
     name: str,
     trace: Mapping[str, np.ndarray],
-    x: np.ndarray,
+    x: Float[np.ndarray, "B T E"],
     *,
-    positions: np.ndarray,
-    mask: np.ndarray | None = None,
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"] | None = None,
     static: StaticLayer | None = None,
     dtype: str = "float32",
     moved: bool = False,
@@ -135,34 +135,40 @@ def stage_from_trace(
     raise KeyError(f"unknown stage {name!r}; the stages are {spec.trace_names()}")
 
 
-def context_end(spec: AttentionSpec, static: StaticLayer | None) -> np.ndarray:
-    """P per context row [Bc]: one more than the highest visible static position, 0 without one (POSITION-1, -2)."""
+def context_end(spec: AttentionSpec, static: StaticLayer | None) -> Int[np.ndarray, " Bc"]:
+    """P per context row: one more than the highest visible static position, 0 without one (POSITION-1, -2)."""
     if static is None or spec.static.positions == "overlay":
         return np.zeros(1, dtype=np.int64)
     return np.max(np.where(static.mask, static.positions + 1, 0), axis=1, initial=0)
 
 
-def project(spec: AttentionSpec, weights: Mapping[str, np.ndarray], kind: str, x: Uncertain) -> Uncertain:
-    """Heads [B,T,H,D] of kind "q", "k" or "v", projected from x [B,T,E] (ORDER-1)."""
+def project(
+    spec: AttentionSpec, weights: Mapping[str, np.ndarray], kind: str, x: Float[Uncertain, "B T {spec.hidden_size}"]
+) -> Float[Uncertain, "B T H {spec.head_dim}"]:
+    """Heads of kind "q", "k" or "v", projected from x (ORDER-1)."""
     flat = linear(x, weights[f"{kind}_proj.weight"], weights[f"{kind}_proj.bias"] if spec.bias else None)
     shape = (*x.value.shape[:2], -1, spec.head_dim)
     return Uncertain(flat.value.reshape(shape), flat.variance.reshape(shape))
 
 
-def at(spec: AttentionSpec, y: Uncertain, positions: np.ndarray) -> Uncertain:
-    """y [B,T,H,D] rotated at positions [B,T]; y itself where the spec has no RoPE."""
+def at(
+    spec: AttentionSpec, y: Float[Uncertain, "B T H D"], positions: Int[np.ndarray, "B T"]
+) -> Float[Uncertain, "B T H D"]:
+    """y rotated at positions; y itself where the spec has no RoPE."""
     return y if spec.rope is None else rotate(y, angles(spec, positions)[:, :, None, :])
 
 
-def angles(spec: AttentionSpec, positions: np.ndarray) -> np.ndarray:
-    """The angles [..., D/2] of positions [...] (ROPE-2)."""
+def angles(spec: AttentionSpec, positions: Int[np.ndarray, "*axes"]) -> Float[np.ndarray, "*axes {spec.head_dim//2}"]:
+    """The angles of positions (ROPE-2)."""
     assert spec.rope is not None
     exponent = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
     return positions[..., None] * (spec.rope.theta**-exponent / spec.rope.factor)
 
 
-def static_keys(spec: AttentionSpec, static: StaticLayer | None, back: np.ndarray | int = 0) -> Uncertain | None:
-    """Static keys [Bc,G,S,D], rotated at their positions, or `back` [Bc,1] behind them."""
+def static_keys(
+    spec: AttentionSpec, static: StaticLayer | None, back: Int[np.ndarray, "#Bc 1"] | int = 0
+) -> Float[Uncertain, "Bc Hs S D"] | None:
+    """Static keys, rotated at their positions, or `back` behind them."""
     if static is None:
         return None
     if spec.rope is None:
@@ -174,12 +180,12 @@ def attend(
     spec: AttentionSpec,
     vanilla: Stream,
     lyra: Stream,
-    v: Uncertain,
-    positions: np.ndarray,
-    mask: np.ndarray,
+    v: Float[Uncertain, "B T Hkv D"],
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
     static: StaticLayer | None,
-) -> Uncertain:
-    """The heads' outputs [B,T,Hq,D]. Clauses SCALE, SPLIT, STATIC, LIVE, MASKED, SLIDING."""
+) -> Float[Uncertain, "B T Hq D"]:
+    """The heads' outputs. Clauses SCALE, SPLIT, STATIC, LIVE, MASKED, SLIDING."""
     batch, tokens = positions.shape
     shape = (batch, tokens, spec.num_attention_heads, spec.head_dim)
     out = Uncertain(np.zeros(shape), np.zeros(shape))
@@ -191,49 +197,56 @@ def attend(
         (lyra_heads, lyra, live[spec.static.live], static),
     ):
         keys = tokens + (context.k.shape[2] if context is not None else 0)
-        block = max(1, BLOCK // max(1, batch * keys * spec.head_dim))
-        for start in range(0, len(heads), block):
-            some = heads[start : start + block]
-            one = _heads(spec, some, stream, v, visible, context)
-            out.value[:, :, some] = one.value.swapaxes(1, 2)
-            out.variance[:, :, some] = one.variance.swapaxes(1, 2)
+        tile = max(1, ELEMENTS_PER_TILE // max(1, batch * keys * spec.head_dim))
+        for start in range(0, len(heads), tile):
+            some = heads[start : start + tile]
+            attended = _heads(spec, some, stream, v, visible, context)
+            out.value[:, :, some] = attended.value.swapaxes(1, 2)
+            out.variance[:, :, some] = attended.variance.swapaxes(1, 2)
     return out
 
 
-def visible_live(spec: AttentionSpec, positions: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Which live keys a query sees, bool [B,T,T], by live mode; vanilla heads are "causal" (LIVE, SLIDING, MASKED)."""
+def visible_live(
+    spec: AttentionSpec, positions: Int[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"]
+) -> dict[str, Bool[np.ndarray, "B T T"]]:
+    """Which live keys a query sees, by live mode; vanilla heads are "causal" (LIVE, SLIDING, MASKED)."""
     causal = positions[:, None, :] <= positions[:, :, None]
     if spec.sliding_window is not None:
         causal &= positions[:, None, :] > positions[:, :, None] - spec.sliding_window
     causal = causal & mask[:, None, :]
-    own = causal & np.eye(positions.shape[1], dtype=bool)
-    return {"causal": causal, "self": own, "none": np.zeros_like(causal)}
+    itself = causal & np.eye(positions.shape[1], dtype=bool)
+    return {"causal": causal, "self": itself, "none": np.zeros_like(causal)}
 
 
 def _heads(
     spec: AttentionSpec,
-    heads: np.ndarray,
+    heads: Int[np.ndarray, " h"],
     stream: Stream,
-    v: Uncertain,
-    visible: np.ndarray,
+    v: Float[Uncertain, "B T Hkv D"],
+    visible: Bool[np.ndarray, "B T T"],
     static: StaticLayer | None,
-) -> Uncertain:
-    """[B,h,T,D] for some query heads of one stream: one softmax over static keys, then live keys."""
+) -> Float[Uncertain, "B h T D"]:
+    """Some query heads of one stream: one softmax over static keys, then live keys."""
     query, key, value, seen = by_head(spec, heads, stream, v, visible, static)
     return softmax_average(scores(query, key, spec.scale, spec.softcap, seen), value)
 
 
 def by_head(
     spec: AttentionSpec,
-    heads: np.ndarray,
+    heads: Int[np.ndarray, " h"],
     stream: Stream,
-    v: Uncertain,
-    visible: np.ndarray,
+    v: Float[Uncertain, "B T Hkv D"],
+    visible: Bool[np.ndarray, "B T T"],
     static: StaticLayer | None,
-) -> tuple[Uncertain, Uncertain, Uncertain, np.ndarray]:
-    """What some query heads of a stream attend with: query [B,h,T,D], key and value [B,h,S+T,D], visible [B,1,T,S+T].
+) -> tuple[
+    Float[Uncertain, "B h T D"],
+    Float[Uncertain, "B h L D"],
+    Float[Uncertain, "B h L D"],
+    Bool[np.ndarray, "B 1 T L"],
+]:
+    """What some query heads of a stream attend with: query, key, value and visible, L being S + T.
 
-    Static keys stand before live ones. visible [B,T,T] is what the heads see of the live ones.
+    Static keys stand before live ones; `visible` is what the heads see of the live ones.
     """
     batch, tokens = visible.shape[:2]
     kv_heads = heads // spec.group_size
@@ -252,8 +265,8 @@ def by_head(
     return query, key, value, visible
 
 
-def _before(static: Uncertain, live: Uncertain) -> Uncertain:
-    """Static keys or values [Bc,h,S,D] in front of live ones [B,h,T,D]."""
+def _before(static: Float[Uncertain, "#B h S D"], live: Float[Uncertain, "B h T D"]) -> Float[Uncertain, "B h S+T D"]:
+    """Static keys or values in front of live ones."""
     batch = live.value.shape[0]
 
     def join(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -262,8 +275,10 @@ def _before(static: Uncertain, live: Uncertain) -> Uncertain:
     return Uncertain(join(static.value, live.value), join(static.variance, live.variance))
 
 
-def output(spec: AttentionSpec, weights: Mapping[str, np.ndarray], heads: Uncertain) -> Uncertain:
-    """heads [B,T,Hq,D], concatenated and projected: [B,T,E] (ORDER-1)."""
+def output(
+    spec: AttentionSpec, weights: Mapping[str, np.ndarray], heads: Float[Uncertain, "B T Hq D"]
+) -> Float[Uncertain, "B T {spec.hidden_size}"]:
+    """Heads, concatenated and projected (ORDER-1)."""
     flat = (*heads.value.shape[:2], spec.num_attention_heads * spec.head_dim)
     concatenated = Uncertain(heads.value.reshape(flat), heads.variance.reshape(flat))
     return linear(concatenated, weights["o_proj.weight"], weights["o_proj.bias"] if spec.bias else None)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .array_types import Bool, Float, Int
 from .attention import AttentionSpec
 from .inputs import StaticLayer, check_block_call, check_call
 from .reference import Stream, at, attend, output, project, stage_from_trace, stages_of
@@ -18,16 +19,20 @@ from .uncertain import U, Uncertain, exact, rms_norm
 
 
 class OwnKeys(NamedTuple):
-    """What the cache of a layer's own attention holds: k, rotated at t, and v [B,T,Hkv,D]."""
+    """What the cache of a layer's own attention holds: k, rotated at t, and v."""
 
-    k: Uncertain
-    v: Uncertain
+    k: Float[Uncertain, "B T Hkv D"]
+    v: Float[Uncertain, "B T Hkv D"]
 
 
 def own_keys(
-    spec: AttentionSpec, weights: Mapping[str, np.ndarray], x: np.ndarray, *, positions: np.ndarray
+    spec: AttentionSpec,
+    weights: Mapping[str, np.ndarray],
+    x: Float[np.ndarray, "B T E"],
+    *,
+    positions: Int[np.ndarray, "B T"],
 ) -> OwnKeys:
-    """Keys and values that a layer keeps of all its live tokens x [B,T,E] at positions [B,T]. Raises InputError."""
+    """Keys and values that a layer keeps of all its live tokens. Raises InputError."""
     x, positions, _, _ = check_call(spec, x, positions, None, None)
     k, v = (project(spec, weights, kind, exact(x)) for kind in "kv")
     if spec.qk_norm is not None:
@@ -38,17 +43,16 @@ def own_keys(
 def reference_sequential(
     spec: SequentialSpec,
     weights: Mapping[str, np.ndarray],
-    h: np.ndarray,
+    h: Float[np.ndarray, "B T E"],
     *,
-    positions: np.ndarray,
-    mask: np.ndarray | None = None,
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"] | None = None,
     static: StaticLayer | None = None,
     own: OwnKeys | None = None,
 ) -> dict[str, Uncertain]:
     """Every stage of the block for all live tokens of a sequence, by trace name (SEQUENTIAL-8), with σ.
 
-    h [B,T,E], positions [B,T], mask [B,T] bool or None, static or None; `own` stands for the cache that source "own"
-    reads. Raises InputError.
+    `own` stands for the cache that source "own" reads. Raises InputError.
     """
     h, positions, mask, static = check_block_call(spec, h, positions, mask, static, own)
     stages = {"input_norm": rms_norm(exact(h), weights["input_norm.weight"], spec.norm_eps)}
@@ -70,10 +74,10 @@ def block_stage_from_trace(
     weights: Mapping[str, np.ndarray],
     name: str,
     trace: Mapping[str, np.ndarray],
-    h: np.ndarray,
+    h: Float[np.ndarray, "B T E"],
     *,
-    positions: np.ndarray,
-    mask: np.ndarray | None = None,
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"] | None = None,
     static: StaticLayer | None = None,
     own: OwnKeys | None = None,
 ) -> Uncertain:
@@ -96,8 +100,10 @@ def block_stage_from_trace(
     return stage_from_trace(spec.attention, weights, inner, trace, x, positions=positions, mask=mask, static=static)
 
 
-def join(spec: SequentialSpec, h: np.ndarray, y: Uncertain) -> Uncertain:
-    """(h if residual else 0) + gate · y for h and y [B,T,E]; where gate · y is 0, h is exact (SEQUENTIAL-1, -3)."""
+def join(
+    spec: SequentialSpec, h: Float[np.ndarray, "B T E"], y: Float[Uncertain, "B T E"]
+) -> Float[Uncertain, "B T E"]:
+    """(h if residual else 0) + gate · y; where gate · y is 0, h is exact (SEQUENTIAL-1, -3)."""
     change = spec.gate * y.value
     variance = spec.gate**2 * y.variance + (2 * U * change) ** 2
     if not spec.residual:
@@ -107,9 +113,12 @@ def join(spec: SequentialSpec, h: np.ndarray, y: Uncertain) -> Uncertain:
 
 
 def _query_stages(
-    spec: AttentionSpec, weights: Mapping[str, np.ndarray], x: Uncertain, positions: np.ndarray
+    spec: AttentionSpec,
+    weights: Mapping[str, np.ndarray],
+    x: Float[Uncertain, "B T E"],
+    positions: Int[np.ndarray, "B T"],
 ) -> dict[str, Uncertain]:
-    """The stages of queries alone, x [B,T,E] being the normed h."""
+    """The stages of queries alone, x being the normed h."""
     stages = {"q_proj": (q := project(spec, weights, "q", x))}
     if spec.qk_norm is not None:
         stages["q_norm"] = q = rms_norm(q, weights["q_norm.weight"], spec.qk_norm.eps)
@@ -119,9 +128,13 @@ def _query_stages(
 
 
 def _attend_own(
-    spec: AttentionSpec, stages: Mapping[str, Uncertain], own: OwnKeys, positions: np.ndarray, mask: np.ndarray
-) -> Uncertain:
-    """The heads [B,T,Hq,D] of the last query stage over the layer's own keys and values (SEQUENTIAL-5)."""
+    spec: AttentionSpec,
+    stages: Mapping[str, Uncertain],
+    own: OwnKeys,
+    positions: Int[np.ndarray, "B T"],
+    mask: Bool[np.ndarray, "B T"],
+) -> Float[Uncertain, "B T Hq D"]:
+    """The heads of the last query stage over the layer's own keys and values (SEQUENTIAL-5)."""
     q = next(stages[name] for name in ("q_rope", "q_norm", "q_proj") if name in stages)
     stream = Stream(q, own.k, None)
     return attend(spec, stream, stream, own.v, positions, mask, None)

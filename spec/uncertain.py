@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .array_types import Bool, Float, Shaped
 from .bfloat16 import to_bfloat16
 
 U = 2.0**-24
@@ -37,6 +38,16 @@ class Uncertain(NamedTuple):
     variance: np.ndarray
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The axes of the value, and of the variance: so that a signature can name them."""
+        return self.value.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the value's elements."""
+        return self.value.dtype
+
+    @property
     def sigma(self) -> np.ndarray:
         """The standard deviation of the rounding error."""
         return np.sqrt(self.variance)
@@ -46,18 +57,18 @@ class Uncertain(NamedTuple):
         return Uncertain(self.value[index], self.variance[index])
 
 
-def exact(value: np.ndarray) -> Uncertain:
+def exact(value: Shaped[np.ndarray, "*axes"]) -> Float[Uncertain, "*axes"]:
     """A value that enters without error."""
     value = np.asarray(value, dtype=np.float64)
     return Uncertain(value, np.zeros_like(value))
 
 
-def stored(y: Uncertain, dtype: str) -> Uncertain:
+def stored(y: Float[Uncertain, "*axes"], dtype: str) -> Float[Uncertain, "*axes"]:
     """What storing a value between two stages adds: nothing in float32, the rounding in bfloat16 (DTYPE-1)."""
     return y if dtype == "float32" else Uncertain(y.value, y.variance + (BFLOAT16 * y.value) ** 2)
 
 
-def stored_turned(y: Uncertain, dtype: str) -> Uncertain:
+def stored_turned(y: Float[Uncertain, "*axes D"], dtype: str) -> Float[Uncertain, "*axes D"]:
     """The same for pairs (i, i + D/2) that a backend may store at another angle, as POSITION allows."""
     if dtype == "float32":
         return y
@@ -66,7 +77,7 @@ def stored_turned(y: Uncertain, dtype: str) -> Uncertain:
     return Uncertain(y.value, y.variance + np.concatenate([pair, pair], axis=-1))
 
 
-def rounded(y: Uncertain) -> Uncertain:
+def rounded(y: Float[Uncertain, "*axes"]) -> Float[Uncertain, "*axes"]:
     """The bfloat16 a value is stored as; where K·σ decides which of two it is, their distance becomes its σ."""
     spread = K * y.sigma
     low, high = to_bfloat16(y.value - spread), to_bfloat16(y.value + spread)
@@ -91,8 +102,10 @@ def running_error(n: Any) -> Any:
     return U * np.sqrt(n) / 3
 
 
-def linear(x: Uncertain, weight: np.ndarray, bias: np.ndarray | None) -> Uncertain:
-    """x [..., n] times weight [m, n] transposed, plus bias [m]."""
+def linear(
+    x: Float[Uncertain, "*axes n"], weight: Shaped[np.ndarray, "m n"], bias: Shaped[np.ndarray, " m"] | None
+) -> Float[Uncertain, "*axes m"]:
+    """x times weight transposed, plus bias."""
     weight = np.array(weight, dtype=np.float64)
     value = _rows_times(x.value, weight)
     np.square(weight, out=weight)  # in place: a second array of this size costs more than the product
@@ -104,12 +117,14 @@ def linear(x: Uncertain, weight: np.ndarray, bias: np.ndarray | None) -> Uncerta
     return Uncertain(value, variance)
 
 
-def _rows_times(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """x [..., n] times weight [m, n] transposed, in one product instead of one for each leading index."""
+def _rows_times(x: Float[np.ndarray, "*axes n"], weight: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "*axes m"]:
+    """x times weight transposed, in one product instead of one for each leading index."""
     return (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], -1)
 
 
-def rms_norm(z: Uncertain, weight: np.ndarray, eps: float) -> Uncertain:
+def rms_norm(
+    z: Float[Uncertain, "*axes n"], weight: Shaped[np.ndarray, " n"], eps: float
+) -> Float[Uncertain, "*axes n"]:
     """RMSNorm over the last axis with weight 1 + w."""
     size = z.value.shape[-1]
     gain = 1.0 + np.asarray(weight, dtype=np.float64)
@@ -120,8 +135,10 @@ def rms_norm(z: Uncertain, weight: np.ndarray, eps: float) -> Uncertain:
     return Uncertain(y, variance)
 
 
-def rotate(y: Uncertain, angle: np.ndarray) -> Uncertain:
-    """Turn pairs (i, i + D/2) of the last axis by angle [..., D/2] radians."""
+def rotate(
+    y: Float[Uncertain, "*axes D"], angle: Float[np.ndarray, "*#axes {y.shape[-1]//2}"]
+) -> Float[Uncertain, "*axes D"]:
+    """Turn pairs (i, i + D/2) of the last axis by as many radians."""
     half = y.value.shape[-1] // 2
     first, second = y.value[..., :half], y.value[..., half:]
     cos, sin = np.cos(angle), np.sin(angle)
@@ -131,8 +148,14 @@ def rotate(y: Uncertain, angle: np.ndarray) -> Uncertain:
     return Uncertain(value, np.concatenate([pair, pair], axis=-1))
 
 
-def scores(q: Uncertain, k: Uncertain, scale: float, softcap: float | None, visible: np.ndarray) -> Uncertain:
-    """Scaled, softcapped scores of q [..., T, D] and k [..., L, D]; hidden ones are -inf with variance 0."""
+def scores(
+    q: Float[Uncertain, "*heads T D"],
+    k: Float[Uncertain, "*heads L D"],
+    scale: float,
+    softcap: float | None,
+    visible: Bool[np.ndarray, "*#heads T L"],
+) -> Float[Uncertain, "*heads T L"]:
+    """Scaled, softcapped scores of q and k; hidden ones are -inf with variance 0."""
     size = q.value.shape[-1]
     squares = np.swapaxes(k.value**2, -1, -2)
     raw = scale * (q.value @ np.swapaxes(k.value, -1, -2))
@@ -151,8 +174,10 @@ def scores(q: Uncertain, k: Uncertain, scale: float, softcap: float | None, visi
     return Uncertain(np.where(visible, value, -np.inf), np.where(visible, variance, 0.0))
 
 
-def softmax_average(s: Uncertain, v: Uncertain) -> Uncertain:
-    """Softmax of s [..., T, L] over L, averaging v [..., L, D]; a row with nothing visible gives exactly 0."""
+def softmax_average(
+    s: Float[Uncertain, "*heads T L"], v: Float[Uncertain, "*#heads L D"]
+) -> Float[Uncertain, "*heads T D"]:
+    """Softmax of s over L, averaging v; a row with nothing visible gives exactly 0."""
     top = s.value.max(axis=-1, keepdims=True, initial=-np.inf)
     weight = np.exp(s.value - np.where(np.isfinite(top), top, 0.0))
     total = weight.sum(axis=-1, keepdims=True)
@@ -167,8 +192,10 @@ def softmax_average(s: Uncertain, v: Uncertain) -> Uncertain:
     return Uncertain(o, np.maximum(spread, 0.0) + summing + running)
 
 
-def score_pull(p: np.ndarray, s: Uncertain) -> np.ndarray:
-    """How far one σ of each score moves the average towards its value: g, with p the softmax of s [..., T, L].
+def score_pull(
+    p: Float[np.ndarray, "*heads T L"], s: Float[Uncertain, "*heads T L"]
+) -> Float[np.ndarray, "*heads T L"]:
+    """How far one σ of each score moves the average towards its value: g, with p the softmax of s.
 
     To first order g = p·σ. Where scores are so uncertain that a key with next to no weight may win (large scores at
     far positions, where an angle is known to a hundredth), K standard deviations move it by the exact

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +13,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer
 
+CORE = ("lyra.spec.uncertain", "lyra.spec.reference", "lyra.spec.reference_sequential", "lyra.spec.gradients")
+"""The numeric core: modules whose every call is held to the axes in its signature while these tests run."""
+
+install_import_hook(CORE, "beartype.beartype")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 HIDDEN, FEED, HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 96, 4, 2, 32, 8
@@ -222,3 +229,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is held to its axes: torch.compile and torch.export would look into the checks too."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("lyra.", "test_")):
+            classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == name]
+            for owner in (module, *classes):
+                for key, value in list(vars(owner).items()):
+                    if is_checked(value):
+                        monkeypatch.setattr(owner, key, value.__wrapped__)
+
+
+def is_checked(value: object) -> bool:
+    """Whether calls of a function are held to the axes in its signature."""
+    code = getattr(value, "__code__", None)
+    return code is not None and hasattr(value, "__wrapped__") and "jaxtyping" in Path(code.co_filename).parts

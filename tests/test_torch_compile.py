@@ -14,7 +14,7 @@ from lyra.backends.torch_impl.injector import GemmaInjector
 from lyra.backends.torch_impl.model import TorchEngine
 from lyra.spec import StaticContext
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unchecked")
 
 PROMPT = torch.tensor(random_ids(2, 11))
 

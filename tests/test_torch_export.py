@@ -15,7 +15,7 @@ from lyra.backends.torch_impl.injector import GemmaInjector
 from lyra.spec import HeadSplit
 from lyra.spec.attention import Live
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unchecked")
 
 ROWS, TOKENS, PAST = Dim("rows", min=1, max=64), Dim("tokens", min=2, max=4096), Dim("past", min=1, max=4096)
 
