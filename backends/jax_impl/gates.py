@@ -17,7 +17,7 @@ from jax import Array
 
 from lyra.spec.arguments import check_scored
 from lyra.spec.errors import InputError
-from lyra.spec.gates import check_gates, share_rows
+from lyra.spec.blends import check_blends, share_rows
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.split import HeadSplit
 
@@ -76,11 +76,11 @@ class GatedText:
 
         Raises InputError, and NotFiniteError for NaN or infinity.
         """
-        rows = share_rows(check_gates(gates, self._shape))
+        rows = share_rows(check_blends(gates, self._shape))
         hidden, structure, state = self._start, self._graph.structure, self._graph.state
         stops = [*self._layers[1:], self._graph.spec.num_hidden_layers]
         for layer, stop, row in zip(self._layers, stops, rows.layers, strict=True):
-            parents, own = filled(row.parents.astype(np.int32)), filled(row.gates)
+            parents, own = filled(row.parents.astype(np.int32)), filled(row.blends)
             gated = {layer: self._gated(layer, own)}
             hidden = _segment(structure, state, hidden, self._mask, parents, gated, start=layer, stop=stop)
         last = np.asarray(hidden[:, -1 - len(self._targets) : -1])
@@ -91,7 +91,7 @@ class GatedText:
 
         Raises what `nll` raises.
         """
-        wanted = check_gates(gates, self._shape).astype(np.float32)
+        wanted = check_blends(gates, self._shape).astype(np.float32)
         gated = {layer: self._gated(layer, row[None]) for layer, row in zip(self._layers, wanted, strict=True)}
         made = _loss_and_gradient(
             self._graph.structure, self._graph.state, self._start, self._mask, self._targets, gated

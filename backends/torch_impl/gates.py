@@ -17,7 +17,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextModel
 
 from lyra.spec.arguments import check_scored
 from lyra.spec.attention import AttentionSpec
-from lyra.spec.gates import SharedRows, check_gates, share_rows
+from lyra.spec.blends import SharedRows, check_blends, share_rows
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
@@ -64,9 +64,9 @@ class GatedText:
 
         Raises InputError, and NotFiniteError for NaN or infinity.
         """
-        rows = share_rows(check_gates(gates, self._shape))
+        rows = share_rows(check_blends(gates, self._shape))
         with torch.inference_mode():
-            hidden = self._hidden(rows, [torch.from_numpy(layer.gates) for layer in rows.layers])
+            hidden = self._hidden(rows, [torch.from_numpy(layer.blends) for layer in rows.layers])
             found = [self._nll(row, grad=False) for row in hidden]
         return self._finite(np.array([float(one) for one in found]))[rows.ends]
 
@@ -75,8 +75,8 @@ class GatedText:
 
         Raises what `nll` raises.
         """
-        rows = share_rows(check_gates(gates, self._shape)[None])
-        leaves = [torch.from_numpy(layer.gates).requires_grad_() for layer in rows.layers]
+        rows = share_rows(check_blends(gates, self._shape)[None])
+        leaves = [torch.from_numpy(layer.blends).requires_grad_() for layer in rows.layers]
         with torch.enable_grad():
             nll = self._nll(self._hidden(rows, leaves)[0], grad=True)
         found = torch.autograd.grad(nll, leaves)

@@ -11,7 +11,7 @@ from tiny_gemma import GLOBAL, VOCAB, random_ids
 
 from lyra.backends.protocol import GatedEngine, get_backend
 from lyra.spec import HeadSplit, InputError, StaticSpec
-from lyra.spec.gates import check_gates, share_rows
+from lyra.spec.blends import check_blends, share_rows
 from lyra.spec.inputs import StaticLayer
 
 HEADS, KV_HEADS, HEAD_DIM, SLOTS, SCORED = 4, 2, 16, 9, 11
@@ -128,16 +128,16 @@ def test_rows_with_the_same_gates_so_far_are_one_row() -> None:
     gates[1, 2, 0] = gates[2, 1, 0] = 1
     gates[3] = gates[1]
     rows = share_rows(gates)
-    assert [len(layer.gates) for layer in rows.layers] == [1, 2, 3]
+    assert [len(layer.blends) for layer in rows.layers] == [1, 2, 3]
     for candidate, end in enumerate(rows.ends):
         at = end
         for layer in (2, 1, 0):
-            np.testing.assert_array_equal(rows.layers[layer].gates[at], gates[candidate, layer])
+            np.testing.assert_array_equal(rows.layers[layer].blends[at], gates[candidate, layer])
             at = rows.layers[layer].parents[at]
 
 
 def test_gates_outside_0_to_1_are_refused() -> None:
     with pytest.raises(InputError, match="expected numbers 0 to 1"):
-        check_gates(np.array([[0.5, -0.1]]), (1, 2))
-    with pytest.raises(InputError, match=r"gates have shape \(2, 2\)"):
-        check_gates(np.zeros((2, 2)), (1, 2))
+        check_blends(np.array([[0.5, -0.1]]), (1, 2))
+    with pytest.raises(InputError, match=r"blends have shape \(2, 2\)"):
+        check_blends(np.zeros((2, 2)), (1, 2))
