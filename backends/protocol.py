@@ -25,6 +25,7 @@ from .registry import (
     get_backend,
     import_extra,
     known_backends,
+    known_subjects,
 )
 from .sampling import Sampling
 
@@ -51,11 +52,20 @@ __all__ = [
     "SequentialBackend",
     "SequentialEngine",
     "StaticLayer",
+    "Unsupported",
     "check_backend",
     "get_backend",
     "import_extra",
     "known_backends",
+    "known_subjects",
 ]
+
+
+class Unsupported(Exception):
+    """What a layer raises that by its nature cannot be asked something, such as positions that a model counts itself.
+
+    The message says what. The suite leaves the case out for this backend, as it does one that does not fit.
+    """
 
 
 class Result(NamedTuple):

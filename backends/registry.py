@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .protocol import Backend
 
 ENTRY_POINTS = "lyra.backends"
+SUBJECTS = "lyra.subjects"
+"""Entry points of what can be judged by name too, and is where it is named only: modules that ship in a backend."""
 
 CAPABILITIES = {
     "static": "attends to a static context",
@@ -50,6 +52,11 @@ class BackendEnded(BackendNotFound):
 def known_backends() -> dict[str, EntryPoint]:
     """Every installed backend by name, not imported yet."""
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def known_subjects() -> dict[str, EntryPoint]:
+    """Every installed subject by name, not imported yet: what is judged where it is asked for, and not by default."""
+    return {point.name: point for point in entry_points(group=SUBJECTS)}
 
 
 def get_backend(name: str) -> Backend:
@@ -95,7 +102,7 @@ def _point(name: str) -> EntryPoint:
     """Where a name leads. Raises BackendNotFound."""
     if not isinstance(name, str):
         raise BackendNotFound(f"a backend goes by its name, not by an object of type {type(name).__name__}")
-    points = known_backends()
+    points = known_backends() | known_subjects()
     if name in points:
         return points[name]
     if ":" not in name:
@@ -116,8 +123,9 @@ def _refuse_module(name: str, package: str, error: BaseException) -> NoReturn:
                 f"backend {name!r}: no module {error.name!r}; PYTHONPATH names folders to look in"
             ) from error
         if package.startswith("lyra.") and not error.name.startswith("lyra"):
+            extra = name.removesuffix("-module")  # a subject's framework is its backend's
             raise ImportError(
-                f"backend {name!r} needs {error.name!r}, which is not installed: pip install 'lyra[{name}]'",
+                f"backend {name!r} needs {error.name!r}, which is not installed: pip install 'lyra[{extra}]'",
                 name=error.name,
             ) from error
     _refuse(f"backend {name!r}", package, "cannot be imported", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,7 @@ from lyra.spec.errors import InputError
 from lyra.spec.split import HeadSplit
 
 from .case_sizes import CaseSizes, make_sizes
+from .fit import fitting
 from .record import Record
 from .shard import Shard
 
@@ -138,6 +140,11 @@ class Session:
             size = self.scope.hidden_size * self.scope.head_dim * self.scope.num_attention_heads
             count *= min(1.0, max(0.01, 4 * toy / size))
         return max(2, round(count))
+
+    @cached_property
+    def pool(self) -> tuple[CaseSizes, ...]:
+        """The sizes that cases are drawn from: those that fit, where all backends have a fixed structure."""
+        return self.sizes if self.scope is not None else fitting(self.sizes, self.backends)
 
     @property
     def phases(self) -> list[Phase]:

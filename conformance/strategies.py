@@ -155,7 +155,7 @@ def cases(
         enough_calls = len(some.calls) >= min_calls and sum(some.calls) >= min_tokens
         return enough_calls and (some.context_tokens >= min_context or context is False)
 
-    pool = tuple(some for some in current().sizes[: smallest or frames] if fits(some))
+    pool = tuple(some for some in current().pool[: smallest or frames] if fits(some))
     pool = tuple(filter(prefer, pool)) or pool
     if not pool:
         raise ValueError(

@@ -9,7 +9,15 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from lyra.backends.protocol import Attention, Backend, Bfloat16Backend, Engine, FixedBackend, ModelBackend
+from lyra.backends.protocol import (
+    Attention,
+    Backend,
+    Bfloat16Backend,
+    Engine,
+    FixedBackend,
+    ModelBackend,
+    Unsupported,
+)
 from lyra.backends.raised import ends_the_process, interrupted, raised
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
@@ -45,7 +53,9 @@ class BackendError(Exception):
 
 
 class Unfit(Exception):
-    """A case has a structure that a backend of fixed structure does not have: it is not asked."""
+    """A case has a structure that a backend of fixed structure does not have, or asks what by its nature it cannot be
+    asked: it has no part in it.
+    """
 
 
 @dataclass(frozen=True)
@@ -307,13 +317,16 @@ class Subject:
         return self.attempt(lambda: backend.load(folder))
 
     def attempt(self, call: Callable[[], Answer]) -> Answer:
-        """Call into the backend; what it raises is its own error, whatever it is. Raises BackendError.
+        """Call into the backend; what it raises is its own error, whatever it is. Raises BackendError, and Unfit where
+        the backend says that it cannot be asked that.
 
         Only the user's Ctrl-C passes: a backend's `sys.exit()` ends nothing but this call.
         """
         try:
             with journal.asking(self.name):
                 return call()
+        except Unsupported as error:
+            raise Unfit(str(error)) from error
         except BaseException as error:
             if interrupted(error):
                 raise
@@ -355,6 +368,8 @@ class Subject:
                 distances = self.stage_distances(problem, outcome.trace)
             except Divergence as error:
                 return error.stage, str(error)
+            except Unfit:
+                continue
             except BackendError as error:
                 return None, f"asked for a trace it raised {error}"
             for name, far in distances.items():

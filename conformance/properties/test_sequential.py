@@ -38,7 +38,7 @@ from lyra.conformance.properties.test_batch import moved_rows
 from lyra.conformance.registry import prop
 from lyra.conformance.shaped import beyond_window, chunked, several_rows
 from lyra.conformance.strategies import block_cases, in_long_calls
-from lyra.conformance.subject import BackendError, Subject
+from lyra.conformance.subject import Subject
 from lyra.spec.errors import InputError, SpecError
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
@@ -340,14 +340,16 @@ def test_what_a_shared_cache_excludes_is_refused(case: Case, judge: Judge) -> No
 
 
 def refuses(subject: Subject, call: Callable[[], object]) -> bool:
-    """Whether a call is refused with an InputError. Raises BackendError for another error."""
-    try:
-        call()
-    except InputError:
-        return True
-    except Exception as error:
-        raise BackendError(subject.name, error) from error
-    return False
+    """Whether a call is refused with an InputError. Raises BackendError for another error, Unfit for Unsupported."""
+
+    def refused() -> bool:
+        try:
+            call()
+        except InputError:
+            return True
+        return False
+
+    return subject.attempt(refused)
 
 
 @prop(
