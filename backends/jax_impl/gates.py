@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 
 from lyra.spec.arguments import check_scored
-from lyra.spec.errors import InputError
 from lyra.spec.blends import check_blends, share_rows
+from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.split import HeadSplit
 
