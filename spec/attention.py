@@ -128,7 +128,7 @@ class AttentionSpec(SpecModel):
 
     @property
     def lyra_kv_heads(self) -> tuple[int, ...]:
-        """The KV heads that the Lyra heads read, ascending: axis G of a StaticLayer."""
+        """The KV heads that the Lyra heads read, ascending: axis Hs of a StaticLayer."""
         return self.split.lyra_kv_heads if self.split else ()
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:

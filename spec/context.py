@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,11 +20,13 @@ from .arguments import (
     check_whole,
 )
 from .bos import leading_bos
+from .context_file import read_context, write_context
 from .errors import ContextError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
 from .rotation import rotation_tables
 from .storage import (
+    ContextLayer,
     Storage,
     Values,
     check_storage,
@@ -41,17 +43,6 @@ from .storage import (
 
 MOST_POSITION = 1 << 30
 """The last position that a context may name: the live tokens behind it still have positions of 32 bits."""
-
-
-class ContextLayer(NamedTuple):
-    """One layer's keys and values: k, v [Bc,G,S,D], axis G being `kv_heads`, ascending.
-
-    float32, or what `StaticContext.astype` has made of it; `numpy.asarray(k, dtype=numpy.float32)` reads any.
-    """
-
-    kv_heads: tuple[int, ...]
-    k: Values
-    v: Values
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,8 +269,6 @@ class StaticContext:
 
         An old file's mode is kept, else the umask decides; a symlink stays one. Raises OSError, naming `path`.
         """
-        from .context_file import write_context
-
         write_context(self, check_path("path", path))
 
     @classmethod
@@ -289,9 +278,7 @@ class StaticContext:
         What is there is held to the file's digests, which reads it once, unless `verify` is False. A file of an older
         Lyra has none: an UncheckedContextWarning says so. Raises ContextError, naming the file and what is damaged.
         """
-        from .context_file import read_context
-
-        return read_context(path, check_flag("verify", verify)).context
+        return read_context(StaticContext, path, check_flag("verify", verify)).context
 
     def _heads(self, layer: int, kv_heads: Iterable[int]) -> ContextLayer:
         """Some KV heads of a layer, ascending, stored as they are. Raises ContextError where they are not there."""

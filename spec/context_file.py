@@ -1,7 +1,7 @@
 """The context's file: one .safetensors with keys, values, positions, mask and the cosines and sines of the positions.
 
-Tensors: `layers.N.k`, `layers.N.v` [Bc,G,S,D] float32, bfloat16 or int8, the last with `layers.N.k.scales` float32
-[Bc,G,blocks,D] or [Bc,G,blocks,1] and `layers.N.k.blocks` [Bc,S] int32, v likewise (clause STORED-4); `mask` [Bc,S]
+Tensors: `layers.N.k`, `layers.N.v` [Bc,Hs,S,D] float32, bfloat16 or int8, the last with `layers.N.k.scales` float32
+[Bc,Hs,blocks,D] or [Bc,Hs,blocks,1] and `layers.N.k.blocks` [Bc,S] int32, v likewise (clause STORED-4); `mask` [Bc,S]
 bool; `positions` and, if known, `tokens` [Bc,S] int64; `cos`, `sin` [Bc,S,D] float32 unless the model has no RoPE.
 Metadata: `format`, `version`, `fingerprint` (JSON), `kv_heads` (JSON, layer -> heads), `digests` (JSON, tensor ->
 digest) and `digest` (clause STORED-6; `lyra.spec.digest`). Files of version 1 have neither digests nor digest.
@@ -15,19 +15,21 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .context import ContextLayer, StaticContext
 from .digest import check_header, check_tensors, sealed
 from .errors import ContextError, UncheckedContextWarning
 from .files import renamed_into
 from .fingerprint import Fingerprint
 from .rotation import angles_in_turn
-from .storage import Int8, Values
+from .storage import ContextLayer, Int8, Values
 from .tensor_file import TensorFile, open_tensors, shown, write_tensors
 from .text_file import parse_json
+
+if TYPE_CHECKING:
+    from .context import StaticContext
 
 FORMAT, VERSION, UNSEALED = "lyra-context", "2", "1"
 _LAYER = re.compile("0|[1-9][0-9]{0,8}")
@@ -71,8 +73,10 @@ def write_context(context: StaticContext, path: str | os.PathLike[str]) -> None:
         write_tensors(temporary, tensors, sealed(metadata, tensors))
 
 
-def read_context(path: str | os.PathLike[str], verify: bool = True) -> OpenedContext:
+def read_context(kind: type[StaticContext], path: str | os.PathLike[str], verify: bool = True) -> OpenedContext:
     """Read a context file, opened once and mapped. Raises ContextError with one message that names the file.
+
+    `kind` is what is made of it: StaticContext, whose `load` this is.
 
     What is there is held to the digests that the file has, unless `verify` is False. Of an older file, which has none,
     an UncheckedContextWarning says so.
@@ -82,12 +86,12 @@ def read_context(path: str | os.PathLike[str], verify: bool = True) -> OpenedCon
     except TypeError:
         raise ContextError(f"a context is read from a file; expected its name, got {shown(path)}") from None
     try:
-        return _read(path, verify)
+        return _read(kind, path, verify)
     except ContextError as error:
         raise ContextError(f"{path}: {error}") from None
 
 
-def _read(path: Path, verify: bool) -> OpenedContext:
+def _read(kind: type[StaticContext], path: Path, verify: bool) -> OpenedContext:
     file = open_tensors(path)
     metadata = file.metadata
     if metadata.get("format") != FORMAT:
@@ -108,7 +112,7 @@ def _read(path: Path, verify: bool) -> OpenedContext:
     if verify and version == VERSION:
         check_tensors(file)
     arrays = {name: file.tensor(name) for name in file.entries}
-    context = StaticContext(
+    context = kind(
         layers={
             number: ContextLayer(heads, _values(arrays, f"layers.{number}.k"), _values(arrays, f"layers.{number}.v"))
             for number, heads in kv_heads.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast, get_args
 
 import ml_dtypes
 import numpy as np
@@ -25,10 +25,10 @@ LEVELS = 127
 
 @dataclass(frozen=True, eq=False)
 class Int8:
-    """Values [Bc,G,S,D] as integers times scales: that of slot s is codes[…, s, :] · scales[…, blocks[s], :].
+    """Values [Bc,Hs,S,D] as integers times scales: that of slot s is codes[…, s, :] · scales[…, blocks[s], :].
 
-    codes   [Bc,G,S,D] int8
-    scales  [Bc,G,N,D] float32, one for each channel of a block of slots, or [Bc,G,N,1], one for all its channels
+    codes   [Bc,Hs,S,D] int8
+    scales  [Bc,Hs,N,D] float32, one for each channel of a block of slots, or [Bc,Hs,N,1], one for all its channels
     blocks  [Bc,S] int32, the block of every slot, 0 to N-1
 
     `numpy.asarray` gives the values as float32. Slots keep their block, so that contexts are cut and joined without
@@ -59,7 +59,7 @@ class Int8:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(Bc, G, S, D)."""
+        """(Bc, Hs, S, D)."""
         return self.codes.shape
 
     @property
@@ -93,7 +93,18 @@ class Int8:
 
 
 Values: TypeAlias = np.ndarray | Int8
-"""Keys or values [Bc,G,S,D] as they are stored: an array of float32 or bfloat16, or Int8."""
+"""Keys or values [Bc,Hs,S,D] as they are stored: an array of float32 or bfloat16, or Int8."""
+
+
+class ContextLayer(NamedTuple):
+    """One layer's keys and values: k, v [Bc,Hs,S,D], axis Hs being `kv_heads`, ascending.
+
+    float32, or what `StaticContext.astype` has made of it; `numpy.asarray(k, dtype=numpy.float32)` reads any.
+    """
+
+    kv_heads: tuple[int, ...]
+    k: Values
+    v: Values
 
 
 def check_storage(name: str) -> Storage:
@@ -109,7 +120,7 @@ def storage_of(values: Values) -> Storage:
 
 
 def stored(values: Values, storage: Storage, mask: np.ndarray, *, by_channel: bool) -> Values:
-    """Values [Bc,G,S,D] stored in another way; mask [Bc,S]. What they are stored as already comes back as it is.
+    """Values [Bc,Hs,S,D] stored in another way; mask [Bc,S]. What they are stored as already comes back as it is.
 
     To the nearest, ties to even. int8 has one scale a token, or `by_channel` one a channel, over all tokens of a row:
     the largest size divided by 127. Masked slots, which nobody sees, become 0, so that they decide no scale.

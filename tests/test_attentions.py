@@ -13,8 +13,7 @@ from safetensors import safe_open
 
 import lyra
 from lyra.backends.protocol import AttentionsEngine
-from lyra.spec import AttentionSpec, HeadSplit, InputError, ModelSpec, StaticContext, StaticSpec
-from lyra.spec.context import ContextLayer
+from lyra.spec import AttentionSpec, ContextLayer, HeadSplit, InputError, ModelSpec, StaticContext, StaticSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.reference import Stream, at, by_head, context_end, project, static_keys, visible_live
 from lyra.spec.uncertain import K, Uncertain, exact, rms_norm, scores, softmax_average

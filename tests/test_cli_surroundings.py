@@ -17,8 +17,7 @@ from lyra import StaticContext
 from lyra.cli import application
 from lyra.cli.files import check_files
 from lyra.progress import about, steps
-from lyra.spec import ModelSpec
-from lyra.spec.context import ContextLayer
+from lyra.spec import ContextLayer, ModelSpec
 from lyra.spec.errors import InputError
 from lyra.spec.fingerprint import Fingerprint
 from lyra.terminal import console, new_table, paragraphs, prepare_terminal, visible

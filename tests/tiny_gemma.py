@@ -10,8 +10,7 @@ import torch
 import transformers
 
 from lyra.backends.torch_impl.injector import GemmaInjector
-from lyra.spec import HeadSplit, StaticContext
-from lyra.spec.context import ContextLayer
+from lyra.spec import ContextLayer, HeadSplit, StaticContext
 
 VOCAB, WINDOW, LAYERS, GLOBAL = 97, 8, 4, (1, 3)
 CONFIG: dict[str, Any] = {

@@ -33,7 +33,7 @@ def inspect(
     check_files(json_path=json_path, inputs=(context,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UncheckedContextWarning)  # the table says it
-        loaded, digest, checked = read_context(context, verify)
+        loaded, digest, checked = read_context(StaticContext, context, verify)
     attention = loaded.fingerprint.attention.to_dict()
     data: dict[str, Any] = {"path": str(context)} | loaded.describe()
     data |= {"norms": norms(loaded), "attention": attention, "weights": dict(loaded.fingerprint.layers)}
