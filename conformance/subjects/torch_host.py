@@ -166,7 +166,7 @@ class Host:
                 return args, kwargs | {"hidden_states": feed.x}
 
             def enter_block(module: nn.Module, args: Any) -> Any:
-                if trace:
+                if trace and not hasattr(module, "trace"):
                     for undo in watch_block(module, seen.stages):
                         hooks.callback(undo)
                 return (feed.h, *args[1:])
@@ -180,7 +180,11 @@ class Host:
             else:
                 keep(self.layer.injected.register_forward_pre_hook(enter_block))
                 keep(self.layer.injected.register_forward_hook(leave))
-            if trace and feed.h is None:
+            target = self.attention if feed.h is None else self.layer.injected
+            if trace and hasattr(target, "trace"):
+                target.trace = seen.stages
+                hooks.callback(setattr, target, "trace", None)
+            elif trace and feed.h is None:
                 for undo in watch_attention(self.attention, cache, seen.stages):
                     hooks.callback(undo)
             yield
