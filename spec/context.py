@@ -25,8 +25,8 @@ from .errors import ContextError
 from .fingerprint import Fingerprint
 from .inputs import StaticLayer
 from .rotation import rotation_tables
+from .storage import ContextLayer as ContextLayer
 from .storage import (
-    ContextLayer,
     Storage,
     Values,
     check_storage,
