@@ -1,4 +1,4 @@
-"""Hugging Face's Gemma-3 as an oracle for any head split.
+"""Hugging Face's attention as an oracle for any head split.
 
 Every number here is made by unmodified Hugging Face code: the layer's own projections and norms, its rotary embedding,
 `apply_rotary_pos_emb`, `eager_attention_forward`. This module only composes: it says which head meets which keys, at
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.models.gemma3.modeling_gemma3 import apply_rotary_pos_emb, eager_attention_forward
 
 from lyra.backends.protocol import Result
 from lyra.spec.attention import AttentionSpec
@@ -31,7 +30,7 @@ HIDDEN = torch.finfo(torch.float32).min
 
 
 class HuggingFaceOracle:
-    """Hugging Face's Gemma-3 in the shape of a backend: `lyra.conformance.oracles.hf:HuggingFaceOracle`."""
+    """Hugging Face's layers in the shape of a backend: `lyra.conformance.oracles.hf:HuggingFaceOracle`."""
 
     name = "huggingface"
     capabilities = frozenset({"static"})
@@ -56,7 +55,7 @@ class HuggingFaceOracle:
         positions: np.ndarray,
         mask: np.ndarray | None = None,
     ) -> np.ndarray:
-        """`Gemma3Attention.forward` itself under Hugging Face's own mask; the split is ignored (clause IDENTITY).
+        """The forward of Hugging Face's attention, under its own mask; the split is ignored (clause IDENTITY).
 
         x [B,T,E] float32, positions [B,T] int, mask [B,T] bool or None; returns [B,T,E] float32. Hugging Face counts
         a window in tokens, the spec in positions: in a sliding layer the real tokens of a row must be consecutive.
@@ -126,7 +125,7 @@ class HuggingFaceAttention:
     ) -> torch.Tensor:
         """The heads [B,T,n,D] of one stream: live tokens at `at` [B,T], `visible` [B,T,T] of them, and the context."""
         cos, sin = self._modules.cos_sin(live.query, at)
-        query, key = apply_rotary_pos_emb(live.query, live.key, cos, sin)
+        query, key = self._modules.family.turn(live.query, live.key, cos, sin)
         query, key, value = query[:, stream.heads], key[:, stream.kv_heads], live.value[:, stream.kv_heads]
         if context is not None:
             batch, tokens = at.shape
@@ -134,7 +133,7 @@ class HuggingFaceAttention:
             value = torch.cat((context.value[:, stream.static_heads].expand(batch, -1, -1, -1), value), dim=2)
             visible = torch.cat((context.visible[:, None].expand(batch, tokens, -1), visible), dim=2)
         attention = self._modules.attention
-        heads, _ = eager_attention_forward(
+        heads, _ = self._modules.family.eager(
             attention if stream.whole_groups else _OWN_KEY_HEAD,
             query,
             key,
@@ -153,7 +152,7 @@ class HuggingFaceAttention:
         visible = torch.tensor(static.mask)
         key, value = (torch.from_numpy(np.where(static.mask[:, None, :, None], part, 0.0)) for part in static[:2])
         cos, sin = self._modules.cos_sin(like, torch.tensor(static.positions))
-        return _Context(apply_rotary_pos_emb(key, key, cos, sin)[1], value, visible)
+        return _Context(self._modules.family.turn(key, key, cos, sin)[1], value, visible)
 
 
 class _Live(NamedTuple):

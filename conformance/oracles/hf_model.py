@@ -1,4 +1,4 @@
-"""A whole Gemma-3 as oracle: Hugging Face's model, the attention of its global layers replaced by the float64 oracle.
+"""A whole model as oracle: Hugging Face's, the attention of its global layers replaced by the float64 oracle.
 
 Everything but these layers is unmodified Hugging Face code in float32, so values are compared with the one tolerance of
 whole models, relative to the largest value (`lyra.conformance.tolerance.MODEL`).
@@ -14,42 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lyra.backends.protocol import CapturedLayer
 from lyra.spec.attention import AttentionSpec, StaticSpec
+from lyra.spec.families import DEFAULT
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
 from lyra.spec.reference import reference
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
+from . import families
 from .hf_real import load_model, model_spec
 from .hf_sequential import InjectedLayer
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "query_pre_attn_scalar": 20,
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-    "rope_parameters": {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
-    },
-}
-"""A Gemma-3 that is small in every size and has every kind of layer; its window is shorter than the texts."""
 
-
-def save_small_model(folder: str | os.PathLike[str], seed: int = 0) -> None:
-    """Write a small random Gemma-3 in Hugging Face's layout; norm weights are random too: zeros would hide them."""
+def save_small_model(folder: str | os.PathLike[str], seed: int = 0, family: str = DEFAULT) -> None:
+    """Write a small random model in Hugging Face's layout; norm weights are random too: zeros would hide them."""
     generator = torch.Generator().manual_seed(seed)
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**SMALL))
+    known = families.family(family)
+    model = known.causal_model(known.small())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.3 if "norm" in name else parameter.shape[-1] ** -0.5
@@ -61,7 +45,7 @@ class ModelOracle:
     """Logits with and without a context, and what capturing must give."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Raises FileNotFoundError, InputError for a folder that holds no whole Gemma-3."""
+        """Raises FileNotFoundError, InputError for a folder that holds no whole model."""
         self.module = load_model(os.fspath(folder))
         self.spec: ModelSpec = model_spec(self.module)
 
@@ -119,7 +103,7 @@ class ModelOracle:
         """Logits, float32 [B,T,V], with the oracle's block behind self-attention in every layer of `blocks`."""
         layers = self.module.model.layers
         injected = {
-            (layers, str(index)): InjectedLayer(layers[index], block, static.get(index))
+            (layers, str(index)): InjectedLayer(layers[index], block, static.get(index), self.spec)
             for index, block in blocks.items()
         }
         with replaced(injected):
@@ -140,7 +124,7 @@ def replaced(modules: Mapping[tuple[nn.Module, str], nn.Module]) -> Iterator[Non
 
 
 class OracleAttention(nn.Module):
-    """The float64 oracle in the place of a Gemma3Attention, for one call over all live tokens, without padding."""
+    """The float64 oracle in the place of a layer's attention, for one call over all live tokens, without padding."""
 
     def __init__(self, original: nn.Module, spec: AttentionSpec, static: StaticLayer | None) -> None:
         super().__init__()

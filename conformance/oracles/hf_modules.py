@@ -1,72 +1,41 @@
-"""Hugging Face's own Gemma-3 modules for an AttentionSpec: configuration, weights, and what they can express."""
+"""Hugging Face's own modules for an AttentionSpec: configuration and weights."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3RotaryEmbedding
 
-from lyra.spec.attention import AttentionSpec, RopeSpec
-from lyra.spec.errors import SpecError
+from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import check_weights
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+from .families import Family, expressing, supports
+
+__all__ = ["ModuleCache", "Modules", "build", "config_of", "supports"]
 
 
 class Modules(NamedTuple):
-    """One layer as Hugging Face builds it: its attention, its rotary embedding and its configuration."""
+    """One layer as Hugging Face builds it: its attention, its rotary embedding, its configuration and its family."""
 
-    attention: Gemma3Attention
-    rotary: Gemma3RotaryEmbedding
-    config: Gemma3TextConfig
+    attention: Any
+    rotary: Any
+    config: Any
+    family: Family
 
     def cos_sin(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [B,T,D] of positions [B,T], in the type of x."""
-        cos, sin = self.rotary(x, positions, self.attention.layer_type)
-        return cos, sin
+        return self.family.cos_sin(self.rotary, self.attention, x, positions)
 
 
-def supports(spec: AttentionSpec) -> str | None:
-    """Why Hugging Face's Gemma-3 cannot express a spec, or None if it can."""
-    if spec.qk_norm is None:
-        return "qk_norm is None; Gemma3Attention always norms queries and keys"
-    if spec.rope is None:
-        return "rope is None; Gemma3Attention always rotates queries and keys"
-    return None
-
-
-def config_of(spec: AttentionSpec) -> Gemma3TextConfig:
-    """The configuration of a one-layer Gemma-3 whose attention is `spec`. Raises SpecError if `supports` objects."""
-    reason = supports(spec)
-    if reason is not None:
-        raise SpecError(f"the Hugging Face oracle cannot express this spec: {reason}")
-    assert spec.rope is not None
-    assert spec.qk_norm is not None
-    layer_type = FULL if spec.sliding_window is None else SLIDING
-    config = Gemma3TextConfig(
-        # The class asks for a width that the heads divide, though Gemma-3 has its own head_dim: set below.
-        hidden_size=spec.num_attention_heads * spec.head_dim,
-        num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads,
-        head_dim=spec.head_dim,
-        num_hidden_layers=1,
-        layer_types=[layer_type],
-        rope_parameters={layer_type: _rope_parameters(spec.rope)},
-        rms_norm_eps=spec.qk_norm.eps,
-        # The field holds integers only; `build` sets the exact scale on the module.
-        query_pre_attn_scalar=max(1, round(spec.scale**-2)),
-        attention_bias=spec.bias,
-        sliding_window=spec.sliding_window,
-        attn_logit_softcapping=spec.softcap,
-    )
-    config.hidden_size = spec.hidden_size
+def config_of(spec: AttentionSpec) -> tuple[Family, Any]:
+    """The family whose attention is `spec`, and the configuration of a one-layer model of it. Raises SpecError."""
+    family = expressing(spec)
+    config = family.config(spec)
     config._attn_implementation = "eager"
-    return config
+    return family, config
 
 
 def build(spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> Modules:
@@ -74,13 +43,13 @@ def build(spec: AttentionSpec, weights: Mapping[str, np.ndarray]) -> Modules:
 
     Writable, contiguous float32 arrays are shared with the module, not copied. Raises InputError, SpecError.
     """
-    config = config_of(spec)
+    family, config = config_of(spec)
     with torch.device("meta"):  # no memory and no random initialisation: every parameter is assigned below
-        attention = Gemma3Attention(config, layer_idx=0)
+        attention = family.attention(config, layer_idx=0)
     state = {name: torch.from_numpy(_shareable(array)) for name, array in check_weights(spec, weights).items()}
     attention.load_state_dict(state, strict=True, assign=True)
     attention.scaling = spec.scale
-    return Modules(attention.eval(), Gemma3RotaryEmbedding(config), config)
+    return Modules(attention.eval(), family.rotary(config), config, family)
 
 
 class ModuleCache:
@@ -106,12 +75,6 @@ class ModuleCache:
             while len(self._kept) > self._size:
                 self._kept.popitem(last=False)
         return modules
-
-
-def _rope_parameters(rope: RopeSpec) -> dict[str, object]:
-    if rope.factor == 1.0:
-        return {"rope_type": "default", "rope_theta": rope.theta}
-    return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
 
 
 def _shareable(array: np.ndarray) -> np.ndarray:

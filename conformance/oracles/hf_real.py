@@ -1,4 +1,4 @@
-"""Real weights and real activations: what enters the global layers of a Gemma-3 checkpoint when it reads a text."""
+"""Real weights and real activations: what enters the global layers of a checkpoint when it reads a text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM
+from transformers import PreTrainedModel
 
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
+from lyra.spec.families import family_of_config
 from lyra.spec.model import ModelSpec
+from lyra.spec.text_file import read_json
+
+from . import families
 
 __all__ = ["RealLayer", "load_model", "model_spec", "real_layers"]
 
@@ -38,24 +42,27 @@ class RealLayer:
 
 
 @lru_cache(maxsize=1)
-def load_model(folder: str) -> Gemma3ForCausalLM:
+def load_model(folder: str) -> PreTrainedModel:
     """The checkpoint of a local folder in Hugging Face's layout, float32, eager attention; the last one is kept.
 
-    Raises FileNotFoundError for a folder without a model, InputError for one that lacks some of Gemma-3's weights.
+    Raises FileNotFoundError for a folder without a model, SpecError for one of no known family, InputError for one that
+    lacks some of its weights.
     """
-    if not (Path(folder) / "config.json").is_file():
+    config = Path(folder) / "config.json"
+    if not config.is_file():
         raise FileNotFoundError(f"{folder!r} holds no config.json; expected a local folder in Hugging Face's layout")
-    loaded: Any = Gemma3ForCausalLM.from_pretrained(
+    family = family_of_config(read_json(config, refuse=InputError))
+    loaded: Any = families.family(family.name).causal_model.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
     )
     model, report = loaded
     if report["missing_keys"]:  # Hugging Face only warns, and fills them with random numbers
-        raise InputError(f"{folder!r} lacks weights that Gemma-3 has: {sorted(report['missing_keys'])[:5]}")
+        raise InputError(f"{folder!r} lacks weights that a {family.title} has: {sorted(report['missing_keys'])[:5]}")
     model.eval()
     return model
 
 
-def model_spec(model: Gemma3ForCausalLM) -> ModelSpec:
+def model_spec(model: PreTrainedModel) -> ModelSpec:
     """The spec of a loaded model, read from its own configuration. Raises SpecError."""
     return ModelSpec.from_hf_config(model.config.to_dict())
 

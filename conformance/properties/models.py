@@ -77,9 +77,7 @@ _engines: dict[tuple[Backend, str], Engine] = {}
 
 def tokens(count: int, seed: int = 0, rows: int = 1) -> np.ndarray:
     """Random ids [rows, count] for the small model, BOS in front."""
-    from lyra.conformance.oracles.hf_model import SMALL
-
-    ids = np.random.default_rng(seed).integers(4, SMALL["vocab_size"], (rows, count))
+    ids = np.random.default_rng(seed).integers(4, oracle(small_folder()).spec.vocab_size, (rows, count))
     ids[:, 0] = 2
     return ids.astype(np.int64)
 
