@@ -11,13 +11,16 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from typing import Any, TextIO, TypeVar
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+Row = TypeVar("Row")
 
 CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 """Control characters, marks that turn the direction of writing, separators of lines, and halves of characters, which
@@ -82,6 +85,32 @@ def new_table(title: object = None, **options: Any) -> Table:
     """A table with its title, which may have several lines, on the left. Cells that are strings are taken for text."""
     shown = None if title is None else paragraphs(title)
     return Table(title=shown, title_justify="left", **options)
+
+
+def table_of(
+    title: object,
+    rows: Iterable[Row],
+    columns: Mapping[str, Callable[[Row], str]],
+    *,
+    left: int = 1,
+    group: Callable[[Row], object] | None = None,
+    caption: str | None = None,
+    **of_columns: Any,
+) -> Table:
+    """A table with a row for each of `rows`: of every column its head, and what it says of a row.
+
+    The first `left` columns are on the left, the very first bold; numbers follow on the right. Where `group` gives
+    something else than for the row before, a line is drawn. `of_columns` are rich's own options of every column.
+    """
+    table = new_table(title, caption=caption, caption_justify="left")
+    for number, name in enumerate(columns):
+        justify: JustifyMethod = "left" if number < left else "right"
+        table.add_column(name, style=None if number else "bold", justify=justify, **of_columns)
+    for _, members in groupby(rows, group or (lambda row: None)):
+        for row in members:
+            table.add_row(*(cell(row) for cell in columns.values()))
+        table.add_section()
+    return table
 
 
 def tolerate(*streams: TextIO) -> None:

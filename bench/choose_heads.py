@@ -26,8 +26,9 @@ from lyra.cli.app import run_script
 from lyra.cli.choose import curve_table, heat_map
 from lyra.cli.files import check_files
 from lyra.cli.options import BackendName, JsonPath, load_model
-from lyra.cli.output import show, size
+from lyra.cli.output import show
 from lyra.progress import steps
+from lyra.quantities import size
 from lyra.studies.cache import context_size
 from lyra.studies.figures import save
 from lyra.terminal import new_table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lyra.backends.protocol import import_extra
-from lyra.studies.figures import GRID, INK, STROKES
+from lyra.studies.figures import GRID, INK, LEGEND, strokes
 
 from .choice import Report
 
@@ -41,9 +41,9 @@ def choice_figure(report: Report) -> Figure:
 def _draw_curve(axes: Axes, report: Report) -> None:
     """Held-out gain in % of all heads', a line for each kind; below each number of heads what its context takes."""
     heads = [point.heads for point in report.curve]
-    for kind, (style, marker, colour) in zip(report.kinds, STROKES, strict=False):
+    for kind, stroke in zip(report.kinds, strokes(len(report.kinds)), strict=True):
         gains = [100 * report.share(point, "held_out", kind) for point in report.curve]
-        axes.plot(heads, gains, linestyle=style, marker=marker, color=colour, markersize=5, linewidth=1.6, label=kind)
+        axes.plot(heads, gains, **stroke, label=kind)
     axes.axhline(100, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
     axes.axvline(report.point.heads, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
     axes.annotate(
@@ -52,7 +52,7 @@ def _draw_curve(axes: Axes, report: Report) -> None:
     mib = [f"{point.heads}\n{point.bytes_per_1000_tokens / 2**20:.3g}" for point in report.curve]
     axes.set_xticks(heads, mib, fontsize=8.5)
     axes.set(xlabel="heads, and MiB of context for 1,000 tokens", ylabel="gain on held-out documents, % of all heads'")
-    axes.legend(frameon=False, handlelength=4, loc="lower right")
+    axes.legend(**LEGEND, loc="lower right")
     axes.grid(True, axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

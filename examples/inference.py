@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 import lyra
 from lyra.cli.options import ModelName, load_model
-from lyra.cli.output import size
+from lyra.quantities import size
 
 DOCUMENT = "try"
 """An entry of the language reference that comes with every Python: the try statement."""

@@ -23,8 +23,9 @@ from rich.text import Text
 
 import lyra
 from lyra.cli.options import ModelName, load_model
-from lyra.cli.output import fields_table, head_list, size
+from lyra.cli.output import fields_table, head_list
 from lyra.progress import steps
+from lyra.quantities import size
 
 DOCUMENT = "types"
 """An entry of the language reference that comes with every Python: the hierarchy of its types."""

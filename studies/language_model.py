@@ -7,9 +7,9 @@ of Hugging Face's LlamaModel, which loads them as they are.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,6 +23,23 @@ from .cache import calculate_kv_cache_size
 from .parameters import kind
 
 INITIAL_STD = 0.02
+
+Weights = Mapping[str, Any]
+"""Arrays of a framework by the names that Hugging Face's LlamaModel has for them."""
+
+
+class Operations(NamedTuple):
+    """What the model is made of: a framework's own operations, on its own arrays."""
+
+    embed: Callable[[Any, Any], Any]
+    """tokens int [B,T], table [V,E] -> [B,T,E]."""
+    linear: Callable[[Any, Any], Any]
+    """x [B,T,in], weight [out,in] -> [B,T,out]."""
+    rms_norm: Callable[[Any, Any, float], Any]
+    """x, weight, eps -> x · rsqrt(mean(x²) + eps) · weight over the last axis."""
+    silu: Callable[[Any], Any]
+    attention: Callable[[AttentionSpec, Weights, Any, Any], tuple[Any, Any]]
+    """The backend's GroupedQueryAttention with some weights, x [B,T,E], cache or None -> [B,T,E], cache with x's."""
 
 
 class LMSpec(SpecModel):
@@ -78,6 +95,28 @@ class LMSpec(SpecModel):
         )
 
 
+def logits(
+    of: Operations, spec: LMSpec, weights: Weights, tokens: Any, caches: Sequence[Any] | None = None
+) -> tuple[Any, list[Any]]:
+    """tokens int [B,T] -> logits [B,T,V], and every layer's cache with the call's tokens.
+
+    Attention and a gated MLP (Shazeer 2020, "GLU Variants"), each behind a norm and added to what comes in.
+    """
+    eps, grown = spec.norm_eps, list[Any]()
+    x = of.embed(tokens, weights["embed_tokens.weight"])
+    for layer in range(spec.num_layers):
+        at = f"layers.{layer}"
+        attention = {name: weights[f"{at}.self_attn.{name}"] for name in spec.attention.weight_shapes()}
+        before = of.rms_norm(x, weights[f"{at}.input_layernorm.weight"], eps)
+        attended, cache = of.attention(spec.attention, attention, before, None if caches is None else caches[layer])
+        grown.append(cache)
+        x = x + attended
+        between = of.rms_norm(x, weights[f"{at}.post_attention_layernorm.weight"], eps)
+        gate, up = (of.linear(between, weights[f"{at}.mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+        x = x + of.linear(of.silu(gate) * up, weights[f"{at}.mlp.down_proj.weight"])
+    return of.linear(of.rms_norm(x, weights["norm.weight"], eps), weights["embed_tokens.weight"]), grown
+
+
 def initial_weights(spec: LMSpec, seed: int) -> dict[str, np.ndarray]:
     """Weights to start from, float32: norms 1, the rest normal with standard deviation 0.02.
 
@@ -85,17 +124,17 @@ def initial_weights(spec: LMSpec, seed: int) -> dict[str, np.ndarray]:
     is drawn by its own name, and the first KV heads of MHA are those of GQA and MQA, so that models of one seed differ
     in nothing but the number of KV heads.
     """
-    found = {}
+    weights = {}
     for name, shape in spec.weight_shapes().items():
         if len(shape) == 1:
-            found[name] = np.ones(shape, np.float32)
+            weights[name] = np.ones(shape, np.float32)
             continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = INITIAL_STD / np.sqrt(2 * spec.num_layers) if residual else INITIAL_STD
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         # Rows are drawn in order, so that fewer rows are the first of more.
-        found[name] = (rng.standard_normal(shape) * std).astype(np.float32)
-    return found
+        weights[name] = (rng.standard_normal(shape) * std).astype(np.float32)
+    return weights
 
 
 def write_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .groups import groups
 from .language_model import LMSpec
 from .training import Curve, Recipe, Task, Trained
 
@@ -59,13 +60,16 @@ def summary(runs: Sequence[Trained], tokens: int) -> list[dict[str, Any]]:
     held-out cross-entropy is than that of the first number of KV heads at the same seed, in nats, a mean with its
     standard error. cache_bytes counts one row of so many tokens in float32.
     """
+    kinds = groups(runs, lambda run: (run.task.backend, run.task.spec.num_kv_heads))
     rows = []
-    for backend, heads in dict.fromkeys((run.task.backend, run.task.spec.num_kv_heads) for run in runs):
-        own = _of(runs, backend, heads)
-        base = _of(runs, backend, runs[0].task.spec.num_kv_heads)
-        found = [run.curve.perplexity for run in own]
-        changes = [one.curve.last - other.curve.last for one, other in zip(own, base, strict=True)]
-        spec, checks = own[0].task.spec, [stability(run.curve) for run in own]
+    for (backend, heads), seeds in kinds.items():
+        base = kinds[backend, runs[0].task.spec.num_kv_heads]
+        spec, checks = seeds[0].task.spec, [stability(run.curve) for run in seeds]
+        found = [run.curve.perplexity for run in seeds]
+        changes = [run.curve.last - first.curve.last for run, first in zip(seeds, base, strict=True)]
+        deviation = error = None
+        if len(seeds) > 1:
+            deviation, error = stdev(found), stdev(changes) / math.sqrt(len(changes))
         rows.append(
             {
                 "backend": backend,
@@ -73,11 +77,11 @@ def summary(runs: Sequence[Trained], tokens: int) -> list[dict[str, Any]]:
                 "kv_heads": heads,
                 "parameters": spec.parameters(),
                 "cache_bytes": spec.cache_bytes(tokens),
-                "seeds": len(own),
+                "seeds": len(seeds),
                 "perplexity": fmean(found),
-                "deviation": stdev(found) if len(found) > 1 else None,
+                "deviation": deviation,
                 "loss_change": fmean(changes),
-                "loss_change_error": stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None,
+                "loss_change_error": error,
                 "first_loss": fmean(check["first_loss"] for check in checks),
                 "last_loss": fmean(check["last_loss"] for check in checks),
                 "largest_gradient_norm": max(check["largest_gradient_norm"] for check in checks),
@@ -92,31 +96,18 @@ def distance(runs: Sequence[Trained]) -> dict[str, float] | None:
 
     loss is over every training step, held_out over every evaluation.
     """
-    backends = list(dict.fromkeys(run.task.backend for run in runs))
-    if len(backends) < 2:
+    models = groups(runs, lambda run: (run.task.spec, run.task.seed)).values()
+    pairs = [(model[0].curve, other.curve) for model in models for other in model[1:]]
+    if not pairs:
         return None
-    apart = {"loss": 0.0, "held_out": 0.0}
-    found = {(run.task.backend, run.task.spec, run.task.seed): run.curve for run in runs}
-    for (_, spec, seed), curve in found.items():
-        first = found[backends[0], spec, seed]
-        held_out = [[loss for _, loss in one.held_out] for one in (curve, first)]
-        for key, (a, b) in {"loss": (curve.loss, first.loss), "held_out": held_out}.items():
-            apart[key] = max(apart[key], float(np.abs(np.subtract(a, b)).max()))
-    return apart
+    return {
+        name: max(float(np.abs(np.subtract(getattr(a, name), getattr(b, name))).max()) for a, b in pairs)
+        for name in ("loss", "held_out")
+    }
 
 
 def as_data(run: Trained) -> dict[str, Any]:
     """A run as plain data: what was trained, its whole curve, and whether it was stable."""
-    task = run.task
-    return {
-        "backend": task.backend,
-        "kv_heads": task.spec.num_kv_heads,
-        "seed": task.seed,
-        "perplexity": run.curve.perplexity,
-        **stability(run.curve),
-        **asdict(run.curve),
-    }
-
-
-def _of(runs: Sequence[Trained], backend: str, kv_heads: int) -> list[Trained]:
-    return [run for run in runs if (run.task.backend, run.task.spec.num_kv_heads) == (backend, kv_heads)]
+    task, curve = run.task, run.curve
+    trained = {"backend": task.backend, "kv_heads": task.spec.num_kv_heads, "seed": task.seed}
+    return trained | {"perplexity": curve.perplexity} | stability(curve) | asdict(curve)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from lyra.speed.measure import alternate, floor_seconds, probe, ratio
 from lyra.speed.row import Contestant, Floor
 from lyra.speed.workers import Workers
 
+from . import timed
 from .cache import calculate_kv_cache_size
 from .language_model import LMSpec
 from .parameters import kind, projections
@@ -66,26 +68,25 @@ def measure(
     floor_faster is what the floors alone would give.
     """
     rates, rows = probe(workers), list[dict[str, Any]]()
-    races = [(phase, backend) for phase in loads for backend in backends]
+    races = list(product(loads, backends))
+    specs = [spec.replace(num_key_value_heads=heads) for heads in kv_heads]
     for number, (phase, backend) in enumerate(races):
         moved(f"{phase}, {backend}", number, len(races))
-        specs = [spec.replace(num_key_value_heads=heads) for heads in kv_heads]
-        found = in_turns(backend, phase, [one.to_dict() for one in specs], loads[phase], workers, rounds)
-        floors = [floor(one, phase, loads[phase]) for one in specs]
-        least = [floor_seconds(one, rates) for one in floors]
-        for place, heads in enumerate(kv_heads):
+        load = loads[phase]
+        turns = in_turns(backend, phase, [layer.to_dict() for layer in specs], load, workers, rounds)
+        floors = [floor(layer, phase, load) for layer in specs]
+        least = [floor_seconds(limit, rates) for limit in floors]
+        for layer, times, limit, seconds in zip(specs, turns, floors, least, strict=True):
             rows.append(
                 {
                     "phase": phase,
-                    "backend": backend,
-                    "kind": kind(spec.num_attention_heads, heads),
-                    "kv_heads": heads,
-                    **found[place],
-                    "floor": least[place],
-                    "floor_faster": least[0] / least[place],
-                    "read": floors[place].read,
-                    "operations": floors[place].operations,
-                    "attention_operations": attention_operations(specs[place], phase, loads[phase]),
+                    **_named(layer, backend),
+                    **times,
+                    "floor": seconds,
+                    "floor_faster": least[0] / seconds,
+                    "read": limit.read,
+                    "operations": limit.operations,
+                    "attention_operations": attention_operations(layer, phase, load),
                 }
             )
     return rows
@@ -103,18 +104,14 @@ def repeating(
     backend and number of KV heads but MHA's. slower is the median of the ratios of rounds, with quartiles.
     """
     rows = []
-    for backend in backends:
-        for heads in (one for one in kv_heads if one < spec.num_attention_heads):
-            one = spec.replace(num_key_value_heads=heads)
-            listed = [_contestant(backend, what, one.to_dict(), load) for what in ("repeated_decode", "decode")]
-            found = alternate(listed, rounds, workers)
+    for backend, heads in product(backends, kv_heads):
+        if heads < spec.num_attention_heads:
+            layer = spec.replace(num_key_value_heads=heads)
+            work = [_contestant(backend, what, layer.to_dict(), load) for what in ("repeated_decode", "decode")]
+            repeated, plain = alternate(work, rounds, workers)
             workers.drop()
-            repeated, own = (list(column) for column in zip(*found, strict=True))
-            middle, low, high = ratio(own, repeated)
-            name = kind(spec.num_attention_heads, heads)
-            rows.append(
-                {"backend": backend, "kind": name, "kv_heads": heads, "slower": middle, "low": low, "high": high}
-            )
+            middle, low, high = ratio(plain, repeated)
+            rows.append({**_named(layer, backend), "slower": middle, "low": low, "high": high})
     return rows
 
 
@@ -130,18 +127,23 @@ def in_turns(
     backend: str, what: str, specs: Sequence[dict[str, Any]], load: Load, workers: Workers, rounds: int
 ) -> list[dict[str, float]]:
     """Time one function of the backend's module for every spec, in turns."""
-    contestants = [_contestant(backend, what, one, load) for one in specs]
-    times = [list(column) for column in zip(*alternate(contestants, rounds, workers), strict=True)]
+    times = alternate([_contestant(backend, what, spec, load) for spec in specs], rounds, workers)
     workers.drop()
-    found = []
-    for own in times:
-        middle, low, high = ratio(own, times[0])
-        found.append({"seconds": median(own), "faster": middle, "low": low, "high": high})
-    return found
+    ratios = [ratio(own, times[0]) for own in times]
+    return [
+        {"seconds": median(own), "faster": faster, "low": low, "high": high}
+        for own, (faster, low, high) in zip(times, ratios, strict=True)
+    ]
+
+
+def _named(layer: AttentionSpec, backend: str) -> dict[str, Any]:
+    """What a row is of."""
+    heads = layer.num_key_value_heads
+    return {"backend": backend, "kind": kind(layer.num_attention_heads, heads), "kv_heads": heads}
 
 
 def _contestant(backend: str, what: str, spec: Mapping[str, Any], load: Load) -> Contestant:
-    """One function of the backend's module, as a contestant."""
+    """One function of `timed`, as a contestant."""
     framework: Any = backend
-    make = f"lyra.studies.{backend}_speed:{what}"
-    return Contestant(what, framework, make, {"batch": load.batch, "tokens": load.tokens, "spec": spec})
+    options = {"framework": backend, "batch": load.batch, "tokens": load.tokens, "spec": spec}
+    return Contestant(what, framework, f"{timed.__name__}:{what}", options)

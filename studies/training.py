@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import Field
+from pydantic.dataclasses import dataclass as validated
 
 from lyra.spec.base import SpecModel
 from lyra.spec.errors import InputError
@@ -24,10 +25,14 @@ from .conversion import METHODS, Method, share_kv_heads
 from .corpus import Corpus, batch, windows
 from .language_model import LMSpec, initial_weights, read_weights, write_weights
 
-LEARNERS = {"torch": "torch_lm", "jax": "jax_lm"}
+FRAMEWORKS = ("torch", "jax")
+ROWS = 32
+"""Windows that are evaluated at once."""
+
 MOMENTS = ("adam.mean.", "adam.square.")
 """Prefixes of AdamW's two moments, in a checkpoint of an unfinished run."""
 
+Arrays = Mapping[str, np.ndarray]
 
 Start = Literal["initial", "whole"] | Method
 """Where a model's weights come from."""
@@ -61,7 +66,7 @@ class Recipe(SpecModel):
         return done * self.evaluations // self.steps != (done - 1) * self.evaluations // self.steps
 
 
-@dataclass
+@validated
 class Curve:
     """What was seen, one entry a step: mean cross-entropy in nats a token, norm of the gradient before it was clipped.
 
@@ -141,19 +146,16 @@ class Trained:
     curve: Curve
 
 
-def new_learner(
-    task: Task, weights: Mapping[str, np.ndarray], moments: Mapping[str, np.ndarray] | None = None, done: int = 0
-) -> Learner:
+def new_learner(task: Task, weights: Arrays, moments: Arrays | None = None, done: int = 0) -> Learner:
     """The model in its framework, with these weights and, after `done` steps, AdamW's moments.
 
     Raises InputError for a backend that no model is written for, ImportError where its framework is missing.
     """
-    if task.backend not in LEARNERS:
-        raise InputError(f"no model is trained on {task.backend!r}; expected {' or '.join(LEARNERS)}")
-    made: Learner = import_module(f".{LEARNERS[task.backend]}", __package__).TrainedModel(
-        task.spec, task.recipe, weights, moments, done
-    )
-    return made
+    if task.backend not in FRAMEWORKS:
+        raise InputError(f"no model is trained on {task.backend!r}; expected {' or '.join(FRAMEWORKS)}")
+    module = import_module(f"{__package__}.{task.backend}_lm")
+    learner: Learner = module.TrainedModel(task.spec, task.recipe, weights, moments or {}, done)
+    return learner
 
 
 def train(
@@ -204,7 +206,6 @@ def _resumed(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], 
     arrays, metadata = read_weights(path)
     if "curve" not in metadata:
         raise InputError(f"{path} is no checkpoint of a study; remove it, or name another folder")
-    told = json.loads(metadata["curve"])
-    curve = Curve(told["loss"], told["gradient_norm"], [(step, loss) for step, loss in told["held_out"]])
+    curve = Curve(**json.loads(metadata["curve"]))
     moments = {name: array for name, array in arrays.items() if name.startswith(MOMENTS)}
     return {name: array for name, array in arrays.items() if name not in moments}, moments, curve

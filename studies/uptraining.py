@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from .conversion import METHODS
 from .corpus import Corpus
+from .groups import groups
 from .language_model import LMSpec
 from .parallel import train_all
 from .training import Recipe, Start, Task, Trained
@@ -49,60 +52,47 @@ class Plan:
         ]
 
 
-@dataclass(frozen=True)
-class Uptrained:
-    """A model after uptraining, and what its MHA model's held-out loss was."""
-
-    original: float
-    trained: Trained
-
-
-def uptrain(
+def uptrained(
     plan: Plan,
     corpus: Corpus,
     folder: Path,
     processes: int,
     moved: Callable[[str, int, int], None] = lambda *_: None,
-) -> list[Uptrained]:
-    """Train the MHA models, convert them and train on, or read what is trained already."""
+) -> list[dict[str, Any]]:
+    """Train the MHA models, convert them and train on, or read what is trained already: the rows of `summary`."""
     originals, tasks = plan.originals(), plan.tasks()
     before = sum(task.recipe.steps for task in originals)
     total = before + sum(task.recipe.steps for task in tasks)
     whole = train_all(originals, corpus, folder, processes, lambda what, done, _: moved(what, done, total))
-    losses = {one.task: one.curve.last for one in whole}
-    found = train_all(tasks, corpus, folder, processes, lambda what, done, _: moved(what, before + done, total))
-    return [Uptrained(losses[one.task.origin], one) for one in found if one.task.origin is not None]
+    runs = train_all(tasks, corpus, folder, processes, lambda what, done, _: moved(what, before + done, total))
+    return summary(runs, {run.task: run.curve.last for run in whole})
 
 
-def summary(runs: Sequence[Uptrained]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[Trained], originals: Mapping[Task | None, float]) -> list[dict[str, Any]]:
     """A row for each number of KV heads and start: held-out loss in nats, means over the seeds.
 
-    original is that of the MHA models; at_start that right after the conversion; at_end that after uptraining; held_out
-    all that was seen, [(steps, loss)]. pooled_wins counts the seeds at which "mean" of as many KV heads starts lower.
+    original is that of the MHA models, `originals`; at_start that right after the conversion; at_end that after
+    uptraining; held_out all that was seen, [(steps, loss)]. pooled_wins counts the seeds at which "mean" of as many KV
+    heads starts lower.
     """
+    kinds = groups(runs, lambda run: (run.task.spec.num_kv_heads, run.task.start))
     rows = []
-    for heads, start in dict.fromkeys((run.trained.task.spec.num_kv_heads, run.trained.task.start) for run in runs):
-        own = _of(runs, heads, start)
-        seen = [[loss for _, loss in run.trained.curve.held_out] for run in own]
-        pooled = [run.trained.curve.held_out[0][1] for run in _of(runs, heads, "mean")]
+    for (heads, start), seeds in kinds.items():
+        steps = [step for step, _ in seeds[0].curve.held_out]
+        losses = np.array([[loss for _, loss in run.curve.held_out] for run in seeds])
+        pooled = [run.curve.held_out[0][1] for run in kinds.get((heads, "mean"), [])]
+        means = [fmean(column) for column in losses.T]
         rows.append(
             {
-                "kind": own[0].trained.task.spec.kind,
+                "kind": seeds[0].task.spec.kind,
                 "kv_heads": heads,
                 "start": start,
-                "seeds": len(own),
-                "original": fmean(run.original for run in own),
-                "at_start": fmean(losses[0] for losses in seen),
-                "at_end": fmean(losses[-1] for losses in seen),
-                "pooled_wins": sum(mean < losses[0] for mean, losses in zip(pooled, seen, strict=False)),
-                "held_out": [
-                    (step, fmean(losses[place] for losses in seen))
-                    for place, (step, _) in enumerate(own[0].trained.curve.held_out)
-                ],
+                "seeds": len(seeds),
+                "original": fmean(originals[run.task.origin] for run in seeds),
+                "at_start": means[0],
+                "at_end": means[-1],
+                "pooled_wins": sum(mean < loss for mean, loss in zip(pooled, losses[:, 0].tolist(), strict=False)),
+                "held_out": list(zip(steps, means, strict=True)),
             }
         )
     return rows
-
-
-def _of(runs: Sequence[Uptrained], heads: int, start: Start) -> list[Uptrained]:
-    return [run for run in runs if (run.trained.task.spec.num_kv_heads, run.trained.task.start) == (heads, start)]

@@ -14,7 +14,8 @@ import lyra
 from lyra import StaticContext
 from lyra.cli import application
 from lyra.cli.options import numbers
-from lyra.cli.output import head_list, size
+from lyra.cli.output import head_list
+from lyra.quantities import size
 
 TEXT = "and the note of a hand, then that of the other"
 

@@ -88,7 +88,7 @@ def test_every_preset_has_a_row_and_a_line(tmp_path: Path) -> None:
     assert list(found) == list(presets())
     assert found["mistral-7b"][2] == live_cache_size(ModelSpec.preset("mistral-7b"), 2048)
     assert drawn.read_text().count("<!-- gemma-3-") >= 5
-    strokes_seen = {(str(style), marker) for style, marker, _ in strokes(len(found))}
+    strokes_seen = {(str(stroke["linestyle"]), stroke["marker"]) for stroke in strokes(len(found))}
     assert len(strokes_seen) == len(found)
 
     done = CliRunner().invoke(application(), ["gqa", "presets", "--json", "-"])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lyra.cli import application
 from lyra.spec.attention import RopeSpec, grouped
 from lyra.speed.row import Work
-from lyra.studies import speed
+from lyra.studies import speed, timed
 from lyra.studies.language_model import LMSpec
 from lyra.studies.speed import Load, attention_operations, floor
 
@@ -47,13 +47,13 @@ def test_every_kind_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def in_turns(contestants: list[object], rounds: int, workers: object) -> list[list[float]]:
         asked.append([(one.make, one.options["spec"]["num_key_value_heads"]) for one in contestants])
-        return [[4.0, 2.0, 1.0], [8.0, 4.0, 1.0], [4.0, 2.0, 2.0]]
+        return [[4.0, 8.0, 4.0], [2.0, 4.0, 2.0], [1.0, 1.0, 2.0]]
 
     rates = {"bandwidth": 1e9, "float32": 1e9}
     monkeypatch.setattr(speed, "alternate", in_turns)
     monkeypatch.setattr(speed, "probe", lambda _: rates)
     rows = speed.measure(SPEC, (4, 2, 1), {"decode": Load(1, 64)}, ["torch"], Machine())  # type: ignore[arg-type]
-    make = "lyra.studies.torch_speed:decode"
+    make = "lyra.studies.timed:decode"
     assert asked == [[(make, 4), (make, 2), (make, 1)], "drop"]
     assert [(row["kind"], row["seconds"], row["faster"]) for row in rows] == [
         ("MHA", 4.0, 1.0), ("GQA-2", 2.0, 2.0), ("MQA", 1.0, 4.0),
@@ -66,9 +66,8 @@ def test_every_kind_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_backends_do_the_work(backend: str, what: str) -> None:
     """Each function of both modules runs, more than once, on a cache that is as long afterwards."""
     sizes = LMSpec(vocab_size=16, num_kv_heads=1, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2)
-    module = importlib.import_module(f"lyra.studies.{backend}_speed")
     spec = sizes.to_dict() if what == "model_decode" else SPEC.to_dict()
-    work: Work = getattr(module, what)(spec, batch=2, tokens=16)
+    work: Work = getattr(timed, what)(backend, spec, batch=2, tokens=16)
     for _ in range(3):
         if work.before is not None:
             work.before()
@@ -76,12 +75,12 @@ def test_both_backends_do_the_work(backend: str, what: str) -> None:
 
 
 def test_repeating_changes_the_time_and_nothing_else(backend: str) -> None:
-    module = importlib.import_module(f"lyra.studies.{backend}_speed")
-    own, repeated = (
-        np.asarray(make(SPEC.to_dict(), batch=2, tokens=16).run()) for make in (module.decode, module.repeated_decode)
+    plain, repeated = (
+        np.asarray(make(backend, SPEC.to_dict(), batch=2, tokens=16).run())
+        for make in (timed.decode, timed.repeated_decode)
     )
-    np.testing.assert_allclose(repeated, own, atol=1e-6)
-    assert own.std() > 0.05
+    np.testing.assert_allclose(repeated, plain, atol=1e-6)
+    assert plain.std() > 0.05
 
 
 def test_a_decode_step_sees_the_whole_cache(backend: str) -> None:

@@ -15,7 +15,7 @@ from lyra.cli import application
 from lyra.spec.errors import InputError, SpecError
 from lyra.studies import parallel
 from lyra.studies.corpus import Corpus, batch, byte_pairs, default_text, once, read_corpus, windows
-from lyra.studies.language_model import LMSpec, initial_weights, read_weights
+from lyra.studies.language_model import LMSpec, initial_weights, logits, read_weights
 from lyra.studies.parallel import train_all
 from lyra.studies.perplexity import distance, stability, summary
 from lyra.studies.training import MOMENTS, Curve, Recipe, Task, Trained, train
@@ -156,7 +156,7 @@ def test_the_model_is_hugging_faces_llama() -> None:
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig, LlamaModel
 
-    from lyra.studies.torch_lm import LanguageModel
+    from lyra.studies.torch_lm import OPERATIONS
 
     rng = np.random.default_rng(0)
     weights = {name: value + 0.1 * rng.standard_normal(value.shape) for name, value in initial_weights(SPEC, 0).items()}
@@ -168,14 +168,12 @@ def test_the_model_is_hugging_faces_llama() -> None:
         )
     )  # fmt: skip
     theirs.load_state_dict(tensors, strict=True)
-    ours = LanguageModel(SPEC)
-    ours.load_state_dict(tensors, strict=True)
     tokens = torch.tensor(rng.integers(0, 256, (2, 11)))
     with torch.inference_mode():
         expected = theirs(input_ids=tokens).last_hidden_state @ tensors["embed_tokens.weight"].T
-        whole, _ = ours(tokens)
-        first, caches = ours(tokens[:, :7])
-        rest, _ = ours(tokens[:, 7:], caches)
+        whole, _ = logits(OPERATIONS, SPEC, tensors, tokens)
+        first, caches = logits(OPERATIONS, SPEC, tensors, tokens[:, :7])
+        rest, _ = logits(OPERATIONS, SPEC, tensors, tokens[:, 7:], caches)
     torch.testing.assert_close(whole, expected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat((first, rest), dim=1), whole, atol=2e-5, rtol=1e-5)
 

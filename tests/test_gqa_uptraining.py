@@ -13,9 +13,9 @@ from lyra.cli import application
 from lyra.spec.errors import InputError
 from lyra.studies.conversion import METHODS, Method, share_kv_heads
 from lyra.studies.corpus import default_text, read_corpus
-from lyra.studies.language_model import LMSpec, initial_weights
+from lyra.studies.language_model import LMSpec, initial_weights, logits
 from lyra.studies.training import Curve, Recipe, Task, Trained
-from lyra.studies.uptraining import Plan, Uptrained, summary, uptrain
+from lyra.studies.uptraining import Plan, summary, uptrained
 
 SPEC = LMSpec(
     vocab_size=256, num_kv_heads=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, norm_eps=1e-6
@@ -55,21 +55,19 @@ def test_a_mean_a_first_or_a_random_head_stands_for_its_group() -> None:
 def test_equal_heads_lose_nothing(method: Method) -> None:
     """Where the heads of every group are equal, fewer of them are the same model."""
     torch = pytest.importorskip("torch")
-    from lyra.studies.torch_lm import LanguageModel
+    from lyra.studies.torch_lm import OPERATIONS, arrays
 
     weights = initial_weights(SPEC, 0)
     for name in weights:
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             weights[name] = 20 * np.repeat(heads(weights, name)[::2], 2, axis=0).reshape(weights[name].shape)
     tokens = torch.arange(2 * 9).reshape(2, 9)
-    logits = []
+    found = []
     for spec, own in ((SPEC, weights), (SPEC.replace(num_kv_heads=2), share_kv_heads(weights, HEAD_DIM, 2, method))):
-        model = LanguageModel(spec)
-        model.load_state_dict({name: torch.tensor(value) for name, value in own.items()}, strict=True)
         with torch.inference_mode():
-            logits.append(model(tokens)[0])
-    torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=1e-5)
-    assert logits[0].std() > 0.05
+            found.append(logits(OPERATIONS, spec, arrays(own), tokens)[0])
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+    assert found[0].std() > 0.05
 
 
 def test_biases_are_pooled_too_and_as_many_heads_stay_as_they_are() -> None:
@@ -104,7 +102,7 @@ def test_pooled_heads_start_better_than_random_ones(text_file: Path, tmp_path: P
     plan = Plan("torch", SPEC, RECIPE, seeds=1, kv_heads=(1,), steps=10)
     told: list[tuple[str, int, int]] = []
     corpus = read_corpus(text_file, 256, RECIPE.window)
-    rows = summary(uptrain(plan, corpus, tmp_path, 1, lambda *at: told.append(at)))
+    rows = uptrained(plan, corpus, tmp_path, 1, lambda *at: told.append(at))
     found = {row["start"]: row for row in rows}
     assert list(found) == ["whole", *METHODS]
     assert found["whole"]["at_start"] == pytest.approx(found["whole"]["original"], abs=1e-6)
@@ -117,19 +115,20 @@ def test_pooled_heads_start_better_than_random_ones(text_file: Path, tmp_path: P
 
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(files) == 1 + len(plan.tasks())
-    assert summary(uptrain(plan, corpus, tmp_path, 1)) == rows  # trained already: read
+    assert uptrained(plan, corpus, tmp_path, 1) == rows  # trained already: read
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
 
 
 def test_a_row_is_a_mean_over_the_seeds() -> None:
-    def run(start: Method, seed: int, *losses: float) -> Uptrained:
-        curve = Curve([1.0], [1.0], list(enumerate(losses)))
-        task = Task("torch", SPEC.replace(num_kv_heads=1), RECIPE, seed, start)
-        return Uptrained(1.0 + seed, Trained(task, {}, curve))
+    originals = {Task("torch", SPEC, RECIPE, seed): 1.0 + seed for seed in (0, 1)}
 
-    mean, first = summary(
-        [run("mean", 0, 3.0, 2.0), run("first", 0, 4.0, 1.0), run("mean", 1, 5.0, 2.0), run("first", 1, 4.0, 3.0)]
-    )
+    def run(start: Method, seed: int, *losses: float) -> Trained:
+        origin = Task("torch", SPEC, RECIPE, seed)
+        task = Task("torch", SPEC.replace(num_kv_heads=1), RECIPE, seed, start, origin)
+        return Trained(task, {}, Curve([1.0], [1.0], list(enumerate(losses))))
+
+    runs = [run("mean", 0, 3.0, 2.0), run("first", 0, 4.0, 1.0), run("mean", 1, 5.0, 2.0), run("first", 1, 4.0, 3.0)]
+    mean, first = summary(runs, originals)
     assert (mean["original"], mean["at_start"], mean["at_end"]) == (1.5, 4.0, 2.0)
     assert (first["pooled_wins"], mean["pooled_wins"]) == (1, 0)
     assert first["held_out"] == [(0, 4.0), (1, 2.0)]

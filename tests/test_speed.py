@@ -15,13 +15,13 @@ from lyra.speed import measure
 from lyra.speed.contestants.memory_torch import prefill
 from lyra.speed.contestants.paths_torch import reached
 from lyra.speed.machine import NARROW, rate_of_products
-from lyra.speed.measure import Result, alternate, as_data, floor_seconds, from_data, ratio, ratios, run
+from lyra.speed.measure import alternate, floor_seconds, ratio, ratios, run
 from lyra.speed.page import page
+from lyra.speed.results import RESULTS, Result
 from lyra.speed.row import Contestant, Count, Counted, Finding, Floor, Line, Race, Rival, Sweep
 from lyra.speed.rows import all_rows, chosen_rows
 from lyra.speed.show import machine_line
-from lyra.speed.worker import named
-from lyra.speed.workers import OutOfReach, WorkerError, Workers
+from lyra.speed.workers import OutOfReach, WorkerError, Workers, named
 
 MACHINE = {
     "processor": "a processor",
@@ -37,9 +37,8 @@ def layer(**options: int) -> Contestant:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    with pytest.MonkeyPatch.context() as patch, Workers(threads=1) as made:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # a worker imports `counted` from here
-        yield made
+    with Workers(threads=1) as started:
+        yield started
 
 
 def test_a_race_gives_a_ratio_for_every_rival_and_one_for_the_floor(workers: Workers) -> None:
@@ -53,12 +52,13 @@ def test_a_race_gives_a_ratio_for_every_rival_and_one_for_the_floor(workers: Wor
     assert slower.low <= slower.value <= slower.high
     assert result.profile
     assert sum(share for _, share in result.profile) <= 1.001
-    assert from_data(json.loads(json.dumps(as_data(result)))) == result
+    kept = json.loads(json.dumps({"machine": MACHINE, "results": [result.as_data()]}))
+    assert RESULTS.validate_python(kept)["results"] == [result]
 
 
 def test_costs_are_compared_by_unit_of_work() -> None:
     race = Race("r", "", layer(), (Rival(layer()), Rival(layer(), per=2, own_per=8)))
-    plain, weighed = ratios(race, [[2.0, 4.0, 4.0], [2.0, 6.0, 6.0], [2.0, 4.0, 4.0]])
+    plain, weighed = ratios(race, [[2.0, 2.0, 2.0], [4.0, 6.0, 4.0], [4.0, 6.0, 4.0]])
     assert (plain.value, weighed.value) == (2.0, 8.0)
 
 
@@ -219,7 +219,7 @@ def test_the_command_writes_the_page_of_an_earlier_run(tmp_path: Path) -> None:
     words = ["bench", "--page", str(tmp_path / "page.md")]
     for number, result in enumerate(results):
         path = tmp_path / f"{number}.json"
-        path.write_text(json.dumps({"machine": MACHINE, "results": [as_data(result)]}))
+        path.write_text(json.dumps({"machine": MACHINE, "results": [result.as_data()]}))
         words += ["--from", str(path)]
     found = CliRunner().invoke(application(), words)
     assert found.exit_code == 0, found.output
@@ -230,7 +230,7 @@ def test_the_command_writes_the_page_of_an_earlier_run(tmp_path: Path) -> None:
 
 def test_the_command_fails_beyond_the_margin_only(tmp_path: Path) -> None:
     result = Result("frame", "a step", "race", [Finding("HF / Lyra", 1.5, "×", at_least=3.5)], {"Lyra": 1.0}, 9)
-    (tmp_path / "bench.json").write_text(json.dumps({"machine": MACHINE, "results": [as_data(result)]}))
+    (tmp_path / "bench.json").write_text(json.dumps({"machine": MACHINE, "results": [result.as_data()]}))
     for margin, code in (("2", 1), ("3", 0)):
         words = ["bench", "--from", str(tmp_path / "bench.json"), "--margin", margin]
         found = CliRunner().invoke(application(), words)

@@ -16,8 +16,8 @@ import typer
 from lyra.progress import Steps, about, steps
 from lyra.spec.errors import InputError
 from lyra.spec.files import write_atomically
-from lyra.speed.measure import Tell, as_data, from_data, probe, run
-from lyra.speed.results import joined
+from lyra.speed.measure import Tell, probe, run
+from lyra.speed.results import joined, results_of
 from lyra.speed.row import Row
 from lyra.speed.rows import chosen_rows
 from lyra.speed.show import table
@@ -86,7 +86,7 @@ def bench(
     check_files(page, json_path=json_path, inputs=measured or (), folders=(pictures,))
     cores = threads or os.cpu_count() or 1
     data = joined(measured) if measured else measure_rows(rows, quick, cores, json_path, row_limit or ROW_LIMIT)
-    results = [from_data(one) for one in data["results"]]
+    results = results_of(data)
     if page is not None:
         from lyra.speed.page import write_page
 
@@ -121,7 +121,7 @@ def measure_rows(
             raise ImportError(f"the benchmark needs {name!r}, which is not installed: pip install 'lyra[{extra}]'")
     with Workers(threads) as workers, steps("Measuring", at_once=True) as move:
         move("this machine", 0, len(rows))
-        machine = workers.ask("torch", "call", make="lyra.speed.machine:describe", options={})
+        machine = workers.ask("torch", "call", "lyra.speed.machine:describe", {})
         data: dict[str, Any] = {
             "machine": {**machine, "threads": threads, "rates": probe(workers, ("float32", "bfloat16"))},
             "results": [],
@@ -131,7 +131,8 @@ def measure_rows(
         for number, row in enumerate(rows):
             move(row.name, number, len(rows))
             began = time.monotonic()
-            ended = measure_row(row, workers, quick, limit, data, partial(_tell_of, move, row.name, number, len(rows)))
+            tell = partial(_tell_of, move, row.name, number, len(rows))
+            ended = measure_row(row, workers, quick, limit, data, tell)
             move(f"{row.name} {ended} {about(time.monotonic() - began)}", number + 1, len(rows))
             if json_path is not None and json_path != STANDARD:
                 write_atomically(json_path, json.dumps(data, indent=2).encode())
@@ -152,7 +153,7 @@ def measure_row(row: Row, workers: Workers, quick: bool, limit: float, data: dic
         return "failed after"
     if found.out_of_reach:
         typer.echo(f"{row.name}: {found.out_of_reach} is out of reach here, within {limit:g} s", err=True)
-    data["results"].append(as_data(found))
+    data["results"].append(found.as_data())
     return "took"
 
 

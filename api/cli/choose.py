@@ -15,13 +15,14 @@ from lyra.choosing import Point, Report, choose_split
 from lyra.choosing.figures import choice_figure, shade
 from lyra.choosing.objective import Objective
 from lyra.choosing.ranking import Method
+from lyra.quantities import size
 from lyra.spec.errors import InputError
 from lyra.studies.figures import FORMATS, save
 from lyra.terminal import new_table
 
 from .files import check_files
 from .options import MOST_TOKENS, BackendName, Dtype, JsonPath, load_model, model_source, read_text
-from .output import head_list, show, size
+from .output import head_list, show
 
 Paths = list[Path] | None
 SUFFIXES = (".txt", ".md", ".rst")

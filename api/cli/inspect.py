@@ -11,6 +11,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from lyra.quantities import size
 from lyra.spec.context import StaticContext
 from lyra.spec.context_file import read_context
 from lyra.spec.errors import UncheckedContextWarning
@@ -19,7 +20,7 @@ from lyra.terminal import new_table
 
 from .files import check_files
 from .options import JsonPath
-from .output import fields_table, head_list, show, size
+from .output import fields_table, head_list, show
 
 
 def inspect(

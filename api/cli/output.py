@@ -40,16 +40,6 @@ def fields_table(title: str, fields: Mapping[str, Any]) -> Table:
     return table
 
 
-def size(count: int) -> str:
-    """Bytes for people: 12,345 bytes as 12.1 KiB."""
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-
-
 def head_list(heads: tuple[int, ...] | list[int]) -> str:
     """Heads for people: 0, 1, 8-15, or none."""
     runs: list[list[int]] = []

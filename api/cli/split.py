@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lyra.checkpoint import check_folder
+from lyra.quantities import size
 from lyra.spec.attaching import Split, read_split
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError, SpecError
@@ -22,7 +23,7 @@ from lyra.terminal import new_table
 from .files import check_files
 from .headmap import save_head_map
 from .options import JsonPath, LyraKV, LyraQ, ShareKV, SplitFile, chosen_split
-from .output import head_list, show, size
+from .output import head_list, show
 from .splits_by_layer import explain_by_layer, layers_map, layers_note, layers_table, save_layers_map
 
 FLOAT32 = 4

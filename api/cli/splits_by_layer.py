@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lyra.backends.protocol import import_extra
+from lyra.quantities import size
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 from lyra.studies.cache import context_size
@@ -17,7 +18,7 @@ from lyra.studies.figures import save
 from lyra.terminal import new_table
 
 from .headmap import CELL, DIM, EDGE, GAP, INK, LYRA, PAPER, ROW, VANILLA, draw_box
-from .output import head_list, size
+from .output import head_list
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from statistics import median, quantiles
-from typing import Any
 
 from .machine import Others
-from .row import Contestant, Count, Finding, Floor, Race, Row, Sweep
+from .results import Result
+from .row import Contestant, Count, Counted, Finding, Floor, Race, Row, Sweep
 from .workers import OutOfReach, Workers
 
 TURN = 0.06
@@ -40,31 +40,6 @@ def nobody(what: str) -> None:
     """Tell nobody."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a row gave. times: median seconds by contestant; profile: shares of the subject's time by operation."""
-
-    name: str
-    what: str
-    kind: str
-    findings: list[Finding] = field(default_factory=list)
-    times: dict[str, float] = field(default_factory=dict)
-    rounds: int = 0
-    floor: dict[str, float] | None = None
-    profile: list[tuple[str, float]] | None = None
-    table: list[list[str]] | None = None
-    series: dict[str, list[tuple[int, float]]] | None = None
-    option: str = ""
-    note: str = ""
-    out_of_reach: str = ""
-    """What of the row would have taken this machine too long."""
-
-    @property
-    def met(self) -> bool:
-        """Whether every finding keeps its bound."""
-        return all(finding.met is not False for finding in self.findings)
-
-
 def run(row: Row, workers: Workers, quick: bool = False, tell: Tell = nobody, limit: float | None = None) -> Result:
     """Measure one row. Raises WorkerError, and OutOfReach where it would take more than `limit` seconds."""
     workers.until = None if limit is None else time.monotonic() + limit
@@ -78,32 +53,34 @@ def run(row: Row, workers: Workers, quick: bool = False, tell: Tell = nobody, li
 
 
 def alternate(
-    contestants: Iterable[Contestant], rounds: int, workers: Workers, tell: Tell = nobody
+    contestants: Sequence[Contestant], rounds: int, workers: Workers, tell: Tell = nobody
 ) -> list[list[float]]:
-    """The median time of every contestant's turn, by round: [rounds][contestants]. The order turns from round to round.
+    """For every contestant the median time of its turn in every round. The order turns from round to round.
 
     Equal contestants are made once.
     """
-    listed = list(contestants)
-    seconds, ask = _entered(listed, workers, tell)
+    counts = []
+    for contestant in contestants:
+        tell(f"{contestant.name} is made ready")
+        seconds = workers.ask(contestant.framework, "make", contestant)
+        counts.append(max(1, min(LONGEST_TURN, math.ceil(TURN / max(seconds, 1e-6)))))
     others = Others(workers.processes)
-    counts = [max(1, min(LONGEST_TURN, math.ceil(TURN / max(one, 1e-6)))) for one in seconds]
-    found: list[list[float]] = []
+    kept: list[list[float]] = []
     spent, disturbed = 0.0, 0
-    while len(found) < rounds and not _enough(len(found), spent, workers.left):
-        tell(f"round {len(found) + 1} of {rounds} at most")
-        taken = [0.0] * len(listed)
+    while len(kept) < rounds and not _enough(len(kept), spent, workers.left):
+        tell(f"round {len(kept) + 1} of {rounds} at most")
+        turns = [0.0] * len(contestants)
         others.reset()
-        for step in range(len(listed)):
-            place = (step + len(found) + disturbed) % len(listed)
-            times = ask(place, counts[place])
+        for step in range(len(contestants)):
+            place = (step + len(kept) + disturbed) % len(contestants)
+            times = workers.ask(contestants[place].framework, "time", contestants[place], counts[place])
             spent += sum(times)
-            taken[place] = median(times[1:] or times)
+            turns[place] = median(times[1:] or times)
         if others.cores() > DISTURBED and disturbed < rounds and spent < LONGEST / 2:
             disturbed += 1
         else:
-            found.append(taken)
-    return found
+            kept.append(turns)
+    return [list(times) for times in zip(*kept, strict=True)]
 
 
 def _enough(rounds: int, spent: float, left: float) -> bool:
@@ -114,9 +91,9 @@ def _enough(rounds: int, spent: float, left: float) -> bool:
     return (rounds >= 3 and spent + following > MOST) or spent + following > LONGEST or following > left
 
 
-def ratio(subject: list[float], rival: list[float]) -> tuple[float, float, float]:
+def ratio(subject: Sequence[float], rival: Sequence[float]) -> tuple[float, float, float]:
     """Median and quartiles of rival / subject, round by round."""
-    values = [theirs / own for own, theirs in zip(subject, rival, strict=True)]
+    values = [theirs / ours for ours, theirs in zip(subject, rival, strict=True)]
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = quantiles(values, n=4, method="inclusive")
@@ -130,29 +107,15 @@ def floor_seconds(floor: Floor, rates: dict[str, float]) -> float:
 
 def probe(workers: Workers, products: Sequence[str] = ("float32",)) -> dict[str, float]:
     """The machine's rates now, those of products in some dtypes."""
-    return workers.ask("torch", "call", make="lyra.speed.machine:probe", options={"products": list(products)})
+    rates: dict[str, float] = workers.ask("torch", "call", "lyra.speed.machine:probe", {"products": products})
+    return rates
 
 
-def as_data(result: Result) -> dict[str, Any]:
-    """A result as plain data; each finding says whether it is met."""
-    data = asdict(result)
-    for one, finding in zip(data["findings"], result.findings, strict=True):
-        one["met"] = finding.met
-    return data
-
-
-def from_data(data: dict[str, Any]) -> Result:
-    """The result that `as_data` wrote."""
-    findings = [Finding(**{key: value for key, value in one.items() if key != "met"}) for one in data["findings"]]
-    return Result(**{**data, "findings": findings})
-
-
-def ratios(row: Race, found: list[list[float]]) -> list[Finding]:
-    """The subject against every rival, from seconds by round and contestant, the subject first."""
-    own, *others = (list(column) for column in zip(*found, strict=True))
+def ratios(row: Race, times: Sequence[Sequence[float]]) -> list[Finding]:
+    """The subject against every rival, from seconds by contestant and round, the subject first."""
     findings = []
-    for rival, times in zip(row.rivals, others, strict=True):
-        value, low, high = (one * rival.own_per / rival.per for one in ratio(own, times))
+    for rival, theirs in zip(row.rivals, times[1:], strict=True):
+        value, low, high = (number * rival.own_per / rival.per for number in ratio(times[0], theirs))
         what = f"{rival.contestant.name} / {row.subject.name}"
         findings.append(Finding(what, value, "×", at_least=rival.at_least, low=low, high=high))
     return findings
@@ -160,46 +123,45 @@ def ratios(row: Race, found: list[list[float]]) -> list[Finding]:
 
 def _race(row: Race, workers: Workers, quick: bool, tell: Tell) -> Result:
     contestants = [row.subject, *(rival.contestant for rival in row.rivals)]
-    found = alternate(contestants, 5 if quick else row.rounds, workers, tell)
-    findings, columns = ratios(row, found), zip(*found, strict=True)
-    medians = {one.name: median(column) for one, column in zip(contestants, columns, strict=True)}
-    floor, limit = None, workers.until
-    workers.until = None  # what is measured is kept
+    times = alternate(contestants, 5 if quick else row.rounds, workers, tell)
+    findings, floor = ratios(row, times), None
+    medians = {contestant.name: median(own) for contestant, own in zip(contestants, times, strict=True)}
+    limit, workers.until = workers.until, None  # what is measured is kept
     if row.floor is not None:
         rates = probe(workers)
         seconds = floor_seconds(row.floor, rates)
         floor = {"seconds": seconds, "bytes": row.floor.read, "operations": row.floor.operations, **rates}
         what = f"{row.subject.name} / floor"
         findings.append(Finding(what, medians[row.subject.name] / seconds, "×", at_most=row.floor.at_most))
-    result = Result(row.name, row.what, "race", findings, medians, len(found), floor, note=row.note)
+    result = Result(row.name, row.what, "race", findings, medians, len(times[0]), floor, note=row.note)
     if not result.met:
-        framework, workers.until = row.subject.framework, limit
+        workers.until = limit
         with suppress(OutOfReach):
-            result = replace(result, profile=workers.ask(framework, "profile", number=0, profiled=framework))
+            result = replace(result, profile=workers.ask(row.subject.framework, "profile", row.subject))
     return result
 
 
 def _sweep(row: Sweep, workers: Workers, tell: Tell) -> Result:
     series: dict[str, list[tuple[int, float]]] = {line.contestant.name: [] for line in row.lines}
-    beyond = ""
+    reached, beyond = list[int](), ""
     for point in row.points:
         lines = [line.contestant for line in row.lines if point <= line.end]
-        at_point = [replace(one, options={**one.options, row.option: point}) for one in lines]
+        at_point = [replace(line, options={**line.options, row.option: point}) for line in lines]
         try:
-            found = alternate(at_point, row.rounds, workers, partial(_tell_at, tell, f"{row.option} {point:,}"))
+            times = alternate(at_point, row.rounds, workers, partial(_tell_at, tell, f"{row.option} {point:,}"))
         except OutOfReach:
-            if point == row.points[0]:
+            if not reached:
                 raise
             beyond = f"{row.option} from {point:,}"
             break
-        for one, times in zip(lines, zip(*found, strict=True), strict=True):
-            series[one.name].append((point, median(times)))
+        for line, seconds in zip(lines, times, strict=True):
+            series[line.name].append((point, median(seconds)))
+        reached.append(point)
         workers.drop()
     if row.floor is not None:
         workers.until = None  # what is measured is kept
         rates = probe(workers)
-        measured = sorted({point for line in series.values() for point, _ in line})
-        series["floor"] = [(point, floor_seconds(row.floor(point), rates)) for point in measured]
+        series["floor"] = [(point, floor_seconds(row.floor(point), rates)) for point in reached]
     return Result(
         row.name,
         row.what,
@@ -217,26 +179,5 @@ def _tell_at(tell: Tell, where: str, what: str) -> None:
 
 
 def _count(row: Count, workers: Workers) -> Result:
-    given = workers.ask(row.framework, "call", make=row.make, options=dict(row.options))
-    findings = [Finding(**one) for one in given["findings"]]
-    return Result(row.name, row.what, "count", findings, table=given["table"], note=row.note)
-
-
-def _entered(
-    contestants: list[Contestant], workers: Workers, tell: Tell
-) -> tuple[list[float], Callable[[int, int], list[float]]]:
-    """Make the contestants: about how many seconds each takes, and what times the one at a place so many times."""
-    seconds: list[float] = []
-    for number, one in enumerate(contestants):
-        if one in contestants[:number]:
-            seconds.append(seconds[contestants.index(one)])
-        else:
-            options = dict(one.options)
-            tell(f"{one.name} is made ready")
-            seconds.append(workers.ask(one.framework, "make", number=number, make=one.make, options=options))
-
-    def ask(place: int, count: int) -> list[float]:
-        one = contestants[place]
-        return workers.ask(one.framework, "time", number=contestants.index(one), count=count)
-
-    return seconds, ask
+    counted: Counted = workers.ask(row.framework, "call", row.make, dict(row.options))
+    return Result(row.name, row.what, "count", counted.findings, table=counted.table, note=row.note)

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lyra.cli.output import size
+from lyra.quantities import duration, size
 from lyra.spec.files import write_atomically
 from lyra.studies.figures import save
 from lyra.terminal import visible
 
 from .figures import cost_figure
 from .machine import BUFFER
-from .measure import DISTURBED, TURN, Result
+from .measure import DISTURBED, TURN
+from .results import Result
 from .row import Finding
 from .rows import all_rows
-from .show import AXES, cells, duration, machine_line
+from .show import AXES, cells, machine_line
 
 INTRODUCTION = """# Performance
 

@@ -8,10 +8,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lyra.cli.output import size
+from lyra.quantities import duration, size
 from lyra.terminal import new_table
 
-from .measure import Result
+from .results import Result
 from .row import Finding
 
 COLUMNS = ("row", "figure", "measured", "quartiles", "target", "")
@@ -72,11 +72,3 @@ def _products(rates: Mapping[str, float], dtype: str, unit: str = "") -> str:
     rate, width = rates[dtype] / 1e9, rates.get(f"{dtype} width")
     narrow = "" if width is None else f" (of width {width:.0f}; wider ones take too long)"
     return f"{rate:,.{0 if rate >= 10 else 1}f} {unit}in {dtype}{narrow}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people, three digits: 0.00254 as 2.54 ms."""
-    for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 1e-6:.3g} µs"

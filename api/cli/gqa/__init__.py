@@ -1,6 +1,6 @@
 """lyra gqa: what sharing KV heads saves and what it costs."""
 
-from . import counts, perplexity, speed, uptrain
+from . import counts, speed, training
 from .group import gqa
 
-__all__ = ["counts", "gqa", "perplexity", "speed", "uptrain"]
+__all__ = ["counts", "gqa", "speed", "training"]

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from lyra.quantities import size
 from lyra.spec.attention import AttentionSpec, grouped
 from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec, presets
 from lyra.spec.split import HeadSplit
 from lyra.studies.cache import LENGTHS, calculate_kv_cache_size, context_size, full_cache_size, live_cache_size
-from lyra.studies.figures import cache_figure, check_figure, parameter_figure, save
+from lyra.studies.figures import check_figure, save
+from lyra.studies.gqa_figures import cache_figure, parameter_figure
 from lyra.studies.parameters import groupings, kind, projections, reduction
-from lyra.terminal import new_table
+from lyra.terminal import table_of
 
 from ..files import check_files
 from ..options import JsonPath
-from ..output import show, size
+from ..output import show
 from ..split import read_spec
-from .group import MOST_HEADS, MOST_WIDTH, Plot, gqa
+from .group import MOST_HEADS, MOST_WIDTH, Cell, Plot, gqa
 
 SHAPES = {"MHA-32": 32, "GQA-8": 8, "GQA-4": 4, "MQA": 1}
 """The groupings of LLaMA-7B's shape (32 layers, 32 query heads of 128) that the cache is counted for."""
 
 LAYERS, HEAD_DIM = 32, 128
 LLAMA = "LLaMA-7B's layers and heads"
+
+PARAMETERS: dict[str, Cell] = {
+    "KV heads": lambda row: str(row["kv_heads"]),
+    "q": lambda row: _count(row["q"]),
+    "k": lambda row: _count(row["k"]),
+    "v": lambda row: _count(row["v"]),
+    "q+k+v": lambda row: _count(row["qkv"]),
+    "less": lambda row: f"{row['reduction']:.0%}",
+    "o": lambda row: _count(row["o"]),
+}
+PRESETS: dict[str, Cell] = {
+    "": lambda row: row["name"],
+    "Q / KV": lambda row: f"{row['heads']} / {row['kv_heads']}",
+    "head_dim": lambda row: str(row["head_dim"]),
+    "layers *": lambda row: f"{row['layers']}" + ("" if row["window"] is None else f" ({row['global_layers']})"),
+    "less": lambda row: f"{row['reduction']:.0%}",
+    "cache": lambda row: size(row["cache"]),
+    "as MHA": lambda row: size(row["cache_as_mha"]),
+}
 
 
 @gqa.command()
@@ -50,18 +72,11 @@ def params(
     rows = parameter_rows(spec)
     data = {"model": name, "hidden_size": spec.hidden_size, "head_dim": spec.head_dim, "rows": rows}
     title = f"{name}: parameters of one layer (width {spec.hidden_size}, head_dim {spec.head_dim})"
-    table = new_table(title)
-    table.add_column("", style="bold")
-    for column in ("KV heads", "q", "k", "v", "q+k+v", "less", "o"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        mark = f"{row['kind']} *" if row["kv_heads"] == spec.num_key_value_heads and model else row["kind"]
-        counts = [_count(row[one]) for one in ("q", "k", "v", "qkv")]
-        table.add_row(mark, str(row["kv_heads"]), *counts, f"{row['reduction']:.0%}", _count(row["o"]))
-    table.caption, table.caption_justify = (f"* as {name} has it", "left") if model else (None, "left")
     if plot is not None:
         save(parameter_figure(title, rows), plot)
-    show(data, json_path, table)
+    its_own = spec.num_key_value_heads if model else None
+    marked = {"": lambda row: f"{row['kind']} *" if row["kv_heads"] == its_own else row["kind"]}
+    show(data, json_path, table_of(title, rows, marked | PARAMETERS, caption=f"* as {name} has it" if model else None))
 
 
 @gqa.command()
@@ -82,15 +97,15 @@ def cache(
     check_figure(plot)
     check_files(plot, json_path=json_path, inputs=model or ())
     if every:
-        series = {one: [live_cache_size(_model(one), at, batch, dtype) for at in LENGTHS] for one in presets()}
+        series = {name: [live_cache_size(_model(name), at, batch, dtype) for at in LENGTHS] for name in presets()}
     else:
-        series = cache_series([_model(one) for one in model or []], dtype, batch, context)
+        series = cache_series([_model(source) for source in model or []], dtype, batch, context)
     rows = f", {batch} rows" if batch > 1 else ""
-    named = ", ".join(Path(one).stem for one in model or ())
+    named = ", ".join(Path(source).stem for source in model or ())
     title = f"{named or ('presets' if every else LLAMA)}: keys and values in {dtype}{rows}"
-    table = _by_model(title, series) if every else _by_length(title, series)
     if plot is not None:
         save(cache_figure(title, LENGTHS, series), plot)
+    table = _by_model(title, series) if every else _by_length(title, series)
     show({"dtype": dtype, "batch": batch, "tokens": LENGTHS, "bytes": series}, json_path, table)
 
 
@@ -103,23 +118,9 @@ def preset_table(
     """Heads, savings and cache of every preset, one row each."""
     check_files(json_path=json_path)
     rows = [preset_row(ModelSpec.preset(name), tokens, dtype) for name in presets()]
-    table = new_table(f"Presets: keys and values of {tokens:,} tokens in {dtype}")
-    table.add_column("", style="bold", overflow="fold")
-    for column in ("Q / KV", "head_dim", "layers *", "less", "cache", "as MHA"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        layers = f"{row['layers']}" if row["window"] is None else f"{row['layers']} ({row['global_layers']})"
-        table.add_row(
-            row["name"],
-            f"{row['heads']} / {row['kv_heads']}",
-            str(row["head_dim"]),
-            layers,
-            f"{row['reduction']:.0%}",
-            size(row["cache"]),
-            size(row["cache_as_mha"]),
-        )
-    table.caption = "* (of them global); less: of the parameters of q+k+v than MHA would have"
-    table.caption_justify = "left"
+    title = f"Presets: keys and values of {tokens:,} tokens in {dtype}"
+    caption = "* (of them global); less: of the parameters of q+k+v than MHA would have"
+    table = table_of(title, rows, PRESETS, caption=caption, overflow="fold")
     show({"tokens": tokens, "dtype": dtype, "rows": rows}, json_path, table)
 
 
@@ -142,23 +143,14 @@ def preset_row(spec: ModelSpec, tokens: int, dtype: str) -> dict[str, Any]:
 
 def parameter_rows(spec: AttentionSpec) -> list[dict[str, Any]]:
     """A row for every legal number of KV heads, MHA first."""
-    found = []
+    rows = []
     for kv_heads in groupings(spec.num_attention_heads):
-        one = spec.replace(num_key_value_heads=kv_heads, split=None)
-        counts = projections(one)
-        found.append(
-            {
-                "kind": kind(spec.num_attention_heads, kv_heads),
-                "kv_heads": kv_heads,
-                "q": counts.q,
-                "k": counts.k,
-                "v": counts.v,
-                "qkv": counts.qkv,
-                "o": counts.o,
-                "reduction": reduction(one),
-            }
-        )
-    return found
+        layer = spec.replace(num_key_value_heads=kv_heads, split=None)
+        counts = projections(layer)
+        of_kind = {"kind": kind(spec.num_attention_heads, kv_heads), "kv_heads": kv_heads}
+        of_weights = {"q": counts.q, "k": counts.k, "v": counts.v, "qkv": counts.qkv, "o": counts.o}
+        rows.append(of_kind | of_weights | {"reduction": reduction(layer)})
+    return rows
 
 
 def cache_series(models: list[ModelSpec], dtype: str, batch: int, context: bool) -> dict[str, list[int]]:
@@ -168,16 +160,16 @@ def cache_series(models: list[ModelSpec], dtype: str, batch: int, context: bool)
             name: [calculate_kv_cache_size(LAYERS, heads, length, HEAD_DIM, batch, dtype) for length in LENGTHS]
             for name, heads in SHAPES.items()
         }
-    found: dict[str, list[int]] = {}
-    for one in models:
-        prefix = "" if len(models) == 1 else f"{one.name}, "
-        found[f"{prefix}live cache"] = [live_cache_size(one, length, batch, dtype) for length in LENGTHS]
-        if one.sliding is not None:
-            found[f"{prefix}without windows"] = [full_cache_size(one, length, batch, dtype) for length in LENGTHS]
+    series: dict[str, list[int]] = {}
+    for spec in models:
+        prefix = "" if len(models) == 1 else f"{spec.name}, "
+        series[f"{prefix}live cache"] = [live_cache_size(spec, length, batch, dtype) for length in LENGTHS]
+        if spec.sliding is not None:
+            series[f"{prefix}without windows"] = [full_cache_size(spec, length, batch, dtype) for length in LENGTHS]
         if context:
-            split = one if one.attention.split or one.splits else one.with_split(HeadSplit.half(one))
-            found[f"{prefix}as a context"] = [context_size(split, length, dtype) for length in LENGTHS]
-    return found
+            split = spec if spec.attention.split or spec.splits else spec.with_split(HeadSplit.half(spec))
+            series[f"{prefix}as a context"] = [context_size(split, length, dtype) for length in LENGTHS]
+    return series
 
 
 def _chosen_layer(
@@ -196,24 +188,21 @@ def _chosen_layer(
 
 def _by_length(title: str, series: dict[str, list[int]]) -> Table:
     """A row for each length."""
-    table = new_table(title)
-    table.add_column("tokens", justify="right", style="bold")
-    for name in series:
-        table.add_column(name, justify="right")
-    for index, length in enumerate(LENGTHS):
-        table.add_row(f"{length:,}", *(size(values[index]) for values in series.values()))
+    columns = {name: partial(_at, values) for name, values in series.items()}
+    table = table_of(title, range(len(LENGTHS)), {"tokens": lambda place: f"{LENGTHS[place]:,}", **columns})
+    table.columns[0].justify = "right"
     return table
 
 
 def _by_model(title: str, series: dict[str, list[int]]) -> Table:
     """A row for each of many models, and every other length."""
-    table = new_table(title)
-    table.add_column("tokens", style="bold", overflow="fold")
-    for length in LENGTHS[::2]:
-        table.add_column(f"{length:,}", justify="right")
-    for name, values in series.items():
-        table.add_row(name, *map(size, values[::2]))
-    return table
+    places = range(0, len(LENGTHS), 2)
+    columns = {f"{LENGTHS[place]:,}": lambda row, place=place: size(row[1][place]) for place in places}
+    return table_of(title, series.items(), {"tokens": lambda row: row[0], **columns}, overflow="fold")
+
+
+def _at(values: list[int], place: int) -> str:
+    return size(values[place])
 
 
 def _model(source: str) -> ModelSpec:

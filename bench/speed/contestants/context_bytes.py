@@ -12,7 +12,7 @@ import numpy as np
 
 import lyra
 from lyra.choosing.documents import HELD_OUT
-from lyra.cli.output import size
+from lyra.quantities import size
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.model import ModelSpec, presets
 from lyra.spec.split import HeadSplit

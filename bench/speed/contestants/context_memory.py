@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import lyra
-from lyra.cli.output import size
+from lyra.quantities import size
 from lyra.spec.context import ContextLayer, StaticContext
 from lyra.spec.fingerprint import Fingerprint
 from lyra.spec.model import ModelSpec
