@@ -1,4 +1,4 @@
-"""GemmaInjector.attach: blocks behind the attention of a loaded model, from any kind of external cache, or its own."""
+"""GemmaInjector.inject: blocks behind the attention of a loaded model, from any kind of external cache, or its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from tiny_gemma import CONFIG, GLOBAL, make_model, random_ids
 from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
 
+from lyra.backends.torch_impl import LyraForCausalLM
 from lyra.backends.torch_impl.injector import GemmaInjector
 from lyra.spec import ContextError, HeadSplit, InputError, SpecError
 
@@ -33,19 +34,29 @@ def model():
 def injector(model):
     made = GemmaInjector(model)
     yield made
-    made.detach()
+    made.withdraw()
     made.disable()
+
+
+def test_blocks_are_attached_and_detached_by_other_names_too(model, injector):
+    """As code written before the names has them: of the injector, and of Lyra's own model."""
+    for kind in (GemmaInjector, LyraForCausalLM):
+        assert (kind.attach, kind.detach) == (kind.inject, kind.withdraw)
+    injector.attach(external_kv_cache=injector.capture(CONTEXT))
+    assert tuple(injector.attached) == tuple(injector.injected) == GLOBAL
+    injector.detach()
+    assert not injector.attached
 
 
 def test_attached_at_the_start_it_is_the_plain_model(model, injector):
     plain, context = logits(model), injector.capture(CONTEXT)
     for external in (context, None):
-        assert injector.attach(external) is injector
-        assert tuple(injector.attached) == GLOBAL
+        assert injector.inject(external) is injector
+        assert tuple(injector.injected) == GLOBAL
         assert torch.equal(logits(model), plain)
-        injector.attach(external, gate=0.5)
+        injector.inject(external, gate=0.5)
         assert difference(logits(model), plain) > 0.01
-    injector.detach()
+    injector.withdraw()
     assert torch.equal(logits(model), plain)
 
 
@@ -54,27 +65,27 @@ def test_the_same_context_from_everywhere(model, injector, tmp_path):
     context.save(tmp_path / "book.safetensors")
     with torch.inference_mode():
         model(input_ids=torch.tensor(CONTEXT), past_key_values=cache, use_cache=True)
-    found = [logits(injector.attach(one, gate=1.0).model) for one in (context, tmp_path / "book.safetensors", cache)]
+    found = [logits(injector.inject(one, gate=1.0).model) for one in (context, tmp_path / "book.safetensors", cache)]
     assert torch.equal(found[0], found[1])
     assert difference(found[2], found[0]) < 1e-5
 
 
 def test_what_is_attached_is_what_was_asked_for(model, injector):
     context, last = injector.capture(CONTEXT), GLOBAL[-1]
-    injector.attach(context, gate={last: 0.25}, layers=[last], residual=False, live="self", positions="overlay")
-    (block,) = injector.attached.values()
+    injector.inject(context, gate={last: 0.25}, layers=[last], residual=False, live="self", positions="overlay")
+    (block,) = injector.injected.values()
     spec = block.spec
     assert (spec.gate, spec.residual, spec.source) == (0.25, False, "external")
     assert (spec.attention.static.live, spec.attention.static.positions) == ("self", "overlay")
     assert spec.attention.lyra_q_heads == (0, 1, 2, 3)
-    injector.attach(context.take([1]), gate=1.0)
-    assert {block.spec.attention.lyra_q_heads for block in injector.attached.values()} == {(2, 3)}
+    injector.inject(context.take([1]), gate=1.0)
+    assert {block.spec.attention.lyra_q_heads for block in injector.injected.values()} == {(2, 3)}
     one = logits(model)
-    injector.attach(context, gate=1.0, split=HeadSplit((2, 3)))
+    injector.inject(context, gate=1.0, split=HeadSplit((2, 3)))
     assert torch.equal(logits(model), one)
-    injector.attach(layers=[0, last], gate=1.0)
-    assert {block.spec.source for block in injector.attached.values()} == {"own"}
-    assert [block.spec.attention.sliding_window for block in injector.attached.values()] == [
+    injector.inject(layers=[0, last], gate=1.0)
+    assert {block.spec.source for block in injector.injected.values()} == {"own"}
+    assert [block.spec.attention.sliding_window for block in injector.injected.values()] == [
         CONFIG["sliding_window"],
         None,
     ]
@@ -84,25 +95,25 @@ def test_parallel_and_sequential_do_not_know_of_each_other(model, injector):
     """A block reads its own context, whatever the layer's attention does; either leaves without the other."""
     plain, context, other = logits(model), injector.capture(CONTEXT), injector.capture(CONTEXT[:, 8:])
     parallel = logits(injector.enable(context).model)
-    both = logits(injector.attach(other, gate=1.0, live="causal").model)
+    both = logits(injector.inject(other, gate=1.0, live="causal").model)
     injector.disable()
     sequential = logits(model)
     assert torch.equal(logits(injector.enable(context).model), both)
-    injector.detach()
+    injector.withdraw()
     assert torch.equal(logits(model), parallel)
     found = (plain, parallel, sequential, both)
     assert min(difference(a, b) for a in found for b in found if a is not b) > 0.01
-    with injector.attach(other):
+    with injector.inject(other):
         pass
-    assert not injector.attached
+    assert not injector.injected
     assert torch.equal(logits(model), plain)
 
 
 def test_trainable_blocks_have_parameters(model, injector):
     context, before = injector.capture(CONTEXT), set(dict(model.named_parameters()))
-    expected = logits(injector.attach(context, gate=1.0).model)
+    expected = logits(injector.inject(context, gate=1.0).model)
     assert set(dict(model.named_parameters())) == before
-    injector.attach(context, gate=1.0, trainable=True)
+    injector.inject(context, gate=1.0, trainable=True)
     added = set(dict(model.named_parameters())) - before
     assert f"model.layers.{GLOBAL[0]}.injected.gate" in added
     assert len(added) == len(GLOBAL) * 9
@@ -115,25 +126,25 @@ def test_layers_that_accelerate_has_hooked(model):
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     context = GemmaInjector(model).capture(CONTEXT)
-    with GemmaInjector(model).attach(context, gate=1.0, live="causal"):
+    with GemmaInjector(model).inject(context, gate=1.0, live="causal"):
         expected = logits(model)
     other = make_model()
     plain = logits(other)
     accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
     for layer in other.model.layers:
         add_hook_to_module(layer, ModelHook())
-    with GemmaInjector(other).attach(context, gate=1.0, live="causal") as injector:
+    with GemmaInjector(other).inject(context, gate=1.0, live="causal") as injector:
         assert difference(logits(other), expected) < 1e-5
         with pytest.raises(InputError, match="weights are kept elsewhere"):
-            injector.attach(context, trainable=True)
+            injector.inject(context, trainable=True)
         assert difference(logits(other), expected) < 1e-5
     assert torch.equal(logits(other), plain)
     last = other.model.layers[GLOBAL[1]]
     last.forward = last.forward
     del last._old_forward
     with pytest.raises(InputError, match="layer 3 has a forward of its own"):
-        injector.attach(context)
-    assert not injector.attached
+        injector.inject(context)
+    assert not injector.injected
 
 
 def test_the_text_part_of_a_multimodal_model():
@@ -148,16 +159,16 @@ def test_the_text_part_of_a_multimodal_model():
     ids = torch.tensor(random_ids(1, 11) % 80)
     with torch.inference_mode():
         plain = model(input_ids=ids).logits
-        with injector.attach(injector.capture(CONTEXT % 80)):
+        with injector.inject(injector.capture(CONTEXT % 80)):
             assert torch.equal(model(input_ids=ids).logits, plain)
-        with injector.attach(injector.capture(CONTEXT % 80), gate=1.0):
+        with injector.inject(injector.capture(CONTEXT % 80), gate=1.0):
             assert difference(model(input_ids=ids).logits, plain) > 0.01
 
 
 def test_refusals_change_nothing(model, injector):
     context = injector.capture(CONTEXT)
     foreign = GemmaInjector(make_model(seed=1)).capture(CONTEXT)
-    expected = logits(injector.attach(context, gate=1.0).model)
+    expected = logits(injector.inject(context, gate=1.0).model)
     refused = {
         r"comes from .* does not fit": (ContextError, {"external_kv_cache": foreign}),
         r"gate names layers \[0\]; the layers with a block are \[1, 3\]": (SpecError, {"gate": {0: 1.0}}),
@@ -170,9 +181,9 @@ def test_refusals_change_nothing(model, injector):
     }  # fmt: skip
     for message, (error, changes) in refused.items():
         with pytest.raises(error, match=message):
-            injector.attach(**{"external_kv_cache": context} | changes)
+            injector.inject(**{"external_kv_cache": context} | changes)
         assert torch.equal(logits(model), expected)
-    injector.attach(foreign, gate=1.0, override=True)
+    injector.inject(foreign, gate=1.0, override=True)
     assert difference(logits(model), expected) > 0.01
     static = {layer: context.static_layer(layer, (0, 1)) for layer in GLOBAL}
     with pytest.raises(InputError, match=r"layers \[1, 3\] have no place for a block or no block"):

@@ -114,7 +114,7 @@ def test_what_needs_all_heads_is_refused(ranks: Ranks) -> None:
         "slots too": "ranks [0, 1] have different heads",
         "trainable": "tuned in one piece",
         "capture": "capture: a context needs all heads",
-        "attach": "attach: a block needs all heads",
+        "attach": "inject: a block needs all heads",
     }
     for rank in ranks:
         for what, message in wanted.items():

@@ -59,12 +59,12 @@ class BlockInjector(ABC):
         """The context that a transformers Cache holds."""
 
     @property
-    def attached(self) -> dict[int, MemoryInjectionBlock]:
+    def injected(self) -> dict[int, MemoryInjectionBlock]:
         """The layers that have an injected block now."""
         found = ((number, getattr(layer, "injected", None)) for number, layer in enumerate(self.text.layers))
         return {number: block for number, block in found if isinstance(block, MemoryInjectionBlock)}
 
-    def attach(
+    def inject(
         self,
         external_kv_cache: StaticContext | str | os.PathLike[str] | Cache | None = None,
         *,
@@ -77,7 +77,7 @@ class BlockInjector(ABC):
         trainable: bool = False,
         override: bool = False,
     ) -> Self:
-        """Put a block behind the self-attention of layers; what was attached before is replaced. Clause SEQUENTIAL.
+        """Put a block behind the self-attention of layers; what was injected before is replaced. Clause SEQUENTIAL.
 
         `external_kv_cache` is what the blocks read: a StaticContext or its file, or a transformers Cache of this model
         without padding (else make a context of it with `context_of`). With None they read the model's own cache, in
@@ -122,22 +122,25 @@ class BlockInjector(ABC):
         self.place_blocks(block_contexts(context, blocks), blocks, trainable=trainable)
         return self
 
-    def detach(self) -> None:
+    def withdraw(self) -> None:
         """Take the blocks out again: the layers are Hugging Face's own, bit for bit."""
-        for number in self.attached:
+        for number in self.injected:
             withdraw(self.text.layers[number])
+
+    attached, attach, detach = injected, inject, withdraw
+    """Other names of the same three, as code written for blocks that are "attached" knows them."""
 
     def place_blocks(
         self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec], *, trainable: bool = False
     ) -> None:
-        """`attach` with the spec of each layer's block and the context of each; keys are rotated here, once.
+        """`inject` with the spec of each layer's block and the context of each; keys are rotated here, once.
 
         Raises InputError; then nothing has changed.
         """
         outside = sorted(set(blocks) - set(range(self.spec.num_hidden_layers))) or sorted(set(static) - set(blocks))
         if outside:
-            raise InputError(f"attach: layers {outside} have no place for a block or no block for their context")
-        self._check_in_one_piece("attach: a block", blocks)
+            raise InputError(f"inject: layers {outside} have no place for a block or no block for their context")
+        self._check_in_one_piece("inject: a block", blocks)
         if static:
             check_rope(self.text, self.spec)
         made = {
@@ -152,13 +155,13 @@ class BlockInjector(ABC):
         }
         for layer in made:
             check_place(self.text.layers[layer])
-        self.detach()
+        self.withdraw()
         for layer, block in made.items():
             inject(self.text.layers[layer], block)
 
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Change the gates of blocks, by layer; 0 closes one. Raises InputError for a layer without a block."""
-        blocks = self.attached
+        blocks = self.injected
         with torch.no_grad():
             for layer, gate in check_gates_of(gates, blocks).items():
                 blocks[layer].gate.fill_(gate)

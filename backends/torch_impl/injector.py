@@ -49,8 +49,8 @@ from .tuning import tuned_context
 class Injector(BlockInjector):
     """Gives the global layers of a model a head split and a static context, and takes them away again.
 
-    `enable` and `disable` do it in parallel, within the layers' own attention; `attach` and `detach` in sequence, with
-    a block behind it (clause SEQUENTIAL).
+    `enable` and `disable` do it in parallel, within the layers' own attention; `inject` and `withdraw` in sequence,
+    with a block behind it (clause SEQUENTIAL).
 
     `model` is any PyTorch module with one decoder of a known family in it: Gemma3ForCausalLM, say, or
     Gemma3ForConditionalGeneration, Gemma3Model, Gemma3TextModel itself, a wrapper of one of them. All that there is to
@@ -81,7 +81,7 @@ class Injector(BlockInjector):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.detach()
+        self.withdraw()
         self.disable()
 
     @property
@@ -222,13 +222,13 @@ class Injector(BlockInjector):
     ) -> StaticContext:
         """The context of a text, ids [1,S], BOS included: all KV heads of `layers`, by default the global ones.
 
-        `on_chunk` is called with the number of tokens done. Raises InputError while something is enabled or attached:
+        `on_chunk` is called with the number of tokens done. Raises InputError while something is enabled or injected:
         contexts are captured by the unmodified model (clause CAPTURE).
         """
         chosen = chosen_layers(self.spec, layers)
         tokens = check_tokens(ids, None, self.spec.vocab_size, device_of(self.text.embed_tokens))
         _, size = check_capture(len(tokens.ids), chosen, self.spec.num_hidden_layers, chunk_size, on_chunk)
-        if self.enabled or self.attached:
+        if self.enabled or self.injected:
             raise InputError(
                 "capture: Lyra is in the model, and contexts are captured by the plain one; take it out first"
             )

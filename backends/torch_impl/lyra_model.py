@@ -97,15 +97,18 @@ class ContextModel(PreTrainedModel if TYPE_CHECKING else object):  # type: ignor
         """`Injector.disable` for this model."""
         Injector(self).disable()
 
-    def attach(
+    def inject(
         self, external_kv_cache: StaticContext | str | os.PathLike[str] | Cache | None = None, **options: Any
     ) -> Injector:
-        """`Injector.attach` for this model; `with model.attach(context, gate=1.0):` detaches at the end."""
-        return Injector(self).attach(external_kv_cache, **options)
+        """`Injector.inject` for this model; `with model.inject(context, gate=1.0):` withdraws the blocks at the end."""
+        return Injector(self).inject(external_kv_cache, **options)
 
-    def detach(self) -> None:
-        """`Injector.detach` for this model."""
-        Injector(self).detach()
+    def withdraw(self) -> None:
+        """`Injector.withdraw` for this model."""
+        Injector(self).withdraw()
+
+    attach, detach = inject, withdraw
+    """Other names of the same two, as in `Injector`."""
 
     def context(self) -> StaticContext:
         """`Injector.context` for this model: the context that is enabled, tuned or not."""

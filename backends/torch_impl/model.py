@@ -138,7 +138,7 @@ class TorchEngine:
 
         Raises InputError, and NotFiniteError for NaN or infinity.
         """
-        if self.injector.enabled or self.injector.attached:
+        if self.injector.enabled or self.injector.injected:
             raise InputError(
                 "capture: a context is attached, and contexts are captured by the plain model; detach first"
             )
@@ -183,7 +183,7 @@ class TorchEngine:
         Face's own module (clause IDENTITY). Raises InputError, SpecError; then nothing has changed.
         """
         self.injector.place(static, splits, mode, lazy=True)
-        self.injector.detach()
+        self.injector.withdraw()
 
     def inject(self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]) -> None:
         """Put a block behind the self-attention of each layer of `blocks`, with its context (clause SEQUENTIAL).
@@ -199,12 +199,12 @@ class TorchEngine:
 
     def detach(self) -> None:
         """Put Hugging Face's own modules back: bit for bit the model that was loaded."""
-        self.injector.detach()
+        self.injector.withdraw()
         self.injector.disable()
 
     def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> GatedText:
         """Ids [1,T], whose last `scored` are scored, behind a context, under gates of heads. Raises InputError."""
-        if self.injector.enabled or self.injector.attached:
+        if self.injector.enabled or self.injector.injected:
             raise InputError("gated: a context is attached; gates take the plain model, so detach first")
         return GatedText(self.module, self.spec, self._tokens(ids, None).ids, scored, static)
 
