@@ -246,3 +246,19 @@ def test_a_context_of_two_equal_scores_gives_the_mean_of_its_values() -> None:
     problem = problem.replace(static=problem.static._replace(k=np.zeros_like(problem.static.k)))
     wanted = problem.static.v[0, 0].astype(np.float64).mean(axis=0)
     np.testing.assert_allclose(oracle(problem)["heads"][0, 0], [wanted, wanted], rtol=1e-15)
+
+
+def test_the_example_of_one_softmax() -> None:
+    """STATIC-1: one static key of score ln 3 and one live key of score 0 give (3 v̄ + v) / 4."""
+    spec = AttentionSpec(
+        hidden_size=2, num_attention_heads=1, num_key_value_heads=1, head_dim=2, scale=1.0, rope=None, qk_norm=None
+    )
+    spec = spec.replace(split=HeadSplit.all(spec))
+    unit, zero = np.eye(2, dtype=np.float32), np.zeros((2, 2), dtype=np.float32)
+    weights = {"q_proj.weight": unit, "k_proj.weight": zero, "v_proj.weight": unit, "o_proj.weight": unit}
+    k = np.array([math.log(3), 0.0], dtype=np.float32).reshape(1, 1, 1, 2)
+    v = np.array([0.0, 4.0], dtype=np.float32).reshape(1, 1, 1, 2)
+    static = StaticLayer(k, v, np.ones((1, 1), bool), np.zeros((1, 1), int))
+    x = np.array([[[1.0, 0.0]]], dtype=np.float32)
+    found = reference(spec, weights, x, positions=np.zeros((1, 1), int), static=static)["heads"].value
+    np.testing.assert_allclose(found.ravel(), [0.25, 3.0], rtol=1e-7)
