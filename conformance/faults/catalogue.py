@@ -13,8 +13,9 @@ as makes it the only one ("run_layer", "LiveCache.append", "layer.norm", "famili
 may move to another file; for what stands in no function the file itself ("dtype.py"). `find` is a small pattern of
 syntax (`lyra.conformance.faults.patterns`) that must match exactly once there, so that an edit never goes to a wrong
 place or nowhere: write `$NAME` for a local variable, so that it may be renamed, and no more of the code than states the
-fault. Edits are made one after another. `torch-module` and `jax-module` in the place of a backend are the same package,
-judged as whole modules.
+fault. For a local that `find` does not meet, `given = ["$Q, $K = norm($$$)"]` lists patterns that are matched before it
+and bind more variables. Edits are made one after another. `torch-module` and `jax-module` in the place of a backend are
+the same package, judged as whole modules.
 """
 
 from __future__ import annotations
@@ -43,17 +44,18 @@ class FaultError(InputError):
 
 
 class Edit(BaseModel):
-    """Replace the one match of a pattern in one definition."""
+    """Replace the one match of `find` in one definition; `given` are patterns that bind variables before."""
 
     model_config = STRICT
 
     where: str = Field(alias="in", min_length=1)
     find: str = Field(min_length=1)
     replace: str
+    given: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _is_syntax(self) -> Edit:
-        check(self.find, self.replace)
+        check(self.find, self.replace, self.given)
         return self
 
 
@@ -171,24 +173,31 @@ def backend_package(backend: str) -> str:
 def patched_sources(fault: Fault, backend: str) -> dict[str, str]:
     """The files that a fault changes, by their paths from the package's folder, each as it is with the fault in it.
 
+    Raises FaultError as `with_fault` does.
+    """
+    before = sources(backend_package(backend))
+    return {file: source for file, source in with_fault(fault, backend, before).items() if source != before[file]}
+
+
+def with_fault(fault: Fault, backend: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """The files of a backend's package, by their paths from its folder, with a fault in them.
+
     Raises FaultError, naming fault, backend, file and function, where a function is missing or not the only one of its
     name, and where a pattern matches nothing in it or more than once.
     """
     edits = fault.edits(backend)
     made = f"fault {fault.id!r}, backend {backend!r}"
-    before = _sources(backend_package(backend))
-    after = dict(before)
+    after = dict(sources)
     if isinstance(edits, Patch):
-        after[edits.file] = _with_text(edits, after, f"{made}, file {edits.file!r}")
-    else:
-        for edit in edits:
-            file, definition = _place(edit.where, after, made)
-            try:
-                after[file] = edited(after[file], definition, edit.find, edit.replace)
-            except PatternError as error:
-                within = f", {definition!r}" if definition else ""
-                raise FaultError(f"{made}, file {file!r}{within}: {error}") from None
-    return {file: source for file, source in after.items() if source != before[file]}
+        return after | {edits.file: _with_text(edits, after, f"{made}, file {edits.file!r}")}
+    for edit in edits:
+        file, definition = _place(edit.where, after, made)
+        try:
+            after[file] = edited(after[file], definition, edit.find, edit.replace, edit.given)
+        except PatternError as error:
+            within = f", {definition!r}" if definition else ""
+            raise FaultError(f"{made}, file {file!r}{within}: {error}") from None
+    return after
 
 
 def package_folder(package: str) -> Path:
@@ -205,7 +214,7 @@ def module_name(package: str, file: str) -> str:
 
 
 @cache
-def _sources(package: str) -> dict[str, str]:
+def sources(package: str) -> dict[str, str]:
     """The source of every module of a package, by its file's path from the package's folder."""
     folder = package_folder(package)
     files = sorted(folder.rglob("*.py"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ast_grep_py import SgNode, SgRoot
@@ -50,12 +50,14 @@ def variables(text: str) -> set[str]:
     return {found[0] for found in VARIABLE.finditer(text)}
 
 
-def check(find: str, replace: str) -> None:
+def check(find: str, replace: str, given: Sequence[str] = ()) -> None:
     """Raises PatternError for a pattern that is not one expression or statement, and for a variable it doesn't bind."""
-    find, replace = canonical(find), canonical(replace)
-    if len(ast.parse(VARIABLE.sub(_holder, find)).body) != 1:
-        raise PatternError(f"the pattern {find!r} is not one expression or statement")
-    unbound = variables(replace) - variables(find) | variables(replace) & {"$_", "$$$"}
+    patterns = [canonical(pattern) for pattern in (find, *given)]
+    for pattern in patterns:
+        if len(ast.parse(VARIABLE.sub(_holder, pattern)).body) != 1:
+            raise PatternError(f"the pattern {pattern!r} is not one expression or statement")
+    needed = variables(canonical(replace))
+    unbound = needed - variables(" ".join(patterns)) | needed & {"$_", "$$$"}
     if unbound:
         raise PatternError(f"the pattern {find!r} does not bind {', '.join(sorted(unbound))} of the replacement")
 
@@ -77,18 +79,19 @@ def _definitions(parent: ast.AST, within: str) -> Iterator[tuple[str, Definition
                 yield from _definitions(node, f"{within}{node.name}." if isinstance(node, Definition) else within)
 
 
-def edited(source: str, definition: str, find: str, replace: str) -> str:
+def edited(source: str, definition: str, find: str, replace: str, given: Sequence[str] = ()) -> str:
     """A module's source with the one match in a definition replaced; with `definition` empty, the one in the module.
 
-    Raises PatternError where the pattern matches nothing there or more than once, and where no Python comes out.
+    `given` are patterns that match once there before it: they change nothing, but bind variables. Raises
+    PatternError where a pattern matches nothing there or more than once, and where no Python comes out.
     """
     tree = ast.parse(source)
     if not definition:
-        return ast.unparse(_parsed(_replaced(ast.unparse(tree), find, replace)))
+        return ast.unparse(_parsed(_replaced(ast.unparse(tree), find, replace, given)))
     for name, node, siblings in list(_definitions(tree, "")):
         if name == definition:
             place = siblings.index(node)
-            siblings[place : place + 1] = _parsed(_replaced(ast.unparse(node), find, replace)).body
+            siblings[place : place + 1] = _parsed(_replaced(ast.unparse(node), find, replace, given)).body
             return ast.unparse(tree)
     raise PatternError(f"there is no function or class {definition!r}")
 
@@ -100,49 +103,57 @@ def _parsed(text: str) -> ast.Module:
         raise PatternError(f"the replacement gives no Python: {error.msg} in {(error.text or '').strip()!r}") from None
 
 
-def _replaced(text: str, find: str, replace: str) -> str:
+def _replaced(text: str, find: str, replace: str, given: Sequence[str]) -> str:
     """Canonical text with the one match of a pattern replaced. Raises PatternError."""
-    find, replace = canonical(find), canonical(replace)
-    root = SgRoot(text, "python").root()
-    matches = root.find_all(pattern=find)
-    if len(matches) != 1:
-        problem = f"is ambiguous: it matches {len(matches)} times" if matches else "is dead: it matches nothing"
-        raise PatternError(f"the pattern {find!r} {problem}")
-    filled = _filled(replace, matches[0])
+    replace, root = canonical(replace), SgRoot(text, "python").root()
+    bound: dict[str, str] = {}
+    for pattern in (*given, find):
+        match, more = _match(root, _filled(canonical(pattern), bound))
+        bound |= more
     body = ast.parse(VARIABLE.sub(_holder, replace)).body
+    filled = _filled(replace, bound)
     if len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, LOOSE):
         filled = f"({filled})"
-    return root.commit_edits([matches[0].replace(_indented(filled, _indent(matches[0])))])
+    return root.commit_edits([match.replace(_indented(filled, _indent(match)))])
 
 
-def _filled(replace: str, match: SgNode) -> str:
-    """A replacement with what a match bound in the place of its variables."""
-
-    def bound(variable: re.Match[str]) -> str:
-        line = variable.string[: variable.start()].rpartition("\n")[2]
-        return _indented(_bound(match, *variable.groups()), " " * (len(line) - len(line.lstrip())))
-
-    for name in variables(replace):
-        if name.startswith("$$$") and not match.get_multiple_matches(name[3:]):
-            quoted = re.escape(name)
-            replace = re.sub(rf"{quoted}, |, {quoted}\b|{quoted}\b", "", replace)
-    return VARIABLE.sub(bound, replace)
+def _match(root: SgNode, pattern: str) -> tuple[SgNode, dict[str, str]]:
+    """The one match of a pattern, and what its variables stand for there. Raises PatternError."""
+    matches = root.find_all(pattern=pattern)
+    if len(matches) != 1:
+        problem = f"is ambiguous: it matches {len(matches)} times" if matches else "is dead: it matches nothing"
+        raise PatternError(f"the pattern {pattern!r} {problem}")
+    return matches[0], {name: _bound(matches[0], name) for name in variables(pattern) - {"$_", "$$$"}}
 
 
-def _bound(match: SgNode, many: str | None, single: str | None) -> str:
+def _bound(match: SgNode, name: str) -> str:
     """The text that a variable stands for, as it would stand at the left margin."""
-    if single is not None:
-        node = match.get_match(single)
-        assert node is not None
-        written = _outdented(node)
-        try:
-            loose = isinstance(ast.parse(written, mode="eval").body, LOOSE)
-        except SyntaxError:
-            loose = False
-        return f"({written})" if loose else written
-    nodes = match.get_multiple_matches(many or "")
-    kept = [_outdented(node) for node in nodes if node.kind() != ","]
-    return (", " if len(kept) < len(nodes) else "\n").join(kept)
+    if name.startswith("$$$"):
+        nodes = match.get_multiple_matches(name[3:])
+        kept = [_outdented(node) for node in nodes if node.kind() != ","]
+        return (", " if len(kept) < len(nodes) else "\n").join(kept)
+    node = match.get_match(name[1:])
+    assert node is not None
+    written = _outdented(node)
+    try:
+        loose = isinstance(ast.parse(written, mode="eval").body, LOOSE)
+    except SyntaxError:
+        loose = False
+    return f"({written})" if loose else written
+
+
+def _filled(text: str, bound: Mapping[str, str]) -> str:
+    """A pattern or a replacement with what is bound in the place of its variables."""
+    for name, value in bound.items():
+        if not value:
+            quoted = re.escape(name)
+            text = re.sub(rf"{quoted}, |, {quoted}\b|{quoted}\b", "", text)
+
+    def value_of(variable: re.Match[str]) -> str:
+        line = variable.string[: variable.start()].rpartition("\n")[2]
+        return _indented(bound.get(variable[0], variable[0]), " " * (len(line) - len(line.lstrip())))
+
+    return VARIABLE.sub(value_of, text)
 
 
 def _indent(node: SgNode) -> str:
