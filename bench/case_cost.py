@@ -17,17 +17,17 @@ from rich.table import Table
 from lyra.backends.protocol import Backend
 from lyra.cli.app import run_script
 from lyra.cli.conform import ProfileName
-from lyra.conformance import session as sessions
 from lyra.conformance.case import Case, Problem
 from lyra.conformance.launch import make_session
 from lyra.conformance.record import Record
+from lyra.conformance.scope import Scope
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject, expected
 
 Item = TypeVar("Item")
 
 
-def draw(count: int) -> list[Case]:
+def draw(count: int, scope: Scope) -> list[Case]:
     """Cases with a context, drawn by Hypothesis as properties draw them."""
     drawn: list[Case] = []
 
@@ -39,7 +39,7 @@ def draw(count: int) -> list[Case]:
         suppress_health_check=list(HealthCheck),
     )
     @seed(1)
-    @given(case=cases(context=True))
+    @given(case=cases(scope, context=True))
     def collect(case: Case) -> None:
         drawn.append(case)
 
@@ -63,16 +63,16 @@ def main(
     profile: Annotated[ProfileName, typer.Option(help="Whose shapes the cases have.")] = ProfileName.ci,
 ) -> None:
     """Print what one case costs: drawing it, making its arrays, the oracle, and every backend."""
-    sessions.start(make_session(["torch", "jax"], profile=profile.value, seed=0, spec=None))
-    draw(examples)
+    session = make_session(["torch", "jax"], profile=profile.value, seed=0, spec=None)
+    draw(examples, session.scope)
     started = time.process_time()
-    drawn = draw(examples)
+    drawn = draw(examples, session.scope)
     rows = [("Hypothesis draws it", 1e3 * (time.process_time() - started) / len(drawn))]
     rows.append(("its arrays", milliseconds(Case.problem, drawn)))
     problems = [case.problem() for case in drawn]
     rows.append(("the oracle, with σ", milliseconds(lambda one: expected(one.replace()), problems)))
     calls = sum(len(one.calls) for one in problems) / len(problems)
-    for backend in sessions.current().backends:
+    for backend in session.backends:
 
         def answer(one: Problem, backend: Backend = backend) -> object:
             return Subject(backend, Record()).run(one)

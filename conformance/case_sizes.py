@@ -77,6 +77,9 @@ EXTREMES: tuple[dict[str, Any], ...] = (
 )
 """The ends of what the suite covers, and some shapes between them. Each pins some sizes of a case."""
 
+FEWEST = 4
+"""Sizes of the smallest pool, that of profile `smoke`."""
+
 COST = 3_000_000
 """The highest cost of a case of a pool."""
 

@@ -6,19 +6,19 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import strategies as st
 
 from lyra.backends.protocol import Backend, check_backend, get_backend
 from lyra.spec.attention import AttentionSpec, Live, Positions, StaticSpec
 from lyra.spec.split import HeadSplit
 
-from . import session as sessions
 from .case import Case
+from .generation import settings_of
 from .judge import Judge
 from .launch import load_backends, prepare_environment
 from .record import NARROW, Property, Record
-from .replay import describe, write_replay
+from .replay import command, describe, write_replay
 from .session import Profile, Session, UsageError
 from .strategies import LIVE, POSITIONS, cases
 from .subject import BackendError, Divergence
@@ -74,33 +74,20 @@ def check_split(
     `check_case` raises, and SpecError for a split that the layer does not allow.
     """
     judge = _judge(backends)
-    scope = spec.replace(split=split)
-    session = Session(profile=Profile("smoke", examples, POOL), seed=seed_of_cases, scope=scope)
+    session = Session(profile=Profile("smoke", examples, POOL), seed=seed_of_cases, spec=spec.replace(split=split))
     modes = st.builds(StaticSpec, live=st.sampled_from(live), positions=st.sampled_from(positions))
 
-    @settings(
-        max_examples=session.examples(1),
-        deadline=None,
-        database=None,
-        print_blob=False,
-        report_multiple_bugs=False,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings_of(session, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
     @seed(seed_of_cases)
-    @given(case=cases(), mode=modes)
+    @given(case=cases(session.scope), mode=modes)
     def hold(case: Case, mode: StaticSpec) -> None:
         judge.oracle(case.respec(static=mode))
 
-    before = sessions.current()
-    sessions.start(session)
     try:
         hold()
     except (Divergence, BackendError) as error:
         _explain(judge, error)
         raise
-    finally:
-        sessions.start(before)
     return _checked(judge)
 
 
@@ -108,10 +95,11 @@ def _judge(backends: Sequence[str | Backend] | None) -> Judge:
     """A judge of these backends. Raises UsageError where one of them knows no static context."""
     prepare_environment()
     wanted = load_backends([]) if backends is None else backends
-    made = [get_backend(one) if isinstance(one, str) else check_backend(one) for one in wanted]
+    chosen = [get_backend(some) if isinstance(some, str) else check_backend(some) for some in wanted]
     record = Record()
-    judge = Judge(made, record, record.register(PROPERTY.name, PROPERTY.statements, PROPERTY.summary), ("static",))
-    lacking = [one.name for one in made if one.name not in {subject.name for subject in judge.subjects}]
+    prop = record.register(PROPERTY.name, PROPERTY.statements, PROPERTY.summary)
+    judge = Judge(chosen, record, prop, ("static",))
+    lacking = [backend.name for backend in chosen if backend.name not in {subject.name for subject in judge.subjects}]
     if lacking:
         raise UsageError(f"backends {lacking} lack the capability 'static', without which a split has no meaning")
     return judge
@@ -128,7 +116,8 @@ def _hold(judge: Judge, case: Case) -> None:
 def _explain(judge: Judge, error: Divergence | BackendError) -> None:
     """Write the replay file of every backend that failed, and say so on the error."""
     for failure in judge.record.failures.values():
-        error.add_note(describe(dataclasses.replace(failure, replay=str(write_replay(failure)))))
+        written = dataclasses.replace(failure, replay=str(write_replay(failure)))
+        error.add_note(describe(written, command(written, {})))
 
 
 def _checked(judge: Judge) -> Checked:

@@ -1,22 +1,25 @@
-"""Runs the suite under pytest: makes the session, gives each property its judge, and keeps what was found."""
+"""Runs the suite under pytest: makes the session, gives each property its cases and its judge, keeps what was found."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lyra.conformance import session as sessions
-from lyra.conformance.journal import journal
+from lyra.conformance.generation import generated
 from lyra.conformance.judge import Judge
-from lyra.conformance.launch import REPLAY, begin
+from lyra.conformance.launch import begin
 from lyra.conformance.record import Failure
 from lyra.conformance.registry import Declaration
-from lyra.conformance.replay import describe, write_replay
+from lyra.conformance.replay import command, describe, write_replay
 from lyra.conformance.selection import selects
+from lyra.conformance.session import Session
+from lyra.conformance.stash import REPLAY, SESSION
 from lyra.conformance.subject import BackendError
 
 
@@ -32,14 +35,54 @@ def property_name(item: pytest.Item) -> str:
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-    """Make the session before the first property module is imported: its strategies read it."""
+    """Make the session before the first property is collected."""
     begin(collector.config)
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Give the folder of the properties a name that no word of -k is a part of, as "rope" is of "properties"."""
+    if path.name != "properties":
+        return None
+    package: pytest.Package = pytest.Package.from_parent(parent, path=path)
+    package.name = "."
+    return package
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a property the cases that it names, one by one."""
+    marker = metafunc.definition.get_closest_marker("lyra")
+    if marker and marker.args[0].named is not None:
+        cases = marker.args[0].named(metafunc.config.stash[SESSION].scope)
+        metafunc.parametrize("case", cases.values(), ids=cases)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Put generated cases into a property that asks for them: as many, and of such sizes, as this run decides."""
+    declaration = declaration_of(item)
+    if declaration is not None and declaration.draws is not None:
+        item.obj = generated(declaration, item.config.stash[SESSION])  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a property whose cases Hypothesis draws, or any on a replayed case; pytest runs the others."""
+    declaration, replay = declaration_of(pyfuncitem), pyfuncitem.config.stash.get(REPLAY, None)
+    if declaration is None:
+        return None
+    if replay is not None and replay.case is not None:
+        declaration.check(case=replay.case, judge=pyfuncitem.funcargs["judge"])
+        return True
+    if declaration.draws is None:
+        return None
+    names = inspect.signature(declaration.check).parameters.keys() - {"case"}
+    pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names})
+    return True
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the properties that the options select, after pytest's own -k and -m: a shard is a part of all the rest."""
-    session, replay, only = sessions.current(), config.stash[REPLAY], config.getoption("--lyra-only")
+    session, replay, only = config.stash[SESSION], config.stash[REPLAY], config.getoption("--lyra-only")
     declared = {item: declaration for item in items if (declaration := declaration_of(item))}
     kept = {
         item: declaration
@@ -48,15 +91,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         and (only is None or selects(only, item.path.stem, item.name))
     }
     if session.shard is not None:
-        chosen = session.shard.chosen({property_name(item): one.weight for item, one in kept.items()})
+        chosen = session.shard.chosen({property_name(item): declaration.weight for item, declaration in kept.items()})
         if kept and not chosen and not hasattr(config, "workerinput"):  # workers have a controller that says it
             raise pytest.UsageError(session.shard.empty())
-        kept = {item: one for item, one in kept.items() if property_name(item) in chosen}
-    session.planned = {property_name(item): one for item, one in kept.items()}
-    kept = {item: one for item, one in kept.items() if property_name(item) not in session.done}
+        kept = {item: some for item, some in kept.items() if property_name(item) in chosen}
+    session.planned = {property_name(item): declaration for item, declaration in kept.items()}
+    kept = {item: some for item, some in kept.items() if property_name(item) not in session.done}
     if len(kept) < len(declared):
         config.hook.pytest_deselected(items=[item for item in declared if item not in kept])
         items[:] = [item for item in items if item in kept or item not in declared]
+
+
+@pytest.fixture
+def suite(request: pytest.FixtureRequest) -> Session:
+    """The run that a property is a part of."""
+    return request.config.stash[SESSION]
+
+
+@pytest.fixture
+def case() -> None:
+    """Stands for the case of a property whose cases are generated; each of them takes its place."""
 
 
 @pytest.fixture
@@ -65,27 +119,23 @@ def judge(request: pytest.FixtureRequest) -> Judge:
     declaration = declaration_of(request.node)
     if declaration is None:
         raise pytest.UsageError(f"{request.node.name}: only a property, declared with @prop, can ask for a judge")
-    session = sessions.current()
+    session = request.config.stash[SESSION]
     premises = declaration.premises if request.config.stash[REPLAY] is None else ()  # one case, whatever it meets
     names = [premise.name for premise in premises]
     prop = session.record.register(property_name(request.node), declaration.statements, declaration.summary, names)
-    backends = [one for one in session.backends if one.name not in session.without.get(prop.name, ())]
-    made = Judge(backends, session.record, prop, declaration.needs, premises)
-    if not made.subjects:
+    backends = [backend for backend in session.backends if backend.name not in session.without.get(prop.name, ())]
+    judge = Judge(backends, session.record, prop, declaration.needs, premises, session.journal, session.shared)
+    if not judge.subjects:
         pytest.skip("unsupported: " + "; ".join(f"{name} {t.why_unsupported}" for name, t in prop.tallies.items()))
-    return made
+    return judge
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[Any]:
-    """Time a property; put a replayed case in place of generated ones; add to a failure what a person needs."""
-    declaration, session = declaration_of(item), sessions.current()
-    if declaration is None:
+    """Time a property; add to a failure what a person needs."""
+    if declaration_of(item) is None:
         return (yield)
-    replay = item.config.stash[REPLAY]
-    if replay is not None and replay.case is not None:
-        case = replay.case
-        item.obj = lambda judge: declaration.check(case=case, judge=judge)  # type: ignore[attr-defined]
+    session = item.config.stash[SESSION]
     started = time.perf_counter()
     name, record = property_name(item), session.record
     try:
@@ -96,8 +146,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[Any]:
     except pytest.exit.Exception:
         raise
     except Exception as error:
-        blame(name, error)
-        explain(name, error)
+        blame(session, name, error)
+        explain(session, name, error)
         raise
     finally:
         record.seconds += time.perf_counter() - started
@@ -108,30 +158,32 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """What pytest counts as a failure the record has too, wherever it came from: the report decides over the run."""
     report = yield
     if report.failed and call.excinfo is not None and declaration_of(item) is not None:
-        blame(property_name(item), call.excinfo.value)
+        blame(item.config.stash[SESSION], property_name(item), call.excinfo.value)
     return report
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """How many properties are to run."""
-    sessions.current().record.planned += sum(declaration_of(item) is not None for item in session.items)
+    session.config.stash[SESSION].record.planned += sum(declaration_of(item) is not None for item in session.items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A property begins."""
     if declaration_of(item) is not None:
-        journal.begin(property_name(item))
+        item.config.stash[SESSION].journal.begin(property_name(item))
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """One more property is done, whatever came of it."""
-    sessions.current().record.finished += declaration_of(item) is not None
-    journal.end()
+    if declaration_of(item) is not None:
+        session = item.config.stash[SESSION]
+        session.record.finished += 1
+        session.journal.end()
 
 
-def blame(name: str, error: BaseException) -> None:
+def blame(session: Session, name: str, error: BaseException) -> None:
     """A property ended with an error: see that the record knows of it. What is a backend's is no other backend's."""
-    record = sessions.current().record
+    record = session.record
     if any(failed == name for failed, _ in record.failures):
         return
     if isinstance(error, BackendError):
@@ -141,10 +193,10 @@ def blame(name: str, error: BaseException) -> None:
         record.suite_error(name, error)
 
 
-def explain(name: str, error: Exception) -> None:
+def explain(session: Session, name: str, error: Exception) -> None:
     """Write the replay file of every backend that failed in a property, and say so on the error."""
-    record = sessions.current().record
+    record = session.record
     for key, failure in record.failures.items():
         if key[0] == name:
             record.failures[key] = failure = dataclasses.replace(failure, replay=str(write_replay(failure)))
-            error.add_note(describe(failure))
+            error.add_note(describe(failure, command(failure, session.requested_as)))

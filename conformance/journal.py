@@ -73,7 +73,3 @@ class Journal:
         text = END.join([self._property, self._backend, case() if case else "", ""])
         os.lseek(self._file, 0, os.SEEK_SET)
         os.write(self._file, text.encode("utf-8", "replace"))
-
-
-journal = Journal()
-"""That of this process."""

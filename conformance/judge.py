@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from lyra.backends.raised import interrupted
 from lyra.spec.uncertain import Uncertain
 
 from .case import Case, Problem
-from .journal import journal
+from .journal import Journal
 from .premises import Premise
 from .record import Failure, Property, Record
 from .recorded_inputs import RecordedInputs
@@ -31,13 +32,16 @@ class Judge:
         prop: Property,
         needs: Sequence[str] = (),
         premises: Sequence[Premise] = (),
+        journal: Journal | None = None,
+        shared: dict[Hashable, Any] | None = None,
     ) -> None:
         self.record = record
         self.property = prop
         self.premises = premises
         self.subjects: list[Subject] = []
+        self._journal = journal or Journal()
         for backend in backends:
-            tally, subject = prop.tally(backend.name), Subject(backend, record)
+            tally, subject = prop.tally(backend.name), Subject(backend, record, self._journal, shared)
             try:
                 missing = subject.attempt(partial(lacking, backend, needs))
             except BackendError as error:
@@ -80,7 +84,7 @@ class Judge:
         tally = self.property.tally(subject.name)
         found: Divergence | BackendError | None = None
         try:
-            with journal.asking(subject.name, text):
+            with self._journal.asking(subject.name, text):
                 check(subject)
                 subject.hold_answers()
         except Unfit as error:
@@ -140,7 +144,7 @@ class Judge:
         if isinstance(error, Divergence):
             stage = error.stage
             if stage is None and error.problem is not None:
-                with journal.asking(subject.name, text):
+                with self._journal.asking(subject.name, text):
                     stage, of_trace = subject.first_diverging_stage(error.problem)
                 message += f"; {of_trace}" if of_trace else ""
             error.stage = stage

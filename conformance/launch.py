@@ -1,4 +1,4 @@
-"""Makes the session of a pytest run from its options, once, before the properties are imported."""
+"""Makes the session of a pytest run from its options, once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from lyra.spec.errors import SpecError
 from lyra.spec.model import ModelSpec, load_spec
 from lyra.spec.split import HeadSplit
 
-from .plugin import BEGUN, OWN
 from .replay import Replay
 from .selection import selects
-from .session import PROFILES, Profile, Session, UsageError, start
+from .session import PROFILES, Profile, Session, UsageError
 from .shard import Shard
+from .stash import OWN, REPLAY, SESSION
 
 THREADS = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}
 """What a user sets to choose the threads of NumPy's linear algebra."""
-
-REPLAY = pytest.StashKey[Replay | None]()
 
 
 class SessionPlugin:
@@ -39,34 +37,32 @@ class SessionPlugin:
 
 def begin(config: pytest.Config) -> None:
     """Start the session of this pytest run, unless it has begun. Raises UsageError of pytest for what it cannot be."""
-    if config.stash.get(BEGUN, False):
+    if SESSION in config.stash:
         return
-    config.stash[BEGUN] = True
     watch = ExitStack()
     config.add_cleanup(watch.close)
     watch.enter_context(interrupts_watched())
-    given = next((one for one in config.pluginmanager.get_plugins() if isinstance(one, SessionPlugin)), None)
+    plugins = config.pluginmanager.get_plugins()
+    given = next((plugin for plugin in plugins if isinstance(plugin, SessionPlugin)), None)
     path, only = config.getoption("--lyra-replay"), config.getoption("--lyra-only")
     try:
         if only is not None:
             selects(only, "", "")
         config.stash[REPLAY] = Replay.read(path) if path is not None else None
         if given is not None:
-            start(given.session)
+            config.stash[SESSION] = given.session
         else:
             for option in ("--lyra-json", "--lyra-report"):
                 check_place(config.getoption(option), option)
-            config.stash[OWN] = True
-            start(
-                make_session(
-                    config.getoption("--lyra-backend"),
-                    profile=config.getoption("--lyra-profile"),
-                    seed=config.getoption("--lyra-seed"),
-                    spec=config.getoption("--lyra-spec"),
-                    shard=config.getoption("--lyra-shard"),
-                    database=config.getoption("--lyra-database"),
-                )
+            config.stash[SESSION] = make_session(
+                config.getoption("--lyra-backend"),
+                profile=config.getoption("--lyra-profile"),
+                seed=config.getoption("--lyra-seed"),
+                spec=config.getoption("--lyra-spec"),
+                shard=config.getoption("--lyra-shard"),
+                database=config.getoption("--lyra-database"),
             )
+            config.stash[OWN] = True
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -105,13 +101,13 @@ def settled(
     keep_numpy_to_one_thread()
     prepare_environment()
     try:
-        scope, splits = read_scope(spec) if spec is not None else (None, ())
+        attention, splits = read_attention(spec) if spec is not None else (None, ())
     except (SpecError, OSError) as error:
         raise UsageError("; ".join(str(error).splitlines())) from None
     return Session(
         profile=PROFILES[profile] if isinstance(profile, str) else profile,
         seed=seed,
-        scope=scope,
+        spec=attention,
         splits=splits,
         shard=Shard.parse(shard) if shard is not None else None,
         database=database,
@@ -150,7 +146,7 @@ def unlike(found: Mapping[str, Backend]) -> list[Backend]:
     return list(found.values())
 
 
-def read_scope(source: str) -> tuple[AttentionSpec, tuple[HeadSplit, ...]]:
+def read_attention(source: str) -> tuple[AttentionSpec, tuple[HeadSplit, ...]]:
     """The attention spec that a preset or a TOML file holds the suite to: a model's global layer, with the first of its
     layers' splits, and all of these where they differ. Raises SpecError.
     """

@@ -14,11 +14,7 @@ from typing import Any
 
 import pytest
 
-BEGUN = pytest.StashKey[bool]()
-"""Whether a session of the suite has been made in this process."""
-
-OWN = pytest.StashKey[bool]()
-"""Whether pytest's options have made it, so that pytest's exit code is to be that of the report."""
+from .stash import OWN, SESSION
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,15 +54,11 @@ class Follower:
         self._started = time.monotonic()
         self._is_worker = hasattr(config, "workerinput")
 
-    @property
-    def _begun(self) -> bool:
-        return self._config.stash.get(BEGUN, False)
-
     def pytest_sessionstart(self) -> None:
         """Refuse what cannot be followed before workers start: each of them would say so."""
         options = ("lyra_backend", "lyra_spec", "lyra_only", "lyra_shard", "lyra_replay")
-        has_options = any(self._config.getoption(name) not in (None, []) for name in options)
-        if has_options and not self._is_worker and self._config.getoption("numprocesses", None):
+        chosen = any(self._config.getoption(name) not in (None, []) for name in options)
+        if chosen and not self._is_worker and self._config.getoption("numprocesses", None):
             from .launch import begin
 
             begin(self._config)
@@ -74,20 +66,19 @@ class Follower:
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         """A shard with nothing to run is refused here too: what a worker says of it nobody would see."""
-        if self._begun and not ids:
-            from .session import current
-
-            if (shard := current().shard) is not None:
-                pytest.exit(shard.empty(), returncode=pytest.ExitCode.USAGE_ERROR)
+        session = self._config.stash.get(SESSION, None)
+        if session is not None and session.shard is not None and not ids:
+            pytest.exit(session.shard.empty(), returncode=pytest.ExitCode.USAGE_ERROR)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
         """In a worker: what the property saw goes with its last report."""
         report = yield
-        if self._is_worker and self._begun and call.when == "teardown":
+        session = self._config.stash.get(SESSION, None)
+        if self._is_worker and session is not None and call.when == "teardown":
             from .record_transfer import serialize_record
 
-            report.lyra = serialize_record()
+            report.lyra = serialize_record(session)
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -98,7 +89,7 @@ class Follower:
             from .record_transfer import merge_record
 
             begin(self._config)
-            merge_record(seen)
+            merge_record(self._config.stash[SESSION], seen)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -106,18 +97,19 @@ class Follower:
         own = self._config.stash.get(OWN, False)
         if not own or self._is_worker or self._config.getoption("collectonly"):
             return
-        from .record_transfer import finish
-        from .session import current
+        from .report.write import finish
 
         paths = self._config.getoption("lyra_json"), self._config.getoption("lyra_report")
-        code = finish(*paths, seconds=time.monotonic() - self._started)
-        if session.exitstatus == pytest.ExitCode.OK and current().record.planned:
+        run = self._config.stash[SESSION]
+        code = finish(run, *paths, seconds=time.monotonic() - self._started)
+        if session.exitstatus == pytest.ExitCode.OK and run.record.planned:
             session.exitstatus = code
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """How much was compared, after pytest's own summary."""
-        if self._begun:
+        session = self._config.stash.get(SESSION, None)
+        if session is not None:
             from .record_transfer import closing_lines
 
-            for line in closing_lines():
+            for line in closing_lines(session.record):
                 terminalreporter.write_line(line)

@@ -8,7 +8,6 @@ import pkgutil
 from lyra.conformance import properties
 
 from .registry import Declaration
-from .runner import forget_properties
 
 
 def all_properties() -> dict[str, Declaration]:
@@ -20,5 +19,4 @@ def all_properties() -> dict[str, Declaration]:
             for mark in getattr(function, "pytestmark", []):
                 if mark.name == "lyra" and function.__module__ == info.name:
                     found[f"{short}::{name.removeprefix('test_')}"] = mark.args[0]
-    forget_properties()
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lyra.spec.text_file import read_json
 
 from .case import Case
 from .record import BY_ITSELF, Failure
-from .session import UsageError, current
+from .session import UsageError
 
 FOLDER = Path(".lyra") / "cases"
 """Where failing cases are written, below the working folder."""
@@ -96,17 +97,14 @@ def _case(text: str | None) -> Any:
         return text
 
 
-def command(failure: Failure) -> str:
-    """The command that runs a failure's case again."""
-    backend = current().requested_as.get(failure.backend, failure.backend)
+def command(failure: Failure, requested_as: Mapping[str, str]) -> str:
+    """The command that runs a failure's case again; `requested_as` is how backends with another name were asked for."""
+    backend = requested_as.get(failure.backend, failure.backend)
     return f"lyra conform --backend {shlex.quote(backend)} --replay {shlex.quote(str(failure.replay))}"
 
 
-def describe(failure: Failure, again: str | None = None) -> str:
-    """The failure as a person reads it: clause, backend, values, stage, case and the command that replays it.
-
-    `again` is that command, where the run that failed is not the current one.
-    """
+def describe(failure: Failure, again: str | None) -> str:
+    """A failure as a person reads it: clause, backend, values, stage, case; `again` is the command that replays it."""
     stage = failure.stage or "unknown (no stage is off by itself, or the backend gives no trace)"
     case = _case(failure.case)
     picture = Case.from_json(json.dumps(case)).describe() if isinstance(case, dict) else case or "none was compared"
@@ -118,5 +116,5 @@ def describe(failure: Failure, again: str | None = None) -> str:
         f"  case: {picture}",
     ]
     if failure.replay:
-        lines.append(f"  replay: {again or command(failure)}")
+        lines.append(f"  replay: {again}")
     return "\n".join(lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,14 +91,7 @@ def run(
     arguments += [f"--lyra-replay={replay}"] if replay is not None else []
     arguments += [f"--lyra-only={only}"] if only is not None else []
     all_plugins = [SessionPlugin(session), *plugins, *([Progress(progress)] if progress else [])]
-    forget_properties()
     log = io.StringIO()
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         code = pytest.main(arguments, plugins=all_plugins)
     return Run(int(code), log.getvalue(), session.record)
-
-
-def forget_properties() -> None:
-    """Unload the property modules: how many examples they generate is decided when they are imported."""
-    for name in [name for name in sys.modules if ".properties.test_" in name or name.endswith("conformance.conftest")]:
-        del sys.modules[name]

@@ -1,15 +1,12 @@
-"""The current run: which backends, which profile, which spec the suite is held to, and what was seen."""
+"""A run of the suite: which backends, which profile, which spec it is held to, and what was seen."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from hypothesis import Phase
-from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
+from typing import Any, Literal
 
 from lyra.backends.protocol import Backend, PlacedBackend
 from lyra.backends.raised import interrupted
@@ -17,13 +14,13 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
 from lyra.spec.split import HeadSplit
 
-from .case_sizes import CaseSizes, make_sizes
+from .case_sizes import FEWEST, CaseSizes, make_sizes
 from .fit import fitting
+from .journal import Journal
 from .record import Record
+from .registry import Declaration
+from .scope import Scope
 from .shard import Shard
-
-if TYPE_CHECKING:
-    from .registry import Declaration
 
 
 class UsageError(InputError):
@@ -58,7 +55,7 @@ class Profile:
 
 
 PROFILES: dict[str, Profile] = {
-    "smoke": Profile("smoke", examples=12, sizes=4, data=4),
+    "smoke": Profile("smoke", examples=12, sizes=FEWEST, data=4),
     "ci": Profile("ci", examples=60, sizes=7, data=2),
     "thorough": Profile("thorough", examples=120, sizes=32, data=2),
 }
@@ -89,9 +86,10 @@ def _hardware_of(backend: Backend) -> str | None:
 
 @dataclass
 class Session:
-    """One run of the suite.
+    """One run of the suite. Whoever starts it holds it; a pytest run keeps it in its configuration (`stash.SESSION`).
 
-    splits    the splits of the scope's layers, where they differ; each case takes one of them
+    spec      the spec that the suite is held to, if it is held to one
+    splits    the splits of that spec's layers, where they differ; each case takes one of them
     requested_as  how a backend was asked for, where that is not its name
     shard     the part of the suite that is run; None means all of it
     database  the folder where Hypothesis keeps failing examples, to try them first next time; None keeps nothing
@@ -100,6 +98,8 @@ class Session:
     without   backends, by property, that ended the process there, so that they are not asked again
     judged    what a report says of the backends, where they are in other processes
     planned   what every property that the options select says of itself, those of `done` too, once they are collected
+    journal   where the run is, for whoever started its process
+    shared    what properties make once a run and share, such as a backend's engine of a model
 
     Raises InputError for a seed that NumPy does not take.
     """
@@ -107,7 +107,7 @@ class Session:
     backends: Sequence[Backend] = ()
     profile: Profile = PROFILES["smoke"]
     seed: int = 0
-    scope: AttentionSpec | None = None
+    spec: AttentionSpec | None = None
     splits: tuple[HeadSplit, ...] = ()
     record: Record = field(default_factory=Record)
     sizes: tuple[CaseSizes, ...] = ()
@@ -119,12 +119,14 @@ class Session:
     without: Mapping[str, Collection[str]] = field(default_factory=dict)
     judged: tuple[Card, ...] = ()
     planned: Mapping[str, Declaration] = field(default_factory=dict)
+    journal: Journal = field(default_factory=Journal)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.seed, int) and 0 <= self.seed < SEEDS):
             raise InputError(f"the seed is {self.seed!r:.60}; expected a whole number from 0 to {SEEDS - 1}")
         if not self.sizes:
-            self.sizes = make_sizes(self.profile.sizes, self.seed, self.scope)
+            self.sizes = make_sizes(self.profile.sizes, self.seed, self.spec)
         self.record.shard = self.shard
 
     @property
@@ -132,40 +134,17 @@ class Session:
         """What a report says of the backends."""
         return self.judged or tuple(Card.of(backend) for backend in self.backends)
 
+    @cached_property
+    def scope(self) -> Scope:
+        """What its cases are drawn from: sizes that fit, where all backends have a fixed structure."""
+        sizes = self.sizes if self.spec is not None else fitting(self.sizes, self.backends)
+        return Scope(sizes, self.spec, self.splits, self.seed, self.profile.examples)
+
     def examples(self, weight: float) -> int:
         """How many examples a property of this weight gets; layers of real size get fewer."""
         count = self.profile.examples * weight
-        if self.scope is not None:
+        if self.spec is not None:
             toy = 64 * 64 * 16
-            size = self.scope.hidden_size * self.scope.head_dim * self.scope.num_attention_heads
+            size = self.spec.hidden_size * self.spec.head_dim * self.spec.num_attention_heads
             count *= min(1.0, max(0.01, 4 * toy / size))
         return max(2, round(count))
-
-    @cached_property
-    def pool(self) -> tuple[CaseSizes, ...]:
-        """The sizes that cases are drawn from: those that fit, where all backends have a fixed structure."""
-        return self.sizes if self.scope is not None else fitting(self.sizes, self.backends)
-
-    @property
-    def phases(self) -> list[Phase]:
-        """What Hypothesis does with a property. It explains nothing: the first diverging stage says more."""
-        return [phase for phase in Phase if phase is not Phase.explain and (self.shrink or phase is not Phase.shrink)]
-
-    def examples_database(self) -> ExampleDatabase | None:
-        """What a property keeps its failing examples in."""
-        return DirectoryBasedExampleDatabase(self.database) if self.database else None
-
-
-_current: list[Session] = []
-
-
-def start(session: Session) -> None:
-    """Make a session the current one."""
-    _current[:] = [session]
-
-
-def current() -> Session:
-    """The current session; a default one (no backend, smoke shapes) outside a run of the suite."""
-    if not _current:
-        start(Session())
-    return _current[0]

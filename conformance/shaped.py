@@ -15,7 +15,7 @@ from lyra.spec.split import HeadSplit
 
 from .case import Case, Problem
 from .case_sizes import CaseSizes
-from .session import current
+from .scope import Scope
 
 
 def mostly(change: Callable[[Case], Case]) -> Callable[[Case], Case]:
@@ -53,22 +53,31 @@ def several_kv_heads(sizes: CaseSizes) -> bool:
     return sizes.static_kv_heads > 1
 
 
-def beside_vanilla(case: Case) -> Case:
+def unless_given(given: bool, change: Callable[[Case], Case]) -> Callable[[Case], Case]:
+    """The map, unless what it changes is given by the spec that a run is held to."""
+    return (lambda case: case) if given else change
+
+
+def beside_vanilla(scope: Scope) -> Callable[[Case], Case]:
     """A vanilla head beside Lyra heads, where the layer has more than one head: the first one stays vanilla."""
+    return unless_given(scope.has_split, _beside_vanilla)
+
+
+def _beside_vanilla(case: Case) -> Case:
     spec = case.spec
-    if (given := current().scope) is not None and given.split is not None:
-        return case
     heads = spec.lyra_q_heads or tuple(range(spec.num_attention_heads))
     if len(heads) < spec.num_attention_heads:
         return case if spec.lyra_q_heads else case.respec(split=HeadSplit.from_q_heads(spec, heads[:1], share_kv=None))
     return case.respec(split=HeadSplit.from_q_heads(spec, heads[1:] or heads, share_kv=None))
 
 
-def cutting(case: Case) -> Case:
+def cutting(scope: Scope) -> Callable[[Case], Case]:
     """A split that cuts a group, where the layer has groups: one head of the last Lyra group stays vanilla."""
+    return unless_given(scope.has_split, _cutting)
+
+
+def _cutting(case: Case) -> Case:
     spec = case.spec
-    if (given := current().scope) is not None and given.split is not None:
-        return case
     if spec.group_size == 1 or (spec.split is not None and spec.split.cut_kv_heads):
         return case
     heads = spec.lyra_q_heads or tuple(range(spec.num_attention_heads))
@@ -103,16 +112,18 @@ def padded(case: Case) -> Case:
     return case.replace(padding=tuple(1 + (case.seed + row) % (case.tokens - 1) for row in range(case.batch)))
 
 
-def beyond_window(case: Case) -> Case:
+def beyond_window(scope: Scope) -> Callable[[Case], Case]:
     """A window shorter than the longest row, which has two real tokens at least."""
+    return unless_given(scope.has_window, _beyond_window)
+
+
+def _beyond_window(case: Case) -> Case:
     window = case.spec.sliding_window
-    scope = current().scope
-    given = scope is not None and scope.sliding_window is not None
-    if window is None or given or case.tokens < 2:
+    if window is None or case.tokens < 2:
         return case
     real = case.tokens - min(case.padding, default=0)
     if real < 2:
-        return beyond_window(case.replace(padding=()))
+        return _beyond_window(case.replace(padding=()))
     return case.respec(sliding_window=1 + (window - 1) % (real - 1))
 
 

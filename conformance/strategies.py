@@ -23,7 +23,7 @@ from lyra.spec.split import HasHeads, HeadSplit
 
 from .case import FLAVOURS, Block, Case, Context, Flavour
 from .case_sizes import CaseSizes
-from .session import current
+from .scope import Scope, small_scope
 
 FAR = 131_072
 """The highest position of a live or a static token (ROPE-3)."""
@@ -68,15 +68,18 @@ def attention_specs(
     draw: st.DrawFn,
     sizes: CaseSizes,
     *,
+    scope: Scope | None = None,
     live: Sequence[Live] = LIVE,
     positions: Sequence[Positions] = POSITIONS,
     split: bool = True,
     window: bool = False,
 ) -> AttentionSpec:
-    """A spec of these shapes and this structure, its numbers free. A window excludes a split."""
-    scope, splits = current().scope, current().splits
-    if scope is not None:
-        spec = scope.replace(split=draw(st.sampled_from(splits))) if splits else scope
+    """A spec of these shapes and this structure, its numbers free; or the spec that a scope holds cases to. A window
+    excludes a split.
+    """
+    scope = scope or small_scope()
+    if scope.spec is not None:
+        spec = scope.spec.replace(split=draw(st.sampled_from(scope.splits))) if scope.splits else scope.spec
     else:
         scale = sizes.head_dim**-0.5
         spec = AttentionSpec(
@@ -99,7 +102,7 @@ def attention_specs(
         changes = {"sliding_window": draw(st.integers(1, 12)), "split": None}
     elif split and spec.split is None and spec.sliding_window is None:
         changes["split"] = draw(head_splits(spec, kv_heads=sizes.static_kv_heads))
-    if scope is None or scope.split is None:
+    if not scope.has_split:
         chosen = draw(st.sampled_from(tuple(live))), draw(st.sampled_from(tuple(positions)))
         changes["static"] = StaticSpec(live=chosen[0], positions=chosen[1])
     return spec.replace(**changes) if changes else spec
@@ -127,6 +130,7 @@ def seeds() -> st.SearchStrategy[int]:
 @st.composite
 def cases(
     draw: st.DrawFn,
+    scope: Scope | None = None,
     *,
     live: Sequence[Live] = LIVE,
     positions: Sequence[Positions] = POSITIONS,
@@ -146,23 +150,26 @@ def cases(
     prefer: Callable[[CaseSizes], bool] = bool,
     dtype: Dtype = "float32",
 ) -> Case:
-    """Cases of the current run's sizes, or of so many of the `smallest` of them. `context` True, False, or None for
-    either; the rest narrows what is drawn, `prefer` to some sizes if the run has any such. `frames` is another name of
-    `smallest`.
+    """Cases of a scope's sizes (small ones where none is given), or of so many of the `smallest` of them. `context`
+    True, False, or None for either; the rest narrows what is drawn, `prefer` to some sizes if the scope has any such.
+    `frames` is another name of `smallest`.
     """
+    scope = scope or small_scope()
 
     def fits(some: CaseSizes) -> bool:
         enough_calls = len(some.calls) >= min_calls and sum(some.calls) >= min_tokens
         return enough_calls and (some.context_tokens >= min_context or context is False)
 
-    pool = tuple(some for some in current().pool[: smallest or frames] if fits(some))
+    pool = tuple(some for some in scope.sizes[: smallest or frames] if fits(some))
     pool = tuple(filter(prefer, pool)) or pool
     if not pool:
         raise ValueError(
-            f"no sizes of this run has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens"
+            f"no size that cases are drawn from has {min_calls} calls, {min_tokens} tokens, {min_context} static tokens"
         )
     chosen = draw(st.sampled_from(pool))
-    spec = draw(attention_specs(chosen, live=live, positions=positions, split=split and not window, window=window))
+    spec = draw(
+        attention_specs(chosen, scope=scope, live=live, positions=positions, split=split and not window, window=window)
+    )
     with_context = draw(st.booleans()) if context is None else context
     if spec.sliding_window is not None:
         with_context = False
@@ -255,8 +262,13 @@ def in_long_calls(some: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
 
 
 def block_cases(
-    *, source: Source = "external", residual: Sequence[bool] = (True, False), output_norm: bool = True, **rest: Any
+    scope: Scope | None = None,
+    *,
+    source: Source = "external",
+    residual: Sequence[bool] = (True, False),
+    output_norm: bool = True,
+    **rest: Any,
 ) -> st.SearchStrategy[Case]:
-    """Cases of injected blocks: `rest` narrows `cases`, which give the attention in them and the data."""
+    """Cases of injected blocks: `rest` narrows `cases` of the scope, which give the attention in them and the data."""
     around = blocks(source=source, residual=residual, output_norm=output_norm)
-    return st.builds(lambda case, block: case.replace(block=block), cases(**rest), around)
+    return st.builds(lambda case, block: case.replace(block=block), cases(scope, **rest), around)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -25,7 +25,7 @@ from lyra.spec.uncertain import Uncertain, exact
 from .answers import Malformed, check_result, check_values
 from .blocks import expected_of_block, make_block, stage_of_block
 from .case import Problem
-from .journal import journal
+from .journal import Journal
 from .record import NARROW, Record
 from .recorded_inputs import RecordedInput, RecordedInputs
 from .tolerance import K_PAIR, MODEL, Distance, K, distance, model_distance, stored_distance
@@ -125,7 +125,15 @@ class Subject:
     whether the backend has the structure that the check is about.
     """
 
-    def __init__(self, backend: Backend, record: Record) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        record: Record,
+        journal: Journal | None = None,
+        shared: dict[Hashable, Any] | None = None,
+    ) -> None:
+        self._journal = journal or Journal()
+        self._shared = {} if shared is None else shared
         self.backend = backend
         self.name = backend.name
         self.record = record
@@ -310,6 +318,13 @@ class Subject:
                     message = f"{far.describe(name, K)} against the oracle on the stage before"
                     raise Divergence(self.name, message, problem, name)
 
+    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` makes of this backend, made once a run. Raises what it raises."""
+        key = (self.name, name)
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def load(self, folder: str) -> Engine:
         """The backend's engine for a folder with a model. Raises BackendError."""
         backend = self.backend
@@ -323,7 +338,7 @@ class Subject:
         Only the user's Ctrl-C passes: a backend's `sys.exit()` ends nothing but this call.
         """
         try:
-            with journal.asking(self.name):
+            with self._journal.asking(self.name):
                 return call()
         except Unsupported as error:
             raise Unfit(str(error)) from error

@@ -21,7 +21,7 @@ from lyra.backends.protocol import Backend, BackendEnded, BackendNotFound, get_b
 from lyra.backends.raised import only_told, press
 from lyra.spec.errors import InputError
 
-from .journal import journal
+from .journal import Journal
 from .judge import lacking
 from .launch import settled, unlike
 from .record_transfer import serialize_record
@@ -117,21 +117,22 @@ class Teller:
                     "statements": declaration.statements,
                     "summary": declaration.summary,
                     "premises": [premise.name for premise in declaration.premises],
-                    "lacking": {one.name: self._lacking(one, declaration.needs) for one in self._session.backends},
+                    "lacking": {
+                        backend.name: self._lacking(backend, declaration.needs) for backend in self._session.backends
+                    },
                 }
                 for name, declaration in self._session.planned.items()
             ],
         )
 
-    @staticmethod
-    def _lacking(backend: Backend, needs: Sequence[str]) -> list[str]:
-        with journal.asking(backend.name):
+    def _lacking(self, backend: Backend, needs: Sequence[str]) -> list[str]:
+        with self._session.journal.asking(backend.name):
             return lacking(backend, needs)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """One more is done."""
-        self._channel.tell("property", seen=serialize_record())
+        self._channel.tell("property", seen=serialize_record(self._session))
 
 
 def main(text: str) -> None:
@@ -139,27 +140,31 @@ def main(text: str) -> None:
     only_told()
     channel = Channel()
     task = Task.from_dict(json.loads(text))
+    journal = Journal()
     journal.keep(Path(task.journal))
     channel.obey()
+    session: Session | None = None
     try:
-        work(task, channel)
+        session = settled(
+            profile=task.profile,
+            seed=task.seed,
+            spec=task.spec,
+            shard=task.shard,
+            database=Path(task.database) if task.database is not None else None,
+        )
+        session.journal = journal
+        session.done = frozenset(task.done)
+        session.without = dict(task.without or {})
+        work(task, session, channel)
     except InputError as error:
         channel.tell("refused", message=str(error))
     except KeyboardInterrupt:
-        channel.tell("ended", exit_code=int(pytest.ExitCode.INTERRUPTED), log="", seen=serialize_record())
+        seen = serialize_record(session) if session is not None else ""
+        channel.tell("ended", exit_code=int(pytest.ExitCode.INTERRUPTED), log="", seen=seen)
 
 
-def work(task: Task, channel: Channel) -> None:
+def work(task: Task, session: Session, channel: Channel) -> None:
     """Load the backends and run the suite. Raises InputError."""
-    session = settled(
-        profile=task.profile,
-        seed=task.seed,
-        spec=task.spec,
-        shard=task.shard,
-        database=Path(task.database) if task.database is not None else None,
-    )
-    session.done = frozenset(task.done)
-    session.without = dict(task.without or {})
     load(task, session, channel)
     outcome = run(
         session,
@@ -170,7 +175,7 @@ def work(task: Task, channel: Channel) -> None:
     )
     if outcome.refused is not None:
         raise InputError(outcome.refused)
-    channel.tell("ended", exit_code=outcome.exit_code, log=outcome.log, seen=serialize_record())
+    channel.tell("ended", exit_code=outcome.exit_code, log=outcome.log, seen=serialize_record(session))
 
 
 def load(task: Task, session: Session, channel: Channel) -> None:
@@ -182,7 +187,7 @@ def load(task: Task, session: Session, channel: Channel) -> None:
         if name in task.gone:
             continue
         try:
-            with journal.asking(name):
+            with session.journal.asking(name):
                 found[name] = get_backend(name)
                 card = Card.of(found[name])
             channel.tell("backend", requested_as=name, **asdict(card))

@@ -8,7 +8,7 @@ import pytest
 
 from lyra.conformance.case_sizes import COST, GROUPS, LARGE, CaseSizes, make_sizes
 from lyra.conformance.properties.test_split import group_cases
-from lyra.conformance.session import PROFILES, Session, start
+from lyra.conformance.session import PROFILES, Session
 from lyra.spec.model import ModelSpec
 
 THOROUGH, CI = PROFILES["thorough"].sizes, PROFILES["ci"].sizes
@@ -90,8 +90,8 @@ ODD: dict[str, Callable[[CaseSizes], bool]] = {
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_profile_has_groups_of_every_size(seed: int) -> None:
     """A backend that mixes up the KV heads of groups of one size only is given that size in `smoke` already."""
-    start(Session(profile=PROFILES["smoke"], seed=seed))
-    found = [case.spec for case in group_cases().values()]
+    scope = Session(profile=PROFILES["smoke"], seed=seed).scope
+    found = [case.spec for case in group_cases(scope).values()]
     assert [(one.num_attention_heads, one.num_key_value_heads) for one in found] == [f.heads for f in GROUPS.values()]
     assert missing(GROUPS.values(), GROUP | ODD) == []
 

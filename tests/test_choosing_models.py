@@ -15,8 +15,8 @@ import lyra
 from lyra.choosing import ChosenSplit, judge
 from lyra.choosing.measure import Measure
 from lyra.cli import application
-from lyra.conformance.launch import read_scope
-from lyra.conformance.session import Session, current, start
+from lyra.conformance.launch import read_attention
+from lyra.conformance.session import Session
 from lyra.conformance.strategies import attention_specs
 from lyra.errors import ModelError
 from lyra.spec import HeadSplit, InputError, ModelSpec
@@ -190,21 +190,17 @@ def test_what_the_command_refuses(
 def test_the_suite_is_held_to_the_splits_of_all_layers(tmp_path: Path) -> None:
     chosen = {5: HeadSplit.last_kv(SPEC, 1), 11: HeadSplit((0,), share_kv=True), 17: HeadSplit.last_kv(SPEC, 1)}
     SPEC.with_split(chosen).to_toml(tmp_path / "split.toml")
-    scope, splits = read_scope(str(tmp_path / "split.toml"))
+    attention, splits = read_attention(str(tmp_path / "split.toml"))
     assert set(splits) == set(chosen.values())
     assert len(splits) == 2
-    before, session = current(), Session(scope=scope, splits=splits)
+    scope = Session(spec=attention, splits=splits).scope
     drawn: set[HeadSplit | None] = set()
 
     @settings(max_examples=30, database=None)
-    @given(attention_specs(session.sizes[0]))
+    @given(attention_specs(scope.sizes[0], scope=scope))
     def note(spec: lyra.AttentionSpec) -> None:
         assert spec.replace(split=None) == SPEC.attention
         drawn.add(spec.split)
 
-    start(session)
-    try:
-        note()
-    finally:
-        start(before)
+    note()
     assert drawn == set(splits)

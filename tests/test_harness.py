@@ -27,7 +27,6 @@ from lyra.conformance.judge import has
 from lyra.conformance.property_index import all_properties
 from lyra.conformance.runner import Run
 from lyra.conformance.selection import selects
-from lyra.conformance.session import Session, start
 from lyra.conformance.strategies import block_cases, cases
 from lyra.spec.errors import InputError
 
@@ -189,8 +188,6 @@ def test_the_seed_decides_the_cases() -> None:
 
 
 def test_a_case_survives_its_json() -> None:
-    start(Session())
-
     @settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=cases() | block_cases() | block_cases(source="own"))
     def survives(case: Case) -> None:

@@ -11,9 +11,9 @@ from small_layers import layer
 
 from lyra.backends.protocol import Backend, get_backend
 from lyra.conformance.case import Case, Context
+from lyra.conformance.generation import with_data
 from lyra.conformance.judge import Judge
 from lyra.conformance.record import Record
-from lyra.conformance.registry import with_data
 from lyra.conformance.runner import run
 from lyra.conformance.session import Profile, Session
 from lyra.conformance.subject import Divergence, Subject

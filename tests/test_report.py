@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from lyra.conformance.report.data import EDGES, Report, histogram, limit, report
 from lyra.conformance.report.markdown import SHOWN, append_summary, markdown
 from lyra.conformance.report.page import html
 from lyra.conformance.report.table import print_report
-from lyra.conformance.session import Session, start
+from lyra.conformance.session import Session
 from lyra.conformance.tolerance import K_PAIR, K
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.clauses import statements
@@ -45,10 +44,9 @@ class Named:
 
 
 @pytest.fixture
-def session() -> Iterator[Session]:
+def session() -> Session:
     """A run of three properties on two backends with a pass, a failure, an error and a lacking capability."""
-    made = Session(backends=[Named("right", "static"), Named("wrong")], seed=7, scope=LAYER)  # type: ignore[list-item]
-    start(made)
+    made = Session(backends=[Named("right", "static"), Named("wrong")], seed=7, spec=LAYER)  # type: ignore[list-item]
     record = made.record
     for name, cited in (("order::one", "ORDER-1"), ("static::two", "STATIC-1"), ("live::three", "LIVE-4")):
         prop = record.register(name, (cited, "TOLERANCE-1"), f"What {name} says.")
@@ -66,8 +64,7 @@ def session() -> Iterator[Session]:
         record.observe("right", "output", ratio)
     record.observe("right", "Hugging Face's", 9.0)
     record.cases, record.calls, record.seconds, record.planned, record.finished = 1002, 3004, 4.0, 3, 3
-    yield made
-    start(Session())
+    return made
 
 
 def test_the_numbers(session: Session) -> None:
@@ -181,9 +178,9 @@ def test_nothing_was_compared_where_every_premise_was_missed(vacuous: Session) -
 
 def test_a_worker_hands_over_what_was_met(vacuous: Session) -> None:
     before = report_data(vacuous, 1.0).properties
-    seen = serialize_record()
+    seen = serialize_record(vacuous)
     vacuous.record = Record()
-    merge_record(seen)
+    merge_record(vacuous, seen)
     assert report_data(vacuous, 1.0).properties == before
 
 
@@ -311,7 +308,7 @@ def test_a_page_without_its_end_shows_that(session: Session) -> None:
 
 def test_a_page_without_failures_and_spec(session: Session) -> None:
     session.record.failures.clear()
-    session.scope = None
+    session.spec = None
     text = Reader(html(report_data(session, 1.0))).text
     assert "Failures and errors" not in text
     assert "The spec" not in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lyra.conformance.report.page import html
 from lyra.conformance.report.sound import read_report, sound
 from lyra.conformance.report.table import print_report
 from lyra.conformance.report.verdict import exit_code
-from lyra.conformance.session import Card, Session, start
+from lyra.conformance.session import Card, Session
 from lyra.conformance.shard import Shard
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
@@ -36,8 +36,7 @@ HOSTILE = "<script>alert(1)</script> [/nope] \x1b[2J | `a` **b** ```\n### head\u
 
 def made(shard: Shard | None = None, *, failing: bool = False, name: str = "right", only: int | None = None) -> Report:
     """The report of a run of some properties on one backend."""
-    session = Session(scope=SCOPE, shard=shard, judged=(Card(name, ("static",), "CPU"),))
-    start(session)
+    session = Session(spec=SCOPE, shard=shard, judged=(Card(name, ("static",), "CPU"),))
     record, chosen = session.record, PROPERTIES if only is None else PROPERTIES[only : only + 1]
     for prop, statement in chosen:
         tally = record.register(prop, (statement, "TOLERANCE-1"), f"What {prop} says.").tally(name)
@@ -51,12 +50,6 @@ def made(shard: Shard | None = None, *, failing: bool = False, name: str = "righ
     record.cases, record.calls, record.seconds = 30, 60, 1.0
     record.planned = record.finished = len(chosen)
     return report_data(session, 1.0)
-
-
-@pytest.fixture(autouse=True)
-def _session_ends() -> Iterator[None]:
-    yield
-    start(Session())
 
 
 def lyra(*arguments: object) -> Result:

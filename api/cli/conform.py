@@ -70,7 +70,6 @@ def conform(
     from lyra.conformance.report.verdict import exit_code
     from lyra.conformance.report.write import write_report
     from lyra.conformance.selection import selects
-    from lyra.conformance.session import start
     from lyra.conformance.supervisor import Supervisor
 
     check_files(json_path, junit, report, inputs=(replay, spec), folders=(database,))
@@ -79,7 +78,6 @@ def conform(
     if replay is not None:
         Replay.read(str(replay))
     session = settled(profile=profile.value, seed=seed, spec=spec, shard=shard, database=database)
-    start(session)
     task = {
         "names": list(dict.fromkeys(backend or [])),
         "profile": asdict(session.profile),

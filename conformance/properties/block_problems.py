@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lyra.conformance.case import Block, Case, Problem
+from lyra.conformance.scope import Scope
 from lyra.conformance.strategies import block_cases
 from lyra.spec.attention import QKNormSpec, RopeSpec
 from lyra.spec.sequential import SequentialSpec, Source
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from lyra.conformance.oracles.hf_sequential import DecoderLayerOracle
 
 
-def any_block(source: Source = "external") -> st.SearchStrategy[Case]:
+def any_block(scope: Scope, source: Source = "external") -> st.SearchStrategy[Case]:
     """Whatever there is; every other case has a context, and shows all of it."""
-    return st.one_of(block_cases(source=source), block_cases(source=source, context=True, min_context=1, hidden=False))
+    shown = block_cases(scope, source=source, context=True, min_context=1, hidden=False)
+    return st.one_of(block_cases(scope, source=source), shown)
 
 
 def block_of(case: Case) -> Block:

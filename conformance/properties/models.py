@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from lyra.backends.protocol import Backend, Engine
+from lyra.backends.protocol import Engine
 from lyra.conformance.subject import Subject
 from lyra.spec.inputs import StaticLayer
 
@@ -64,15 +64,10 @@ def oracle(folder: str) -> ModelOracle:
 
 
 def engine(subject: Subject, folder: str) -> Engine:
-    """A backend's engine for a folder, loaded once a backend, with nothing attached."""
-    key = (subject.backend, folder)
-    if key not in _engines:
-        _engines[key] = subject.load(folder)
-    subject.attempt(_engines[key].detach)
-    return _engines[key]
-
-
-_engines: dict[tuple[Backend, str], Engine] = {}
+    """A backend's engine for a folder, loaded once a run, with nothing attached."""
+    found: Engine = subject.once(("engine", folder), lambda: subject.load(folder))
+    subject.attempt(found.detach)
+    return found
 
 
 def tokens(count: int, seed: int = 0, rows: int = 1) -> np.ndarray:

@@ -143,7 +143,7 @@ def hold_refilled(case: Case, judge: Judge) -> None:
     "ARRAYS-2",
     "STATIC-5",
     premise=(OTHER_VALUES, CONTEXT),
-    case=cases(context=True, min_context=2, smallest=1).map(Case.hiding),
+    case=lambda scope: cases(scope, context=True, min_context=2, smallest=1).map(Case.hiding),
     needs=("static",),
     weight=0.25,
 )
@@ -156,7 +156,7 @@ def test_arrays_filled_anew_are_read_anew(case: Case, judge: Judge) -> None:
     "ARRAYS-1",
     "ARRAYS-2",
     premise=OTHER_VALUES,
-    case=block_cases(context=True, min_context=2, smallest=1).map(Case.hiding),
+    case=lambda scope: block_cases(scope, context=True, min_context=2, smallest=1).map(Case.hiding),
     needs=("sequential", "static"),
     weight=0.15,
 )
@@ -170,7 +170,7 @@ def test_blocks_read_their_arrays_anew(case: Case, judge: Judge) -> None:
     "ARRAYS-3",
     "STATIC-5",
     premise=OTHER_VALUES,
-    case=cases(context=True, min_context=2, smallest=1, padding=False),
+    case=lambda scope: cases(scope, context=True, min_context=2, smallest=1, padding=False),
     needs=("static", "cache"),
     weight=0.25,
 )
@@ -201,7 +201,7 @@ def test_decoding_with_one_array(case: Case, judge: Judge) -> None:
 @prop(
     "ARRAYS-3",
     premise=OTHER_VALUES,
-    case=cases(context=True, min_context=2, min_tokens=2, smallest=1, padding=False),
+    case=lambda scope: cases(scope, context=True, min_context=2, min_tokens=2, smallest=1, padding=False),
     needs=("static", "cache", "trace"),
     weight=0.25,
 )
@@ -241,7 +241,7 @@ def returned(outcome: Outcome) -> dict[str, np.ndarray]:
     "ARRAYS-3",
     "GRAD-1",
     premise=OTHER_VALUES,
-    case=cases(context=True, min_context=2, smallest=1).map(Case.hiding),
+    case=lambda scope: cases(scope, context=True, min_context=2, smallest=1).map(Case.hiding),
     needs=("grad", "static"),
     weight=0.15,
 )

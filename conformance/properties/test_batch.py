@@ -23,7 +23,7 @@ def moved_rows(rows: np.ndarray) -> np.ndarray:
 @prop(
     "BATCH-1",
     premise=SHARED_CONTEXT,
-    case=cases(context=True, min_context=1, prefer=several_rows),
+    case=lambda scope: cases(scope, context=True, min_context=1, prefer=several_rows),
     needs=("static",),
 )
 def test_a_shared_context_serves_every_row(case: Case, judge: Judge) -> None:
@@ -44,7 +44,7 @@ def test_a_shared_context_serves_every_row(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("BATCH-2", premise=ROWS, case=cases(prefer=several_rows), needs=("static",))
+@prop("BATCH-2", premise=ROWS, case=lambda scope: cases(scope, prefer=several_rows), needs=("static",))
 def test_permuting_rows_permutes_the_output(case: Case, judge: Judge) -> None:
     """Rows know nothing of each other: permuting them all permutes the output (matrix kernels may round the last rows
     of a batch another way, so not to the bit)."""
@@ -70,7 +70,7 @@ def test_permuting_rows_permutes_the_output(case: Case, judge: Judge) -> None:
     "BATCH-1",
     "POSITION-1",
     premise=(LENGTHS, TEXT_LENGTHS),
-    case=cases(context=True, min_context=1, prefer=several_rows).map(padded),
+    case=lambda scope: cases(scope, context=True, min_context=1, prefer=several_rows).map(padded),
     needs=("static",),
     weight=2,
 )
@@ -103,7 +103,7 @@ def test_rows_of_different_lengths(case: Case, judge: Judge) -> None:
 @prop(
     "BATCH-5",
     premise=(ROWS, SHARED_CONTEXT),
-    case=cases(context=True, min_context=1, min_calls=2, padding=False, prefer=several_rows),
+    case=lambda scope: cases(scope, context=True, min_context=1, min_calls=2, padding=False, prefer=several_rows),
     needs=("static", "cache", "reorder"),
 )
 def test_reordering_the_cache(case: Case, judge: Judge) -> None:
@@ -133,7 +133,7 @@ def test_reordering_the_cache(case: Case, judge: Judge) -> None:
 @prop(
     "BATCH-5",
     premise=CONTEXT,
-    case=cases(context=True, min_context=1, min_calls=2, padding=False),
+    case=lambda scope: cases(scope, context=True, min_context=1, min_calls=2, padding=False),
     needs=("static", "cache", "crop"),
 )
 def test_cropping_the_cache(case: Case, judge: Judge) -> None:

@@ -29,6 +29,7 @@ from lyra.conformance.premises import (
 from lyra.conformance.properties.test_norm import normed
 from lyra.conformance.properties.test_rope import rotated
 from lyra.conformance.registry import prop
+from lyra.conformance.scope import Scope
 from lyra.conformance.shaped import beyond_window
 from lyra.conformance.strategies import FAR, cases
 from lyra.conformance.subject import Subject
@@ -38,7 +39,13 @@ from lyra.spec.errors import InputError
 NEEDS = ("static", "bfloat16")
 """What the properties of this clause need; those that look at stages need "trace" too."""
 
-ANY = st.one_of(cases(dtype="bfloat16"), cases(dtype="bfloat16", context=True, min_context=1, live=("causal", "self")))
+
+def anything(scope: Scope) -> st.SearchStrategy[Case]:
+    """Whatever there is; every other case has a context."""
+    seen = cases(scope, dtype="bfloat16", context=True, min_context=1, live=("causal", "self"))
+    return st.one_of(cases(scope, dtype="bfloat16"), seen)
+
+
 """Whatever there is, and more often than that static and live keys in one softmax."""
 
 UNKNOWN = ("float16", "float64", "")
@@ -67,7 +74,7 @@ def hold_stages(case: Case, judge: Judge, names: tuple[str, ...] | None = None) 
     "TOLERANCE-4",
     "STATIC-1",
     premise=(BFLOAT16, ONE_SOFTMAX),
-    case=ANY,
+    case=anything,
     needs=NEEDS,
     weight=2,
 )
@@ -81,7 +88,7 @@ def test_every_backend_equals_oracle_and_each_other(case: Case, judge: Judge) ->
     "DTYPE-2",
     "TOLERANCE-4",
     premise=(BFLOAT16, ONE_SOFTMAX),
-    case=ANY,
+    case=anything,
     needs=(*NEEDS, "trace"),
     weight=3,
 )
@@ -94,7 +101,7 @@ def test_every_stage_is_rounded_once(case: Case, judge: Judge) -> None:
     "DTYPE-1",
     "DTYPE-2",
     premise=(BFLOAT16, BIAS),
-    case=cases(dtype="bfloat16", context=False),
+    case=lambda scope: cases(scope, dtype="bfloat16", context=False),
     needs=(*NEEDS, "trace"),
 )
 def test_every_projection_adds_its_bias_before_it_is_rounded(case: Case, judge: Judge) -> None:
@@ -106,7 +113,7 @@ def test_every_projection_adds_its_bias_before_it_is_rounded(case: Case, judge: 
     "DTYPE-2",
     "NORM-1",
     premise=(BFLOAT16, NORM_EPS, UNCENTRED),
-    case=cases(dtype="bfloat16", context=False).map(normed),
+    case=lambda scope: cases(scope, dtype="bfloat16", context=False).map(normed),
     needs=(*NEEDS, "trace"),
 )
 def test_norm_is_computed_in_float32(case: Case, judge: Judge) -> None:
@@ -120,9 +127,9 @@ def test_norm_is_computed_in_float32(case: Case, judge: Judge) -> None:
     "ROPE-2",
     "ROPE-3",
     premise=(BFLOAT16, FAR_TOKENS),
-    case=st.builds(
+    case=lambda scope: st.builds(
         lambda case, back: case.replace(start=FAR - back - case.tokens),
-        cases(dtype="bfloat16").map(rotated),
+        cases(scope, dtype="bfloat16").map(rotated),
         st.integers(0, 99),
     ),
     needs=(*NEEDS, "trace"),
@@ -136,9 +143,9 @@ def test_far_positions(case: Case, judge: Judge) -> None:
     "DTYPE-1",
     "STORED-2",
     premise=(BFLOAT16, OVERLAY),
-    case=cases(dtype="bfloat16", context=True, min_context=1, positions=("overlay",), flavours=("normal",)).map(
-        rotated
-    ),
+    case=lambda scope: cases(
+        scope, dtype="bfloat16", context=True, min_context=1, positions=("overlay",), flavours=("normal",)
+    ).map(rotated),
     needs=(*NEEDS, "trace"),
 )
 def test_static_keys_are_rounded_after_their_rotation(case: Case, judge: Judge) -> None:
@@ -150,7 +157,7 @@ def test_static_keys_are_rounded_after_their_rotation(case: Case, judge: Judge) 
     "DTYPE-1",
     "SLIDING-1",
     premise=(BFLOAT16, BEHIND_WINDOW),
-    case=cases(dtype="bfloat16", window=True, min_tokens=4).map(beyond_window),
+    case=lambda scope: cases(scope, dtype="bfloat16", window=True, min_tokens=4).map(beyond_window(scope)),
     needs=(*NEEDS, "trace"),
 )
 def test_window_in_bfloat16(case: Case, judge: Judge) -> None:
@@ -162,7 +169,7 @@ def test_window_in_bfloat16(case: Case, judge: Judge) -> None:
     "LIVE-4",
     "DTYPE-1",
     premise=(BFLOAT16, SEVERAL_CALLS),
-    case=cases(dtype="bfloat16", min_calls=2),
+    case=lambda scope: cases(scope, dtype="bfloat16", min_calls=2),
     needs=(*NEEDS, "cache", "trace"),
 )
 def test_how_calls_are_cut_has_no_effect(case: Case, judge: Judge) -> None:
@@ -182,7 +189,7 @@ def test_how_calls_are_cut_has_no_effect(case: Case, judge: Judge) -> None:
     "MASKED-4",
     "TOLERANCE-3",
     premise=(BFLOAT16, PADDING, HIDDEN, GARBAGE),
-    case=cases(dtype="bfloat16", context=True, min_context=1, poison=(3e38, 1e30)),
+    case=lambda scope: cases(scope, dtype="bfloat16", context=True, min_context=1, poison=(3e38, 1e30)),
     needs=NEEDS,
 )
 def test_poison_has_no_influence(case: Case, judge: Judge) -> None:
@@ -199,7 +206,12 @@ def test_poison_has_no_influence(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("DTYPE-1", premise=FINE_DATA, case=cases(dtype="bfloat16", context=True, min_context=1), needs=NEEDS)
+@prop(
+    "DTYPE-1",
+    premise=FINE_DATA,
+    case=lambda scope: cases(scope, dtype="bfloat16", context=True, min_context=1),
+    needs=NEEDS,
+)
 def test_what_comes_in_is_rounded(case: Case, judge: Judge) -> None:
     """Data that are no bfloat16 values give the bits that the nearest bfloat16 values give."""
     fine = case.replace(dtype="float32").problem().replace(dtype="bfloat16")
@@ -216,7 +228,7 @@ def test_what_comes_in_is_rounded(case: Case, judge: Judge) -> None:
 @prop(
     "DTYPE-1",
     premise=WIDE_TOO,
-    case=cases(dtype="bfloat16", context=False, split=False, padding=False, flavours=("normal",)),
+    case=lambda scope: cases(scope, dtype="bfloat16", context=False, split=False, padding=False, flavours=("normal",)),
     needs=NEEDS,
 )
 def test_bfloat16_is_not_float32(case: Case, judge: Judge) -> None:
@@ -241,7 +253,7 @@ def test_bfloat16_is_not_float32(case: Case, judge: Judge) -> None:
 @prop(
     "DTYPE-3",
     premise=UNKNOWN_DTYPE,
-    case=cases(context=False, split=False, flavours=("normal",)),
+    case=lambda scope: cases(scope, context=False, split=False, flavours=("normal",)),
     needs=NEEDS,
     weight=0.5,
 )

@@ -43,7 +43,7 @@ def hold_to_the_oracle(case: Case, judge: Judge) -> None:
     "GRAD-1",
     "TOLERANCE-1",
     premise=CONTEXT,
-    case=cases(context=True).map(in_one_call),
+    case=lambda scope: cases(scope, context=True).map(in_one_call),
     needs=("grad", "static"),
     weight=0.5,
 )
@@ -52,7 +52,13 @@ def test_gradients_with_a_context(case: Case, judge: Judge) -> None:
     hold_to_the_oracle(case, judge)
 
 
-@prop("GRAD-1", premise=SEVERAL_TOKENS, case=cases(context=False).map(in_one_call), needs=("grad",), weight=0.3)
+@prop(
+    "GRAD-1",
+    premise=SEVERAL_TOKENS,
+    case=lambda scope: cases(scope, context=False).map(in_one_call),
+    needs=("grad",),
+    weight=0.3,
+)
 def test_gradients_without_a_context(case: Case, judge: Judge) -> None:
     """Gradients of inputs and weights without a context, in every mode; none come back for static keys and values."""
     hold_to_the_oracle(case, judge)
@@ -62,7 +68,7 @@ def test_gradients_without_a_context(case: Case, judge: Judge) -> None:
     "GRAD-1",
     "SLIDING-1",
     premise=BEHIND_WINDOW,
-    case=cases(window=True).map(in_one_call).map(beyond_window),
+    case=lambda scope: cases(scope, window=True).map(in_one_call).map(beyond_window(scope)),
     needs=("grad",),
     weight=0.3,
     profile="ci",
@@ -76,7 +82,7 @@ def test_gradients_of_a_sliding_window_layer(case: Case, judge: Judge) -> None:
     "GRAD-2",
     "MASKED-1",
     premise=(PADDING, HIDDEN, GARBAGE),
-    case=cases(context=True, min_context=1, poison=(1e30, 1e9)).map(in_one_call),
+    case=lambda scope: cases(scope, context=True, min_context=1, poison=(1e30, 1e9)).map(in_one_call),
     needs=("grad", "static"),
     weight=0.5,
 )
@@ -108,7 +114,7 @@ def test_what_is_hidden_gets_no_gradient(case: Case, judge: Judge) -> None:
     "GRAD-1",
     "LIVE-3",
     premise=ONE_SLOT,
-    case=cases(context=True, min_context=1, live=("none",)).map(in_one_call),
+    case=lambda scope: cases(scope, context=True, min_context=1, live=("none",)).map(in_one_call),
     needs=("grad", "static"),
     weight=0.3,
 )

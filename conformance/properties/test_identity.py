@@ -37,7 +37,7 @@ def gemma(case: Case) -> Case:
 @prop(
     "IDENTITY-1",
     premise=(LYRA_HEADS, SEVERAL_TOKENS),
-    case=cases(context=False, live=("causal",)).map(gemma),
+    case=lambda scope: cases(scope, context=False, live=("causal",)).map(gemma),
     weight=2,
 )
 def test_equals_hugging_face(case: Case, judge: Judge) -> None:
@@ -59,7 +59,7 @@ def test_equals_hugging_face(case: Case, judge: Judge) -> None:
     "IDENTITY-1",
     "SLIDING-1",
     premise=BEHIND_WINDOW,
-    case=cases(window=True, padding=False).map(gemma).map(beyond_window),
+    case=lambda scope: cases(scope, window=True, padding=False).map(gemma).map(beyond_window(scope)),
 )
 def test_sliding_layer_equals_hugging_face(case: Case, judge: Judge) -> None:
     """A sliding-window layer equals the unmodified Gemma3Attention with Hugging Face's own sliding mask."""
@@ -76,7 +76,7 @@ def test_sliding_layer_equals_hugging_face(case: Case, judge: Judge) -> None:
     "IDENTITY-2",
     "MASKED-3",
     premise=EMPTY,
-    case=cases(context=True, live=("causal",), hidden=False),
+    case=lambda scope: cases(scope, context=True, live=("causal",), hidden=False),
     needs=("static",),
 )
 def test_an_invisible_context_changes_nothing(case: Case, judge: Judge) -> None:

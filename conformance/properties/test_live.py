@@ -32,7 +32,7 @@ REAL_CONTINUATION = Premise(
 @prop(
     "LIVE-1",
     premise=(CAUSAL, CONTEXT),
-    case=cases(context=True, live=("causal",), min_tokens=2),
+    case=lambda scope: cases(scope, context=True, live=("causal",), min_tokens=2),
     needs=("static", "cache"),
 )
 def test_causal(case: Case, judge: Judge) -> None:
@@ -40,19 +40,21 @@ def test_causal(case: Case, judge: Judge) -> None:
     judge.oracle(case)
 
 
-@prop("LIVE-2", premise=SELF, case=cases(live=("self",), min_tokens=2), needs=("static", "cache"))
+@prop("LIVE-2", premise=SELF, case=lambda scope: cases(scope, live=("self",), min_tokens=2), needs=("static", "cache"))
 def test_self(case: Case, judge: Judge) -> None:
     """live="self": Lyra heads see their own live token only, with a context and without."""
     judge.oracle(case)
 
 
-@prop("LIVE-3", premise=NONE, case=cases(live=("none",), min_tokens=2), needs=("static", "cache"))
+@prop("LIVE-3", premise=NONE, case=lambda scope: cases(scope, live=("none",), min_tokens=2), needs=("static", "cache"))
 def test_none(case: Case, judge: Judge) -> None:
     """live="none": Lyra heads see no live token, with a context and without."""
     judge.oracle(case)
 
 
-@prop("LIVE-4", premise=CHUNK_BEHIND, case=cases(min_tokens=2), needs=("static", "cache"), weight=2)
+@prop(
+    "LIVE-4", premise=CHUNK_BEHIND, case=lambda scope: cases(scope, min_tokens=2), needs=("static", "cache"), weight=2
+)
 def test_calls_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     """Chunked prefill, one-shot prefill and token-by-token decode give the same outputs, in every mode."""
     hold_cuts(case, judge)
@@ -61,7 +63,7 @@ def test_calls_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
 @prop(
     "LIVE-4",
     premise=MANY_TOKENS,
-    case=in_long_calls(cases(context=True, smallest=1)),
+    case=lambda scope: in_long_calls(cases(scope, context=True, smallest=1)),
     needs=("static", "cache"),
     weight=0.5,
 )
@@ -70,7 +72,7 @@ def test_a_cache_grows_with_its_tokens(case: Case, judge: Judge) -> None:
     judge.oracle(case)
 
 
-@prop("LIVE-4", premise=REAL_CONTINUATION, case=cases(min_tokens=4), needs=("static", "cache"))
+@prop("LIVE-4", premise=REAL_CONTINUATION, case=lambda scope: cases(scope, min_tokens=4), needs=("static", "cache"))
 def test_a_call_leaves_its_cache_alone(case: Case, judge: Judge) -> None:
     """Going on twice from a cache that has grown: the first continuation stays as it is, and so does the cache."""
     problem = case.problem()
@@ -94,7 +96,9 @@ def test_a_call_leaves_its_cache_alone(case: Case, judge: Judge) -> None:
     "LIVE-5",
     "SPLIT-4",
     premise=(BOTH_STREAMS, SEVERAL_TOKENS),
-    case=cases(min_tokens=2, padding=False, live=("self", "none"), flavours=("normal",)).map(beside_vanilla),
+    case=lambda scope: cases(scope, min_tokens=2, padding=False, live=("self", "none"), flavours=("normal",)).map(
+        beside_vanilla(scope)
+    ),
     needs=("static", "trace"),
 )
 def test_vanilla_heads_see_all_live_tokens(case: Case, judge: Judge) -> None:
@@ -116,7 +120,7 @@ def test_vanilla_heads_see_all_live_tokens(case: Case, judge: Judge) -> None:
     "LIVE-1",
     "LIVE-4",
     premise=SEVERAL_TOKENS,
-    case=cases(min_tokens=3, live=("causal",), padding=False),
+    case=lambda scope: cases(scope, min_tokens=3, live=("causal",), padding=False),
     needs=("static",),
 )
 def test_later_tokens_have_no_influence(case: Case, judge: Judge) -> None:
@@ -140,8 +144,15 @@ def test_later_tokens_have_no_influence(case: Case, judge: Judge) -> None:
     "LIVE-5",
     "STATIC-1",
     premise=SEVERAL_TOKENS,
-    case=cases(
-        min_tokens=3, live=("causal",), padding=False, hidden=False, far=False, flavours=("normal",), poison=(1.0,)
+    case=lambda scope: cases(
+        scope,
+        min_tokens=3,
+        live=("causal",),
+        padding=False,
+        hidden=False,
+        far=False,
+        flavours=("normal",),
+        poison=(1.0,),
     ),
     needs=("static",),
     weight=0.5,

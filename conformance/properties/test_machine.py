@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hypothesis import given, seed, settings
+from hypothesis import given, seed
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -24,16 +24,18 @@ from hypothesis.stateful import (
 
 from lyra.conformance.case import Case, Context, Problem
 from lyra.conformance.case_sizes import SMALLEST
+from lyra.conformance.generation import settings_of
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import Premise
 from lyra.conformance.registry import prop
-from lyra.conformance.session import current
+from lyra.conformance.scope import Scope
+from lyra.conformance.session import Session
 from lyra.conformance.strategies import attention_specs, seeds
 from lyra.conformance.subject import Outcome, Subject, expected
 from lyra.spec.attention import AttentionSpec
 
 ROWS, LONGEST, SLOTS = 2, 14, 7
-FRAME = SMALLEST.replace(heads=(4, 2), batch=ROWS)
+SIZES = SMALLEST.replace(heads=(4, 2), batch=ROWS)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class CacheMachine(RuleBasedStateMachine):
     """One layer, the context attached now, the life that goes on, and another one that `switch` goes back to."""
 
     judge: Judge
+    scope: Scope
 
-    @initialize(spec=attention_specs(FRAME), seed=seeds())
+    @initialize(spec=st.runner().flatmap(lambda machine: attention_specs(SIZES, scope=machine.scope)), seed=seeds())
     def begin(self, spec: Any, seed: int) -> None:
         """A layer with its weights and no live tokens."""
         self.steps = [f"layer {spec.lyra_q_heads}, {spec.static}, seed {seed}"]
@@ -221,16 +224,16 @@ REORDERED = Premise("a cache whose rows change places", names={"places": lambda 
     premise=(ATTACHED, CROPPED, REORDERED),
     needs=("static", "cache", "reorder", "crop"),
 )
-def test_life_of_a_cache(judge: Judge) -> None:
+def test_life_of_a_cache(judge: Judge, suite: Session) -> None:
     """Prefill, decode, attach, detach, replace, fork, switch, reorder, crop, reset: the oracle's values after each."""
 
     class Machine(CacheMachine):
         pass
 
-    Machine.judge = judge
+    Machine.judge, Machine.scope = judge, suite.scope
 
-    @settings(max_examples=1, deadline=None, database=None)
-    @given(spec=attention_specs(FRAME), seed=seeds())
+    @settings_of(suite, max_examples=1, database=None)
+    @given(spec=attention_specs(SIZES, scope=suite.scope), seed=seeds())
     def tell(spec: AttentionSpec, seed: int) -> None:
         machine = Machine()
         machine.begin(spec=spec, seed=seed)
@@ -238,12 +241,6 @@ def test_life_of_a_cache(judge: Judge) -> None:
 
     tell()
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        seed(current().seed)(Machine),
-        settings=settings(
-            max_examples=current().examples(0.25),
-            stateful_step_count=12,
-            deadline=None,
-            database=current().examples_database(),
-            print_blob=False,
-        ),
+        seed(suite.seed)(Machine),
+        settings=settings_of(suite, 0.25, stateful_step_count=12),
     )

@@ -20,7 +20,7 @@ EVERY_MODE = (CAUSAL, SELF, NONE)
     "MASKED-4",
     "STATIC-3",
     premise=(PADDING, HIDDEN, GARBAGE),
-    case=cases(context=True, min_context=1, poison=(3e38, 1e30, 3e4)),
+    case=lambda scope: cases(scope, context=True, min_context=1, poison=(3e38, 1e30, 3e4)),
     needs=("static",),
     weight=2,
 )
@@ -42,7 +42,7 @@ def test_poison_has_no_influence(case: Case, judge: Judge) -> None:
     "MASKED-3",
     "LIVE-3",
     premise=NOTHING_SEEN,
-    case=cases(context=True, live=("none",)),
+    case=lambda scope: cases(scope, context=True, live=("none",)),
     needs=("static", "trace"),
 )
 def test_a_row_that_sees_nothing_gives_zero(case: Case, judge: Judge) -> None:
@@ -68,7 +68,7 @@ def test_a_row_that_sees_nothing_gives_zero(case: Case, judge: Judge) -> None:
     "MASKED-5",
     "LIVE-3",
     premise=ONE_SLOT,
-    case=cases(context=True, min_context=1, live=("none",)),
+    case=lambda scope: cases(scope, context=True, min_context=1, live=("none",)),
     needs=("static", "trace"),
     weight=0.5,
 )
@@ -97,21 +97,27 @@ def test_one_visible_key_gives_its_value(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("MASKED-3", premise=EMPTY, case=cases(context=True), needs=("static",))
+@prop("MASKED-3", premise=EMPTY, case=lambda scope: cases(scope, context=True), needs=("static",))
 def test_an_empty_context(case: Case, judge: Judge) -> None:
     """A context of no tokens at all, in every mode."""
     assert case.context is not None
     judge.oracle(case.replace(context=case.context.replace(tokens=0, start=0, hidden=(0,))))
 
 
-@prop("MASKED-2", "MASKED-3", premise=EVERY_MODE, case=cases(context=False), needs=("static",))
+@prop("MASKED-2", "MASKED-3", premise=EVERY_MODE, case=lambda scope: cases(scope, context=False), needs=("static",))
 def test_no_context_in_every_mode(case: Case, judge: Judge) -> None:
     """All heads to Lyra and no context: causal is the plain layer, self the token's own value, none exactly 0."""
     static = case.spec.static.replace(live=LIVE[case.seed % len(LIVE)])  # with the data: each example has several
     judge.oracle(case.respec(split=HeadSplit.all(case.spec), static=static))
 
 
-@prop("MASKED-4", "MASKED-1", premise=(PADDING, GARBAGE), case=cases(poison=(3e38,)), needs=("static",))
+@prop(
+    "MASKED-4",
+    "MASKED-1",
+    premise=(PADDING, GARBAGE),
+    case=lambda scope: cases(scope, poison=(3e38,)),
+    needs=("static",),
+)
 def test_padding_positions_stay_finite(case: Case, judge: Judge) -> None:
     """The output at padding positions is finite, with a whole row of padding but one token too."""
     case = case.replace(padding=(case.tokens - 1,) * case.batch)

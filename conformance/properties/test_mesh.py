@@ -54,13 +54,8 @@ def the_job(judged: ModelOracle) -> Job:
 
 def answers(subject: Subject, job: Job) -> Answers:
     """What a backend answers, asked once a run: a process with several devices takes seconds to start."""
-    key = id(subject.backend)
-    if key not in _answers:
-        _answers[key] = (subject, subject.attempt(lambda: over_devices(subject.backend, job)))
-    return _answers[key][1]
-
-
-_answers: dict[int, tuple[Subject, Answers]] = {}
+    found: Answers = subject.once("over devices", lambda: subject.attempt(lambda: over_devices(subject.backend, job)))
+    return found
 
 
 @prop("MESH-1", "STATIC-4", premise=SEVERAL_DEVICES, needs=("model", "mesh"))

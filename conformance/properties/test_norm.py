@@ -17,13 +17,23 @@ def normed(case: Case) -> Case:
     return case if case.spec.qk_norm is not None else case.respec(qk_norm=QKNormSpec())
 
 
-@prop("NORM-1", premise=NORM_EPS, case=cases(flavours=("small",), far=False).map(normed), needs=("static",))
+@prop(
+    "NORM-1",
+    premise=NORM_EPS,
+    case=lambda scope: cases(scope, flavours=("small",), far=False).map(normed),
+    needs=("static",),
+)
 def test_eps_decides_small_inputs(case: Case, judge: Judge) -> None:
     """Inputs so small that eps matters: a wrong eps, or one outside the root, is far out of tolerance."""
     judge.oracle(case)
 
 
-@prop("NORM-1", premise=UNCENTRED, case=cases(flavours=("large", "offset")).map(normed), needs=("static",))
+@prop(
+    "NORM-1",
+    premise=UNCENTRED,
+    case=lambda scope: cases(scope, flavours=("large", "offset")).map(normed),
+    needs=("static",),
+)
 def test_norm_of_large_inputs(case: Case, judge: Judge) -> None:
     """Inputs of size 1,000, or with a mean far from zero (which an RMSNorm does not subtract)."""
     judge.oracle(case)
@@ -32,7 +42,7 @@ def test_norm_of_large_inputs(case: Case, judge: Judge) -> None:
 @prop(
     "NORM-1",
     premise=SEVERAL_TOKENS,
-    case=cases(context=False, far=False, flavours=("normal", "large")).map(normed),
+    case=lambda scope: cases(scope, context=False, far=False, flavours=("normal", "large")).map(normed),
 )
 def test_norm_forgets_the_size(case: Case, judge: Judge) -> None:
     """With eps next to nothing, four times the query projection gives the same layer."""
@@ -49,7 +59,9 @@ def test_norm_forgets_the_size(case: Case, judge: Judge) -> None:
 @prop(
     "NORM-2",
     premise=(BOTH_STREAMS, CONTEXT),
-    case=cases(context=True, min_context=1, live=("causal",)).map(normed).map(beside_vanilla),
+    case=lambda scope: (
+        cases(scope, context=True, min_context=1, live=("causal",)).map(normed).map(beside_vanilla(scope))
+    ),
     needs=("static", "trace"),
 )
 def test_one_norm_for_both_streams(case: Case, judge: Judge) -> None:

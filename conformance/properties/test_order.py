@@ -21,7 +21,7 @@ from lyra.conformance.subject import Subject
     "SPLIT-1",
     "TOLERANCE-1",
     premise=(SEVERAL_TOKENS, ROTATED),
-    case=cases(context=False),
+    case=lambda scope: cases(scope, context=False),
     weight=2,
 )
 def test_layer_equals_oracle(case: Case, judge: Judge) -> None:
@@ -36,7 +36,7 @@ def test_layer_equals_oracle(case: Case, judge: Judge) -> None:
     "NORM-1",
     "ROPE-1",
     premise=(ROTATED, CONTEXT),
-    case=st.one_of(cases(), cases(context=True, min_context=1)),
+    case=lambda scope: st.one_of(cases(scope), cases(scope, context=True, min_context=1)),
     needs=("static", "trace"),
     weight=2,
 )
@@ -52,7 +52,7 @@ def test_every_stage_equals_oracle(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("ORDER-3", premise=BARE, case=cases(), needs=("static", "trace"), weight=0.5)
+@prop("ORDER-3", premise=BARE, case=cases, needs=("static", "trace"), weight=0.5)
 def test_absent_stages_leave_no_trace(case: Case, judge: Judge) -> None:
     """A layer without norm, without RoPE or without both traces the stages it has, and these equal the oracle."""
     bare = [case.respec(qk_norm=None), case.respec(rope=None), case.respec(qk_norm=None, rope=None)]
@@ -64,7 +64,7 @@ def test_absent_stages_leave_no_trace(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("ORDER-1", "TOLERANCE-1", premise=BIAS, case=cases(context=False), weight=0.5)
+@prop("ORDER-1", "TOLERANCE-1", premise=BIAS, case=lambda scope: cases(scope, context=False), weight=0.5)
 def test_every_projection_has_its_bias(case: Case, judge: Judge) -> None:
     """A layer with biases equals the oracle: one forgotten on any of the four projections shows."""
     judge.oracle(case.respec(bias=True))
@@ -74,7 +74,7 @@ def test_every_projection_has_its_bias(case: Case, judge: Judge) -> None:
     "ORDER-2",
     "STATIC-1",
     premise=ONE_SOFTMAX,
-    case=cases(context=True, min_context=1, flavours=("normal",)),
+    case=lambda scope: cases(scope, context=True, min_context=1, flavours=("normal",)),
     needs=("static",),
 )
 def test_values_are_neither_normed_nor_rotated(case: Case, judge: Judge) -> None:

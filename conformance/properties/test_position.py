@@ -16,7 +16,9 @@ from lyra.conformance.subject import Subject
     "POSITION-1",
     "POSITION-3",
     premise=CONTINUE,
-    case=cases(context=True, min_context=1, positions=("continue",)).map(rotated).map(beside_vanilla),
+    case=lambda scope: (
+        cases(scope, context=True, min_context=1, positions=("continue",)).map(rotated).map(beside_vanilla(scope))
+    ),
     needs=("static",),
     weight=2,
 )
@@ -29,7 +31,9 @@ def test_continue(case: Case, judge: Judge) -> None:
     "POSITION-2",
     "POSITION-3",
     premise=OVERLAY,
-    case=cases(context=True, min_context=1, positions=("overlay",)).map(rotated).map(beside_vanilla),
+    case=lambda scope: (
+        cases(scope, context=True, min_context=1, positions=("overlay",)).map(rotated).map(beside_vanilla(scope))
+    ),
     needs=("static",),
 )
 def test_overlay(case: Case, judge: Judge) -> None:
@@ -41,7 +45,7 @@ def test_overlay(case: Case, judge: Judge) -> None:
     "POSITION-1",
     "STORED-2",
     premise=CONTINUE,
-    case=cases(context=True, min_context=1, positions=("continue",), far=False).map(rotated),
+    case=lambda scope: cases(scope, context=True, min_context=1, positions=("continue",), far=False).map(rotated),
     needs=("static",),
 )
 def test_continue_follows_the_context(case: Case, judge: Judge) -> None:
@@ -61,7 +65,8 @@ def test_continue_follows_the_context(case: Case, judge: Judge) -> None:
     "POSITION-2",
     "POSITION-1",
     premise=(OVERLAY, SEVERAL_SLOTS),
-    case=cases(
+    case=lambda scope: cases(
+        scope,
         context=True,
         min_context=3,
         positions=("overlay",),
@@ -92,7 +97,7 @@ def test_overlay_does_not_follow(case: Case, judge: Judge) -> None:
     "POSITION-2",
     "ROPE-2",
     premise=OVERLAY,
-    case=cases(context=True, min_context=1, positions=("overlay",), far=False).map(rotated),
+    case=lambda scope: cases(scope, context=True, min_context=1, positions=("overlay",), far=False).map(rotated),
     needs=("static",),
     weight=0.5,
     profile="ci",
@@ -111,7 +116,12 @@ def test_overlay_keeps_its_distances(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("POSITION-4", premise=PADDING, case=cases(far=False, min_tokens=2).map(padded), needs=("static",))
+@prop(
+    "POSITION-4",
+    premise=PADDING,
+    case=lambda scope: cases(scope, far=False, min_tokens=2).map(padded),
+    needs=("static",),
+)
 def test_padding_does_not_count(case: Case, judge: Judge) -> None:
     """Left padding moves nothing: a padded row equals the row without its padding."""
     count = min(max(case.padding, default=0), case.tokens - 1)

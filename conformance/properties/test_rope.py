@@ -46,8 +46,10 @@ LAST_SLOT = Premise(
     "ROPE-3",
     "ROPE-2",
     premise=(FAR_TOKENS, SEVERAL_TOKENS),
-    case=st.builds(
-        lambda case, back: case.replace(start=FAR + 1 - back - case.tokens), cases().map(rotated), st.integers(0, 99)
+    case=lambda scope: st.builds(
+        lambda case, back: case.replace(start=FAR + 1 - back - case.tokens),
+        cases(scope).map(rotated),
+        st.integers(0, 99),
     ),
     needs=("static",),
 )
@@ -61,7 +63,7 @@ def test_far_positions(case: Case, judge: Judge) -> None:
     "POSITION-1",
     "POSITION-2",
     premise=(LAST_TOKEN, LAST_SLOT),
-    case=cases(context=True, min_context=2, hidden=False, smallest=1).map(rotated),
+    case=lambda scope: cases(scope, context=True, min_context=2, hidden=False, smallest=1).map(rotated),
     needs=("static",),
     weight=0.5,
 )
@@ -84,7 +86,7 @@ def test_the_last_position(case: Case, judge: Judge) -> None:
     "ROPE-3",
     "ORDER-3",
     premise=LAST_TOKEN,
-    case=cases(context=False, smallest=1).map(rotated),
+    case=lambda scope: cases(scope, context=False, smallest=1).map(rotated),
     needs=("trace",),
     weight=0.3,
 )
@@ -100,7 +102,13 @@ def test_stages_at_the_last_position(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("ROPE-1", "ROPE-2", premise=ROTATED, case=cases(context=False, padding=False).map(rotated), needs=("trace",))
+@prop(
+    "ROPE-1",
+    "ROPE-2",
+    premise=ROTATED,
+    case=lambda scope: cases(scope, context=False, padding=False).map(rotated),
+    needs=("trace",),
+)
 def test_stages_of_the_rotation(case: Case, judge: Judge) -> None:
     """Rotated queries and keys equal the oracle's, element by element: layout, direction, theta and factor."""
     problem = case.problem()
@@ -118,7 +126,7 @@ def test_stages_of_the_rotation(case: Case, judge: Judge) -> None:
     "ROPE-2",
     "POSITION-4",
     premise=SEVERAL_TOKENS,
-    case=cases(context=False, far=False, padding=False).map(rotated),
+    case=lambda scope: cases(scope, context=False, far=False, padding=False).map(rotated),
 )
 def test_only_distances_matter(case: Case, judge: Judge) -> None:
     """RoPE is relative: moving every position by 1,000 changes nothing but rounding."""
@@ -135,9 +143,9 @@ def test_only_distances_matter(case: Case, judge: Judge) -> None:
 @prop(
     "ROPE-2",
     premise=SEVERAL_TOKENS,
-    case=cases(context=False, far=False, min_tokens=4, padding=False, flavours=("normal",), live=("causal",)).map(
-        rotated
-    ),
+    case=lambda scope: cases(
+        scope, context=False, far=False, min_tokens=4, padding=False, flavours=("normal",), live=("causal",)
+    ).map(rotated),
 )
 def test_distances_do_matter(case: Case, judge: Judge) -> None:
     """Stretching the distances between tokens changes every row that sees more than itself."""

@@ -27,7 +27,7 @@ from lyra.conformance.subject import Subject
 @prop(
     "SCALE-1",
     premise=ODD_SCALE,
-    case=cases(flavours=("peaked", "normal")).map(lambda c: c.respec(scale=168**-0.5)),
+    case=lambda scope: cases(scope, flavours=("peaked", "normal")).map(lambda c: c.respec(scale=168**-0.5)),
     needs=("static",),
 )
 def test_scale_is_not_head_dim(case: Case, judge: Judge) -> None:
@@ -39,7 +39,9 @@ def test_scale_is_not_head_dim(case: Case, judge: Judge) -> None:
     "SCALE-2",
     "MASKED-1",
     premise=(SOFTCAP, PADDING, HIDDEN),
-    case=cases(context=True, min_context=1, flavours=("peaked",)).map(lambda c: c.respec(softcap=0.7).hiding()),
+    case=lambda scope: cases(scope, context=True, min_context=1, flavours=("peaked",)).map(
+        lambda c: c.respec(softcap=0.7).hiding()
+    ),
     needs=("static",),
 )
 def test_softcap_before_the_mask(case: Case, judge: Judge) -> None:
@@ -50,7 +52,7 @@ def test_softcap_before_the_mask(case: Case, judge: Judge) -> None:
 @prop(
     "SCALE-3",
     premise=PEAKED,
-    case=cases(flavours=("peaked",)).map(lambda c: c.respec(scale=3.0, softcap=None)),
+    case=lambda scope: cases(scope, flavours=("peaked",)).map(lambda c: c.respec(scale=3.0, softcap=None)),
     needs=("static",),
 )
 def test_peaked_scores(case: Case, judge: Judge) -> None:
@@ -122,7 +124,7 @@ def hold_finite(case: Case, problem: Problem, judge: Judge) -> None:
     "SCALE-3",
     "MASKED-1",
     premise=(HUGE, HIDDEN_ABOVE, HIDDEN),
-    case=cases(context=True, min_context=1, min_tokens=3, poison=(1.0, 1e4)).map(hidden_slots),
+    case=lambda scope: cases(scope, context=True, min_context=1, min_tokens=3, poison=(1.0, 1e4)).map(hidden_slots),
     needs=("static",),
 )
 def test_huge_scores_stay_finite(case: Case, judge: Judge) -> None:
@@ -139,7 +141,7 @@ def test_huge_scores_stay_finite(case: Case, judge: Judge) -> None:
     "SLIDING-1",
     "MASKED-1",
     premise=(HUGE, HIDDEN_ABOVE, BEHIND_WINDOW),
-    case=cases(window=True, min_tokens=4, padding=False),
+    case=lambda scope: cases(scope, window=True, min_tokens=4, padding=False),
     weight=0.5,
 )
 def test_huge_scores_behind_a_window(case: Case, judge: Judge) -> None:
@@ -148,7 +150,7 @@ def test_huge_scores_behind_a_window(case: Case, judge: Judge) -> None:
     hold_finite(case, with_huge_scores(case.respec(sliding_window=1 + (window - 1) % 2), 1.0), judge)
 
 
-@prop("SCALE-1", premise=SEVERAL_TOKENS, case=cases(context=False, flavours=("normal", "offset")))
+@prop("SCALE-1", premise=SEVERAL_TOKENS, case=lambda scope: cases(scope, context=False, flavours=("normal", "offset")))
 def test_scale_moves_between_query_and_key(case: Case, judge: Judge) -> None:
     """Twice the query norm's gain with half the scale gives the same layer."""
     problem = case.problem()
@@ -169,7 +171,7 @@ def test_scale_moves_between_query_and_key(case: Case, judge: Judge) -> None:
 @prop(
     "SCALE-4",
     premise=ONE_SOFTMAX,
-    case=cases(context=True, min_context=1, live=("causal", "self"), poison=(1e4,)),
+    case=lambda scope: cases(scope, context=True, min_context=1, live=("causal", "self"), poison=(1e4,)),
     needs=("static",),
     weight=0.5,
 )
@@ -202,7 +204,7 @@ def test_powers_of_two_move_between_queries_and_keys(case: Case, judge: Judge) -
     "SCALE-1",
     "STATIC-1",
     premise=ONE_SOFTMAX,
-    case=cases(flavours=("normal",), far=False, poison=(1e4,)),
+    case=lambda scope: cases(scope, flavours=("normal",), far=False, poison=(1e4,)),
     needs=("static",),
     weight=0.5,
     profile="ci",

@@ -55,25 +55,51 @@ REFUSED = ("no cache", "a static context", "the cache of other tokens")
 REFUSALS = Premise("a call that must be refused", names={"REFUSED": ()})
 
 
-@prop("SEQUENTIAL-1", "SEQUENTIAL-4", "TOLERANCE-1", premise=(OPEN_GATE, CONTEXT), case=any_block(), needs=NEEDS)
+@prop(
+    "SEQUENTIAL-1",
+    "SEQUENTIAL-4",
+    "TOLERANCE-1",
+    premise=(OPEN_GATE, CONTEXT),
+    case=any_block,
+    needs=NEEDS,
+)
 def test_block_equals_oracle(case: Case, judge: Judge) -> None:
     """A block around any attention, with and without residual, in any live mode, call by call: the oracle's values."""
     judge.oracle(case)
 
 
-@prop("SEQUENTIAL-1", premise=NO_OUTER_NORM, case=block_cases(output_norm=False), needs=NEEDS, weight=0.25)
+@prop(
+    "SEQUENTIAL-1",
+    premise=NO_OUTER_NORM,
+    case=lambda scope: block_cases(scope, output_norm=False),
+    needs=NEEDS,
+    weight=0.25,
+)
 def test_block_without_an_outer_norm(case: Case, judge: Judge) -> None:
     """Without an output norm the gate multiplies what the attention gives."""
     judge.oracle(case)
 
 
-@prop("SEQUENTIAL-2", premise=BLOCK_EPS, case=block_cases(flavours=("small",), far=False), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-2",
+    premise=BLOCK_EPS,
+    case=lambda scope: block_cases(scope, flavours=("small",), far=False),
+    needs=NEEDS,
+    weight=0.5,
+)
 def test_eps_decides_small_inputs(case: Case, judge: Judge) -> None:
     """Residual streams so small that norm_eps decides both norms."""
     judge.oracle(case)
 
 
-@prop("SEQUENTIAL-8", "TOLERANCE-2", premise=OPEN_GATE, case=block_cases(), needs=(*NEEDS, "trace"), weight=0.5)
+@prop(
+    "SEQUENTIAL-8",
+    "TOLERANCE-2",
+    premise=OPEN_GATE,
+    case=block_cases,
+    needs=(*NEEDS, "trace"),
+    weight=0.5,
+)
 def test_stages_of_a_block(case: Case, judge: Judge) -> None:
     """Every stage of a block is right by itself."""
     hold_stages(case, judge)
@@ -83,7 +109,7 @@ def test_stages_of_a_block(case: Case, judge: Judge) -> None:
     "SEQUENTIAL-8",
     "SEQUENTIAL-5",
     premise=(OPEN_GATE, SEVERAL_TOKENS),
-    case=block_cases(source="own"),
+    case=lambda scope: block_cases(scope, source="own"),
     needs=(*NEEDS, "trace"),
     weight=0.5,
 )
@@ -95,7 +121,7 @@ def test_stages_of_a_block_that_shares_its_cache(case: Case, judge: Judge) -> No
 @prop(
     "SEQUENTIAL-3",
     premise=CONTEXT,
-    case=block_cases(context=True, min_context=1, residual=(True,)),
+    case=lambda scope: block_cases(scope, context=True, min_context=1, residual=(True,)),
     needs=NEEDS,
     weight=0.5,
 )
@@ -108,7 +134,7 @@ def test_a_closed_gate_gives_the_bits_of_h(case: Case, judge: Judge) -> None:
     "SEQUENTIAL-3",
     "SEQUENTIAL-5",
     premise=OPEN_GATE,
-    case=block_cases(source="own", residual=(True,)),
+    case=lambda scope: block_cases(scope, source="own", residual=(True,)),
     needs=NEEDS,
     weight=0.25,
 )
@@ -117,7 +143,14 @@ def test_a_closed_gate_on_a_shared_cache(case: Case, judge: Judge) -> None:
     hold_closed(case, judge)
 
 
-@prop("SEQUENTIAL-1", "SEQUENTIAL-3", premise=SEVERAL_TOKENS, case=block_cases(), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-1",
+    "SEQUENTIAL-3",
+    premise=SEVERAL_TOKENS,
+    case=block_cases,
+    needs=NEEDS,
+    weight=0.5,
+)
 def test_block_is_an_attention_between_two_norms(case: Case, judge: Judge) -> None:
     """Without residual and at gate 1 it is the backend's own attention layer, normed before and after."""
     problem = alone(case.problem())
@@ -131,7 +164,7 @@ def test_block_is_an_attention_between_two_norms(case: Case, judge: Judge) -> No
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-1", premise=OPEN_GATE, case=block_cases(), needs=NEEDS, weight=0.5)
+@prop("SEQUENTIAL-1", premise=OPEN_GATE, case=block_cases, needs=NEEDS, weight=0.5)
 def test_gate_is_a_factor(case: Case, judge: Judge) -> None:
     """What a gate lets through is gate times what gate 1 lets through, on top of h where there is a residual."""
     problem, block = case.problem(), block_of(case)
@@ -148,7 +181,7 @@ def test_gate_is_a_factor(case: Case, judge: Judge) -> None:
     "SEQUENTIAL-4",
     "LIVE-4",
     premise=CHUNK_BEHIND,
-    case=block_cases(min_tokens=2, prefer=chunked),
+    case=lambda scope: block_cases(scope, min_tokens=2, prefer=chunked),
     needs=NEEDS,
     weight=0.5,
 )
@@ -161,7 +194,7 @@ def test_calls_of_a_block_may_be_cut_anywhere(case: Case, judge: Judge) -> None:
     "SEQUENTIAL-4",
     "LIVE-4",
     premise=MANY_TOKENS,
-    case=in_long_calls(block_cases(context=True, live=("self", "causal"), smallest=1)),
+    case=lambda scope: in_long_calls(block_cases(scope, context=True, live=("self", "causal"), smallest=1)),
     needs=NEEDS,
     weight=0.25,
 )
@@ -174,7 +207,7 @@ def test_a_cache_of_a_block_grows_with_its_tokens(case: Case, judge: Judge) -> N
     "SEQUENTIAL-4",
     "BATCH-5",
     premise=ROWS,
-    case=block_cases(min_calls=2, padding=False, prefer=several_rows),
+    case=lambda scope: block_cases(scope, min_calls=2, padding=False, prefer=several_rows),
     needs=(*NEEDS, "reorder", "crop"),
     weight=0.5,
 )
@@ -201,7 +234,7 @@ def test_tokens_and_rows_of_the_cache_of_a_block(case: Case, judge: Judge) -> No
     "SEQUENTIAL-4",
     "MASKED-1",
     premise=(PADDING, HIDDEN, GARBAGE),
-    case=block_cases(context=True, min_context=1).map(Case.hiding),
+    case=lambda scope: block_cases(scope, context=True, min_context=1).map(Case.hiding),
     needs=NEEDS,
     weight=0.5,
 )
@@ -217,7 +250,9 @@ def test_what_is_hidden_from_a_block_has_no_influence(case: Case, judge: Judge) 
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-5", "TOLERANCE-1", premise=(OPEN_GATE, CONTEXT), case=any_block("own"), needs=NEEDS)
+@prop(
+    "SEQUENTIAL-5", "TOLERANCE-1", premise=(OPEN_GATE, CONTEXT), case=lambda scope: any_block(scope, "own"), needs=NEEDS
+)
 def test_shared_cache_equals_oracle(case: Case, judge: Judge) -> None:
     """The block's queries over the keys and values that the layer keeps, whatever its split, mode and context."""
     judge.oracle(case)
@@ -227,7 +262,7 @@ def test_shared_cache_equals_oracle(case: Case, judge: Judge) -> None:
     "SEQUENTIAL-5",
     "SLIDING-1",
     premise=BEHIND_WINDOW,
-    case=block_cases(source="own", window=True, min_tokens=4).map(beyond_window),
+    case=lambda scope: block_cases(scope, source="own", window=True, min_tokens=4).map(beyond_window(scope)),
     needs=NEEDS,
     weight=0.25,
 )
@@ -240,7 +275,7 @@ def test_shared_cache_of_a_window(case: Case, judge: Judge) -> None:
     "SEQUENTIAL-5",
     "BATCH-5",
     premise=SEVERAL_CALLS,
-    case=block_cases(source="own", min_tokens=4, min_calls=2, padding=False),
+    case=lambda scope: block_cases(scope, source="own", min_tokens=4, min_calls=2, padding=False),
     needs=(*NEEDS, "crop"),
     weight=0.5,
 )
@@ -261,7 +296,7 @@ def test_a_shared_cache_may_be_cropped(case: Case, judge: Judge) -> None:
     "SEQUENTIAL-5",
     "LIVE-4",
     premise=CHUNK_BEHIND,
-    case=block_cases(source="own", min_tokens=2, prefer=chunked),
+    case=lambda scope: block_cases(scope, source="own", min_tokens=2, prefer=chunked),
     needs=NEEDS,
     weight=0.5,
 )
@@ -270,7 +305,9 @@ def test_calls_on_a_shared_cache_may_be_cut_anywhere(case: Case, judge: Judge) -
     hold_cuts(case, judge)
 
 
-@prop("SEQUENTIAL-5", premise=SEVERAL_TOKENS, case=block_cases(source="own"), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-5", premise=SEVERAL_TOKENS, case=lambda scope: block_cases(scope, source="own"), needs=NEEDS, weight=0.5
+)
 def test_own_keys_of_the_block_are_not_read(case: Case, judge: Judge) -> None:
     """Other k and v projections and another k_norm in the block change no bit."""
     problem = case.problem()
@@ -287,7 +324,13 @@ def test_own_keys_of_the_block_are_not_read(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SEQUENTIAL-6", premise=OPEN_GATE, case=block_cases(source="own", min_calls=2), needs=NEEDS, weight=0.5)
+@prop(
+    "SEQUENTIAL-6",
+    premise=OPEN_GATE,
+    case=lambda scope: block_cases(scope, source="own", min_calls=2),
+    needs=NEEDS,
+    weight=0.5,
+)
 def test_a_shared_cache_comes_back_as_it_was(case: Case, judge: Judge) -> None:
     """The layer goes on from the cache that the block returned as from its own, to the bit, and so does the block."""
     problem = case.problem()
@@ -312,7 +355,7 @@ def test_a_shared_cache_comes_back_as_it_was(case: Case, judge: Judge) -> None:
 @prop(
     "SEQUENTIAL-6",
     premise=REFUSALS,
-    case=block_cases(source="own", context=True, min_context=1, min_calls=2, padding=False),
+    case=lambda scope: block_cases(scope, source="own", context=True, min_context=1, min_calls=2, padding=False),
     needs=NEEDS,
     weight=0.25,
 )
@@ -355,7 +398,7 @@ def refuses(subject: Subject, call: Callable[[], object]) -> bool:
 @prop(
     "SEQUENTIAL-7",
     premise=(LYRA_HEADS, SEVERAL_TOKENS),
-    case=block_cases(context=False, live=("causal",)).map(decoder_layer),
+    case=lambda scope: block_cases(scope, context=False, live=("causal",)).map(decoder_layer),
     needs=NEEDS,
 )
 def test_block_equals_the_attention_half_of_a_decoder_layer(case: Case, judge: Judge) -> None:
@@ -374,7 +417,7 @@ def test_block_equals_the_attention_half_of_a_decoder_layer(case: Case, judge: J
     "SEQUENTIAL-7",
     "SEQUENTIAL-3",
     premise=CONTEXT,
-    case=block_cases(context=True, min_context=1).map(decoder_layer),
+    case=lambda scope: block_cases(scope, context=True, min_context=1).map(decoder_layer),
     needs=NEEDS,
     weight=0.5,
 )

@@ -6,31 +6,26 @@ Clauses STATIC, SPLIT, BATCH and LIVE at every shape of `lyra.conformance.case_s
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from lyra.conformance.case import Case
 from lyra.conformance.case_sizes import LARGE, SMALLEST
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import CONTEXT, Premise
 from lyra.conformance.registry import prop
-from lyra.conformance.session import current
+from lyra.conformance.scope import Scope
 from lyra.conformance.strategies import case_of
 from lyra.spec.attention import AttentionSpec
 
 
-def large_cases() -> dict[str, Case]:
-    """By name, the cases of this run: one of every shape in `ci`, more in `thorough`; none where a spec is given,
-    whose sizes are its own.
+def large_cases(scope: Scope) -> dict[str, Case]:
+    """By name, the cases of a run: one of every shape in `ci`, more in `thorough`; none where a spec is given, whose
+    sizes are its own.
     """
-    session = current()
-    if session.scope is not None:
+    if scope.spec is not None:
         return {}
-    rng = np.random.default_rng([session.seed, 23])
-    count = max(1, session.profile.examples // 60)
+    rng = np.random.default_rng([scope.seed, 23])
+    count = max(1, scope.examples // 60)
     return {f"{name}-{i}": case_of(sizes, rng) for name, sizes in LARGE.items() for i in range(count)}
-
-
-CASES = large_cases()
 
 
 def large(spec: AttentionSpec, rows: int, tokens: int, slots: int) -> bool:
@@ -46,7 +41,6 @@ LARGE_SHAPE = Premise(
 )
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @prop(
     "TOLERANCE-1",
     "STATIC-2",
@@ -54,6 +48,7 @@ LARGE_SHAPE = Premise(
     "BATCH-1",
     "LIVE-1",
     premise=(LARGE_SHAPE, CONTEXT),
+    named=large_cases,
     needs=("static",),
     profile="ci",
 )

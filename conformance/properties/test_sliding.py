@@ -26,7 +26,7 @@ NARROWEST = Premise(
     "SLIDING-1",
     "LIVE-4",
     premise=BEHIND_WINDOW,
-    case=cases(window=True, min_tokens=4).map(mostly(beyond_window)),
+    case=lambda scope: cases(scope, window=True, min_tokens=4).map(mostly(beyond_window(scope))),
     weight=2,
 )
 def test_window_equals_oracle(case: Case, judge: Judge) -> None:
@@ -44,7 +44,7 @@ def test_window_equals_oracle(case: Case, judge: Judge) -> None:
 @prop(
     "SLIDING-1",
     premise=(BEHIND_WINDOW, NARROWEST),
-    case=cases(window=True, min_tokens=3, padding=False, smallest=1),
+    case=lambda scope: cases(scope, window=True, min_tokens=3, padding=False, smallest=1),
     weight=0.25,
 )
 def test_every_width_of_a_window(case: Case, judge: Judge) -> None:
@@ -62,7 +62,7 @@ def test_every_width_of_a_window(case: Case, judge: Judge) -> None:
     "SLIDING-1",
     "POSITION-4",
     premise=BEHIND_WINDOW,
-    case=cases(window=True, min_tokens=4, far=False).map(mostly(beyond_window)),
+    case=lambda scope: cases(scope, window=True, min_tokens=4, far=False).map(mostly(beyond_window(scope))),
 )
 def test_window_counts_positions(case: Case, judge: Judge) -> None:
     """Positions with gaps between them: the window reaches back W positions, not W tokens."""
@@ -72,7 +72,12 @@ def test_window_counts_positions(case: Case, judge: Judge) -> None:
     judge.each(case, lambda subject: subject.expect_oracle(gapped, subject.run(gapped)))
 
 
-@prop("SLIDING-1", "MASKED-1", premise=BEHIND_WINDOW, case=cases(window=True, min_tokens=4, padding=False))
+@prop(
+    "SLIDING-1",
+    "MASKED-1",
+    premise=BEHIND_WINDOW,
+    case=lambda scope: cases(scope, window=True, min_tokens=4, padding=False),
+)
 def test_keys_behind_the_window_have_no_influence(case: Case, judge: Judge) -> None:
     """Replacing a token by poison changes no bit of the rows W or more behind it."""
     problem = case.respec(sliding_window=2).replace(calls=(case.tokens,)).problem()
@@ -89,7 +94,11 @@ def test_keys_behind_the_window_have_no_influence(case: Case, judge: Judge) -> N
     judge.each(case, check)
 
 
-@prop("SLIDING-2", premise=BEHIND_WINDOW, case=cases(window=True, min_tokens=2).map(beyond_window))
+@prop(
+    "SLIDING-2",
+    premise=BEHIND_WINDOW,
+    case=lambda scope: cases(scope, window=True, min_tokens=2).map(beyond_window(scope)),
+)
 def test_no_lyra_heads_in_a_sliding_layer(case: Case, judge: Judge) -> None:
     """A spec with a window and a split is refused; the window alone is served."""
     with pytest.raises(SpecError, match="carries no Lyra heads"):

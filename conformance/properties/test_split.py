@@ -21,7 +21,7 @@ from lyra.conformance.premises import (
     TILED_GROUPS,
 )
 from lyra.conformance.registry import prop
-from lyra.conformance.session import current
+from lyra.conformance.scope import Scope
 from lyra.conformance.shaped import beside_vanilla, cutting, grouped, often, several_groups, several_kv_heads
 from lyra.conformance.strategies import case_of, cases
 from lyra.conformance.subject import Subject
@@ -38,7 +38,7 @@ DATA = 3
     "SPLIT-5",
     "STATIC-1",
     premise=(CUT_GROUP, SCATTERED),
-    case=cases(context=True, far=False).map(often(cutting)),
+    case=lambda scope: cases(scope, context=True, far=False).map(often(cutting(scope))),
     needs=("static",),
     weight=3,
 )
@@ -47,18 +47,22 @@ def test_any_split_equals_oracle(case: Case, judge: Judge) -> None:
     judge.oracle(case)
 
 
-def group_cases() -> dict[str, Case]:
+def group_cases(scope: Scope) -> dict[str, Case]:
     """By name, a case for every entry of GROUPS; none where a spec is given, whose heads are its own."""
-    session = current()
-    rng = np.random.default_rng([session.seed, 24])
-    return {} if session.scope is not None else {name: case_of(sizes, rng) for name, sizes in GROUPS.items()}
+    rng = np.random.default_rng([scope.seed, 24])
+    return {} if scope.spec is not None else {name: case_of(sizes, rng) for name, sizes in GROUPS.items()}
 
 
-OF_GROUPS = group_cases()
-
-
-@pytest.mark.parametrize("case", OF_GROUPS.values(), ids=OF_GROUPS)
-@prop("SPLIT-1", "SPLIT-2", "ROPE-1", "BATCH-1", premise=(SEVERAL_GROUPS, CONTEXT), needs=("static",), weight=0.2)
+@prop(
+    "SPLIT-1",
+    "SPLIT-2",
+    "ROPE-1",
+    "BATCH-1",
+    premise=(SEVERAL_GROUPS, CONTEXT),
+    named=group_cases,
+    needs=("static",),
+    weight=0.2,
+)
 def test_groups_of_every_size(case: Case, judge: Judge) -> None:
     """1 to 8 query heads to a KV head, of which there are 2 to 7, at the sizes that generated cases never have."""
     for index in range(DATA):
@@ -70,7 +74,9 @@ def test_groups_of_every_size(case: Case, judge: Judge) -> None:
     "SPLIT-2",
     "MASKED-5",
     premise=TILED_GROUPS,
-    case=cases(flavours=("normal",), far=False, prefer=several_groups).map(lambda c: c.respec(softcap=None)),
+    case=lambda scope: cases(scope, flavours=("normal",), far=False, prefer=several_groups).map(
+        lambda c: c.respec(softcap=None)
+    ),
     needs=("static", "trace"),
 )
 def test_heads_read_their_own_kv_head(case: Case, judge: Judge) -> None:
@@ -96,7 +102,7 @@ def test_heads_read_their_own_kv_head(case: Case, judge: Judge) -> None:
 @prop(
     "SPLIT-4",
     premise=(BOTH_STREAMS, CONTEXT),
-    case=cases(context=True, min_context=1).map(beside_vanilla),
+    case=lambda scope: cases(scope, context=True, min_context=1).map(beside_vanilla(scope)),
     needs=("static", "trace"),
 )
 def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> None:
@@ -118,9 +124,9 @@ def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> Non
 @prop(
     "SPLIT-5",
     premise=SEVERAL_KV_HEADS,
-    case=cases(context=True, min_context=1, flavours=("normal",), hidden=False, prefer=several_kv_heads).map(
-        lambda c: c.respec(softcap=None)
-    ),
+    case=lambda scope: cases(
+        scope, context=True, min_context=1, flavours=("normal",), hidden=False, prefer=several_kv_heads
+    ).map(lambda c: c.respec(softcap=None)),
     needs=("static", "trace"),
 )
 def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
@@ -151,7 +157,7 @@ def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
     "SPLIT-3",
     "SPLIT-1",
     premise=(CUT_GROUP, CONTEXT),
-    case=cases(context=True, min_context=1, prefer=grouped).map(cutting),
+    case=lambda scope: cases(scope, context=True, min_context=1, prefer=grouped).map(cutting(scope)),
     needs=("static",),
 )
 def test_a_shared_kv_head_is_a_replicated_one(case: Case, judge: Judge) -> None:
@@ -178,7 +184,7 @@ def test_a_shared_kv_head_is_a_replicated_one(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("SPLIT-3", "SPLIT-6", premise=SHARED_KV_HEAD, case=cases(context=False, prefer=grouped))
+@prop("SPLIT-3", "SPLIT-6", premise=SHARED_KV_HEAD, case=lambda scope: cases(scope, context=False, prefer=grouped))
 def test_illegal_splits_are_refused(case: Case, judge: Judge) -> None:
     """A head that is not there, and a cut group without share_kv, are refused when the spec is built."""
     spec = case.spec.replace(split=None)
@@ -196,7 +202,7 @@ def test_illegal_splits_are_refused(case: Case, judge: Judge) -> None:
     "SPLIT-2",
     "IDENTITY-2",
     premise=(LYRA_HEADS, SEVERAL_TOKENS),
-    case=cases(context=False, live=("causal",)),
+    case=lambda scope: cases(scope, context=False, live=("causal",)),
     needs=("static",),
 )
 def test_the_split_has_no_effect_without_context(case: Case, judge: Judge) -> None:
@@ -219,7 +225,9 @@ def test_the_split_has_no_effect_without_context(case: Case, judge: Judge) -> No
     "ORDER-1",
     "SPLIT-5",
     premise=(BOTH_STREAMS, CONTEXT),
-    case=cases(context=True, flavours=("normal", "offset", "peaked"), prefer=several_kv_heads).map(beside_vanilla),
+    case=lambda scope: cases(scope, context=True, flavours=("normal", "offset", "peaked"), prefer=several_kv_heads).map(
+        beside_vanilla(scope)
+    ),
     needs=("static", "trace"),
 )
 def test_the_split_of_a_permuted_layer_is_the_permuted_split(case: Case, judge: Judge) -> None:

@@ -44,7 +44,7 @@ SLOT_AXES = (2, 2, 1, 1)
     "STATIC-3",
     "LIVE-1",
     premise=(ONE_SOFTMAX, CAUSAL),
-    case=cases(context=True, live=("causal",)),
+    case=lambda scope: cases(scope, context=True, live=("causal",)),
     needs=("static",),
     weight=3,
 )
@@ -61,7 +61,7 @@ def test_one_softmax_over_static_and_live(case: Case, judge: Judge) -> None:
     "POSITION-1",
     "POSITION-2",
     premise=CONTEXT,
-    case=cases(context=True, poison=(1e2,)).map(gemma).map(often(cutting)),
+    case=lambda scope: cases(scope, context=True, poison=(1e2,)).map(gemma).map(often(cutting(scope))),
     needs=("static",),
     weight=2,
 )
@@ -82,7 +82,8 @@ def test_equals_hugging_face_per_head(case: Case, judge: Judge) -> None:
 @prop(
     "STATIC-2",
     premise=(CONTEXT, SEVERAL_TOKENS),
-    case=cases(
+    case=lambda scope: cases(
+        scope,
         context=True,
         min_context=1,
         min_tokens=2,
@@ -116,7 +117,9 @@ def test_the_static_part_is_never_causal(case: Case, judge: Judge) -> None:
     "STATIC-2",
     "STATIC-3",
     premise=SEVERAL_SLOTS,
-    case=cases(context=True, min_context=1, hidden=False, flavours=("normal",), live=("none",), positions=("overlay",)),
+    case=lambda scope: cases(
+        scope, context=True, min_context=1, hidden=False, flavours=("normal",), live=("none",), positions=("overlay",)
+    ),
     needs=("static",),
 )
 def test_every_static_token_counts(case: Case, judge: Judge) -> None:
@@ -142,7 +145,13 @@ def test_every_static_token_counts(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-@prop("STATIC-4", "STATIC-3", premise=SEVERAL_SLOTS, case=cases(context=True, min_context=2), needs=("static",))
+@prop(
+    "STATIC-4",
+    "STATIC-3",
+    premise=SEVERAL_SLOTS,
+    case=lambda scope: cases(scope, context=True, min_context=2),
+    needs=("static",),
+)
 def test_a_context_may_be_permuted_and_padded(case: Case, judge: Judge) -> None:
     """The order of static slots is nothing, their positions are everything; masked slots in between change nothing."""
     problem = case.problem()
@@ -179,7 +188,7 @@ def slots_of(static: StaticLayer, slots: np.ndarray | slice) -> StaticLayer:
     "STATIC-4",
     "STATIC-1",
     premise=SEVERAL_SLOTS,
-    case=cases(context=True, min_context=2, hidden=False, live=("none",), positions=("overlay",)),
+    case=lambda scope: cases(scope, context=True, min_context=2, hidden=False, live=("none",), positions=("overlay",)),
     needs=("static", "trace"),
     weight=0.5,
     profile="ci",
@@ -213,7 +222,9 @@ def test_parts_of_a_context_merge(case: Case, judge: Judge) -> None:
     "STATIC-1",
     "STATIC-4",
     premise=CONTEXT,
-    case=cases(context=True, min_context=1, hidden=False, positions=("overlay",), flavours=("normal",)),
+    case=lambda scope: cases(
+        scope, context=True, min_context=1, hidden=False, positions=("overlay",), flavours=("normal",)
+    ),
     needs=("static",),
     weight=0.5,
     profile="ci",
@@ -258,7 +269,7 @@ def with_score_added(problem: Problem, slot: int, score: float) -> StaticLayer:
 @prop(
     "STATIC-4",
     premise=(CONTEXT, ONE_SOFTMAX, STATIC_ALONE),
-    case=cases(context=True, min_context=1, hidden=False, positions=("overlay",)),
+    case=lambda scope: cases(scope, context=True, min_context=1, hidden=False, positions=("overlay",)),
     needs=("static",),
 )
 def test_a_doubled_context_weighs_twice(case: Case, judge: Judge) -> None:
@@ -283,7 +294,7 @@ def test_a_doubled_context_weighs_twice(case: Case, judge: Judge) -> None:
     "POSITION-1",
     "COMPOSE-1",
     premise=PREFIX,
-    case=cases(context=False, min_tokens=2, padding=False, live=("causal",)),
+    case=lambda scope: cases(scope, context=False, min_tokens=2, padding=False, live=("causal",)),
     needs=("static", "trace"),
 )
 def test_a_context_equals_the_same_tokens_as_prefix(case: Case, judge: Judge) -> None:

@@ -62,7 +62,7 @@ def with_context(problem: Problem, context: StaticContext) -> Problem:
     "STORED-2",
     "STORED-1",
     premise=CONTEXT,
-    case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated),
+    case=lambda scope: cases(scope, context=True, min_context=1, poison=(1e4,)).map(rotated),
     needs=("static",),
 )
 def test_a_context_survives_its_file(case: Case, judge: Judge) -> None:
@@ -86,7 +86,7 @@ def test_a_context_survives_its_file(case: Case, judge: Judge) -> None:
 @prop(
     "STORED-3",
     premise=(OVERLAY, SEVERAL_SLOTS),
-    case=cases(context=True, min_context=2).map(rotated).map(with_visible(2)),
+    case=lambda scope: cases(scope, context=True, min_context=2).map(rotated).map(with_visible(2)),
     needs=("static",),
     weight=0.5,
 )
@@ -138,7 +138,7 @@ def half_step(values: np.ndarray, mask: np.ndarray, storage: str, part: str) -> 
     "STORED-5",
     "STORED-2",
     premise=(CONTEXT, ROUNDED),
-    case=cases(context=True, min_context=1, poison=(1e4,)).map(rotated).map(with_visible(2)),
+    case=lambda scope: cases(scope, context=True, min_context=1, poison=(1e4,)).map(rotated).map(with_visible(2)),
     needs=("static",),
     weight=0.5,
 )
@@ -187,7 +187,7 @@ def damaged(file: bytes, seed: int) -> dict[str, bytes]:
 @prop(
     "STORED-6",
     premise=(CONTEXT, DAMAGED),
-    case=cases(context=True, min_context=1).map(rotated).map(with_visible(1)),
+    case=lambda scope: cases(scope, context=True, min_context=1).map(rotated).map(with_visible(1)),
     needs=("static",),
     weight=0.5,
 )
@@ -218,7 +218,7 @@ def test_a_damaged_context_is_refused(case: Case, judge: Judge, storage: str) ->
     "STORED-5",
     "COMPOSE-1",
     premise=SEVERAL_SLOTS,
-    case=cases(context=True, min_context=2, hidden=False, far=False).map(rotated),
+    case=lambda scope: cases(scope, context=True, min_context=2, hidden=False, far=False).map(rotated),
     needs=("static",),
     weight=0.5,
 )
@@ -255,7 +255,7 @@ def test_composition_rounds_nothing(case: Case, judge: Judge, storage: str) -> N
     "COMPOSE-2",
     "STATIC-4",
     premise=SEVERAL_SLOTS,
-    case=cases(context=True, min_context=3, hidden=False, far=False).map(rotated),
+    case=lambda scope: cases(scope, context=True, min_context=3, hidden=False, far=False).map(rotated),
     needs=("static",),
 )
 def test_composition_is_concatenation(case: Case, judge: Judge) -> None:
@@ -291,7 +291,7 @@ def test_composition_is_concatenation(case: Case, judge: Judge) -> None:
     "FINGERPRINT-1",
     "FINGERPRINT-2",
     premise=CONTEXT,
-    case=cases(context=True, min_context=1).map(rotated),
+    case=lambda scope: cases(scope, context=True, min_context=1).map(rotated),
     needs=("static",),
     weight=0.5,
 )

@@ -15,7 +15,7 @@ from lyra.conformance.subject import Subject
     "TOLERANCE-1",
     "STATIC-1",
     premise=(CONTEXT, PADDING, HIDDEN, SEVERAL_CALLS),
-    case=cases().map(mostly(hidden_slots)).map(often(padded)),
+    case=lambda scope: cases(scope).map(mostly(hidden_slots)).map(often(padded)),
     needs=("static",),
     weight=3,
 )
@@ -24,7 +24,7 @@ def test_every_backend_equals_oracle_and_each_other(case: Case, judge: Judge) ->
     judge.oracle(case)
 
 
-@prop("TOLERANCE-3", premise=SEVERAL_TOKENS, case=cases(), needs=("static",))
+@prop("TOLERANCE-3", premise=SEVERAL_TOKENS, case=cases, needs=("static",))
 def test_the_same_bits_twice(case: Case, judge: Judge) -> None:
     """The same call gives the same bits twice."""
     problem = case.problem()

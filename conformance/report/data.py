@@ -174,7 +174,7 @@ def report_data(session: Session, seconds: float) -> Report:
         finished=record.finished,
         profile=session.profile.name,
         seed=session.seed,
-        spec=session.scope.to_dict() if session.scope else None,
+        spec=session.spec.to_dict() if session.spec else None,
         tolerance=K,
         backends=[
             backend_part(one.name, one.hardware, one.capabilities, parts, complete=record.complete, whole=shard is None)
@@ -193,7 +193,7 @@ def report_data(session: Session, seconds: float) -> Report:
         properties=parts,
         histogram_edges=list(EDGES),
         distances=[_distances(*key, ratios) for key, ratios in sorted(record.distances.items())],
-        failures=[_failure(failure) for _, failure in sorted(record.failures.items())],
+        failures=[_failure(failure, session.requested_as) for _, failure in sorted(record.failures.items())],
     )
 
 
@@ -361,7 +361,7 @@ def part_of(report: Report) -> str | None:
     return f"shard {report.shards.present[0]} of {report.shards.count}"
 
 
-def _failure(failure: Failure) -> FailurePart:
+def _failure(failure: Failure, requested_as: Mapping[str, str]) -> FailurePart:
     case: dict[str, Any] | str | None = failure.case
     picture = failure.case or "no case was compared"
     if failure.case is not None and failure.case.startswith("{"):
@@ -377,5 +377,5 @@ def _failure(failure: Failure) -> FailurePart:
         case=case,
         picture=picture,
         replay=failure.replay,
-        command=command(failure) if failure.replay else None,
+        command=command(failure, requested_as) if failure.replay else None,
     )

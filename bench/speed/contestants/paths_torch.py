@@ -13,10 +13,10 @@ from lyra.backends.torch_impl import TorchBackend, backend, layer, partial, stat
 from lyra.backends.torch_impl.heads import LyraHeads
 from lyra.backends.torch_impl.partial import Partial
 from lyra.backends.torch_impl.static import PreparedStatic
-from lyra.conformance import session as sessions
 from lyra.conformance.case import Case
 from lyra.conformance.launch import make_session
 from lyra.conformance.record import Record
+from lyra.conformance.scope import Scope
 from lyra.conformance.strategies import cases
 from lyra.conformance.subject import Subject
 
@@ -43,22 +43,18 @@ def reached(examples: int, profile: str = "ci") -> Counted:
 
     Raises Divergence for a case that is wrong.
     """
-    before = sessions.current()
-    sessions.start(make_session(["torch"], profile=profile, seed=0, spec=None))
+    session = make_session(["torch"], profile=profile, seed=0, spec=None)
     subject, counts = Subject(TorchBackend(), Record()), Counter[str]()
-    try:
-        for case in drawn(examples):
-            problem, seen = case.problem(), set[str]()
-            with watched(seen):
-                subject.expect_oracle(problem, subject.run(problem))
-            counts.update(seen)
-    finally:
-        sessions.start(before)
+    for case in drawn(examples, session.scope):
+        problem, seen = case.problem(), set[str]()
+        with watched(seen):
+            subject.expect_oracle(problem, subject.run(problem))
+        counts.update(seen)
     findings = [Finding(path, float(counts[path]), "cases", at_least=1.0) for path in PATHS]
     return Counted(findings)
 
 
-def drawn(count: int) -> list[Case]:
+def drawn(count: int, scope: Scope) -> list[Case]:
     """Cases with a context, as properties draw them."""
     found: list[Case] = []
 
@@ -66,7 +62,7 @@ def drawn(count: int) -> list[Case]:
         max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck]
     )
     @seed(1)
-    @given(case=cases(context=True))
+    @given(case=cases(scope, context=True))
     def collect(case: Case) -> None:
         found.append(case)
 
