@@ -143,10 +143,10 @@ def check_indices(name: str, value: Any) -> tuple[int, ...]:
     found = several(value)
     if found is None:
         raise InputError(f"{name} is {shown(value)}; expected a list of whole numbers")
-    wrong = [one for one in found if not is_whole(one) or one < 0]
+    wrong = [index for index in found if not is_whole(index) or index < 0]
     if wrong:
         raise InputError(f"{name} holds {shown(wrong[0])}; expected whole numbers from 0 up")
-    return tuple(int(one) for one in found)
+    return tuple(int(index) for index in found)
 
 
 def check_ids(
@@ -156,10 +156,10 @@ def check_ids(
 
     `what` says what else the caller takes.
     """
-    shapes = " or ".join({1: "[T]", 2: "[B,T]"}[one] for one in axes)
+    shapes = " or ".join({1: "[T]", 2: "[B,T]"}[count] for count in axes)
     wanted = f"{what} {shapes}, at least {least} token" + ("" if least == 1 else "s")
     found = as_array("ids", ids, f"{wanted}, all rows of one length")
-    if found.dtype == object and found.size and all(is_whole(one) for one in found.flat):
+    if found.dtype == object and found.size and all(is_whole(token) for token in found.flat):
         raise InputError(_outside(min(found.flat), max(found.flat), vocab_size))  # beyond 64 bits
     fits = found.ndim in axes and 0 not in found.shape and found.shape[-1] >= least
     if not fits or not np.issubdtype(found.dtype, np.integer) or _has_flags(ids):
@@ -203,7 +203,7 @@ def check_seed(seed: Any) -> int:
 
 
 def check_scored(shape: tuple[int, ...], scored: Any, layers: int) -> int:
-    """How many of the last tokens of ids [1,T] are scored under gates of so many layers. Raises InputError."""
+    """How many of the last tokens of ids [1,T] are scored under blends of so many layers. Raises InputError."""
     rows, tokens = shape
     if rows != 1:
         raise InputError(f"gated: ids have {rows} rows; expected one")
@@ -225,7 +225,7 @@ def check_generation(
 ) -> Generation:
     """What a generation behind a prompt of `tokens` tokens is asked for. Raises InputError."""
     check_callable("on_token", on_token)
-    stops = tuple(one for one in check_indices("stop_ids", stop_ids) if one < AT_ONCE)  # no vocabulary has others
+    stops = tuple(stop for stop in check_indices("stop_ids", stop_ids) if stop < AT_ONCE)  # no vocabulary has others
     return Generation(check_new_tokens(max_new_tokens, tokens), stops, check_seed(seed))
 
 
@@ -283,7 +283,7 @@ def _described(values: Any, found: np.ndarray) -> str:
 def _has_flags(ids: Any) -> bool:
     """Whether True or False stands among numbers in a list, which NumPy takes for 1 and 0."""
     rows = ids if isinstance(ids, list | tuple) else ()
-    return any(isinstance(one, bool) or (isinstance(one, list | tuple) and _has_flags(one)) for one in rows)
+    return any(isinstance(row, bool) or (isinstance(row, list | tuple) and _has_flags(row)) for row in rows)
 
 
 def _outside(least: Any, most: Any, vocab_size: int) -> str:

@@ -38,10 +38,10 @@ def read_split(spec: ModelSpec, source: SplitSource | None) -> Split | None:
     InputError for what is neither a split nor a name.
     """
     if isinstance(source, Mapping):
-        for layer, one in source.items():
+        for layer, split in source.items():
             check_whole("a layer of split", layer, 0)
-            if not isinstance(one, HeadSplit):
-                raise InputError(f"split of layer {layer} is {shown(one)}; expected a HeadSplit")
+            if not isinstance(split, HeadSplit):
+                raise InputError(f"split of layer {layer} is {shown(split)}; expected a HeadSplit")
     elif source is not None and not isinstance(source, HeadSplit):
         check_path("split", source, "a HeadSplit, one for each layer, a file or a preset's name")
     if source is None or isinstance(source, HeadSplit | Mapping):
@@ -51,7 +51,7 @@ def read_split(spec: ModelSpec, source: SplitSource | None) -> Split | None:
     splits = {item.layer: item.split for item in found.splits} if isinstance(found, ModelSpec) else {}
     if not splits and attention.split is None:
         raise SpecError(f"{name} has no split; name a file that `lyra choose -o` wrote, or a preset with Lyra heads")
-    heads = [(one.num_attention_heads, one.num_key_value_heads) for one in (attention, spec)]
+    heads = [(layer.num_attention_heads, layer.num_key_value_heads) for layer in (attention, spec)]
     if heads[0] != heads[1]:
         raise SpecError(f"{name} splits layers of {heads[0]} query and KV heads; {spec.name} has {heads[1]}")
     outside = [layer for layer in splits if layer not in spec.global_layers]
@@ -163,7 +163,7 @@ class StaticLayers(Mapping[int, StaticLayer]):
 
 def static_layers(context: StaticContext, splits: Mapping[int, HeadSplit]) -> StaticLayers:
     """What the layers with Lyra heads get of a context. Raises ContextError where it lacks a layer or a head."""
-    return StaticLayers(context, {layer: one.lyra_kv_heads for layer, one in splits.items() if one.lyra_q_heads})
+    return StaticLayers(context, {layer: split.lyra_kv_heads for layer, split in splits.items() if split.lyra_q_heads})
 
 
 def blocks_by_layer(
@@ -188,12 +188,12 @@ def blocks_by_layer(
     gates = gates_by_layer(gate, splits)
     return {
         layer: SequentialSpec(
-            attention=spec.attention.replace(split=one, static=static),
+            attention=spec.attention.replace(split=heads, static=static),
             residual=residual,
             gate=gates[layer],
             **families.of(spec).block_fields(spec),
         )
-        for layer, one in splits.items()
+        for layer, heads in splits.items()
     }
 
 

@@ -44,7 +44,7 @@ def clauses() -> dict[str, Clause]:
 @cache
 def statements() -> dict[str, Statement]:
     """Every statement of SPEC.md by id, in the order of the page."""
-    return {one.id: one for clause in clauses().values() for one in clause.statements}
+    return {statement.id: statement for clause in clauses().values() for statement in clause.statements}
 
 
 def parse(text: str) -> dict[str, Clause]:
@@ -56,12 +56,12 @@ def parse(text: str) -> dict[str, Clause]:
         if heading := _HEADING.match(line):
             name = heading[1]
             found[name] = (heading[2], [])
-        elif statement := _STATEMENT.match(line):
-            one = Statement(*statement.groups())
-            if one.clause != name or one.id in seen:
-                raise SpecError(f"SPEC.md: statement {one.id} stands twice or under the heading {name!r}")
-            seen.add(one.id)
-            found[name][1].append(one)
+        elif match := _STATEMENT.match(line):
+            statement = Statement(*match.groups())
+            if statement.clause != name or statement.id in seen:
+                raise SpecError(f"SPEC.md: statement {statement.id} stands twice or under the heading {name!r}")
+            seen.add(statement.id)
+            found[name][1].append(statement)
     return {name: Clause(name, title, tuple(items)) for name, (title, items) in found.items()}
 
 

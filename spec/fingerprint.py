@@ -107,7 +107,7 @@ def _checked_fields(fields: dict[str, Any]) -> dict[str, Any]:
         "bos": fields["bos"] is None or type(fields["bos"]) is int,
         "spec_version": type(fields["spec_version"]) is int,
         "layers": isinstance(layers, list)
-        and all(isinstance(item, list) and [type(one) for one in item] == [int, str] for item in layers),
+        and all(isinstance(item, list) and [type(part) for part in item] == [int, str] for item in layers),
     }
     wrong = [f"{name} is {shown(fields[name])}" for name, fits in right.items() if not fits]
     if wrong:

@@ -19,7 +19,7 @@ def not_finite(dtype: str, finite: np.ndarray, mask: np.ndarray, otherwise: str)
     wrong = np.argwhere(~finite & mask)
     where = otherwise
     if len(wrong):
-        stage, row, token = (int(one) for one in wrong[0])
+        stage, row, token = (int(index) for index in wrong[0])
         where = f"the output of layer {stage - 1}" if stage else "the embedding"
         where += f" at token {token}" + (f" of row {row}" if len(mask) > 1 else "")
     return NotFiniteError(f"the model, in {dtype}, gives NaN or infinity, first in {where}. {_advice(dtype)}")

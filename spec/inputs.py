@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 
+from .arguments import is_whole, listed, shown
 from .array_types import Bool, Float, Int
 from .attention import AttentionSpec
 from .errors import InputError
@@ -136,8 +137,8 @@ def check_rows(rows: Sequence[int] | np.ndarray, batch: int) -> np.ndarray:
 
 def check_length(length: int, tokens: int) -> int:
     """How many of a cache's `tokens` to keep. Raises InputError."""
-    if not isinstance(length, (int, np.integer)) or not 0 <= length <= tokens:
-        raise InputError(f"crop: length is {length!r}; the cache holds {tokens} tokens, so give 0 to {tokens}")
+    if not is_whole(length) or not 0 <= length <= tokens:
+        raise InputError(f"crop: length is {shown(length)}; the cache holds {tokens} tokens, so give 0 to {tokens}")
     return int(length)
 
 
@@ -197,9 +198,7 @@ def check_cotangent(cotangent: np.ndarray, inputs: CallInputs) -> np.ndarray:
 def check_dtype(dtype: str) -> Dtype:
     """The type that a layer is asked to compute in. Clause DTYPE-3. Raises InputError."""
     if not isinstance(dtype, str) or dtype not in get_args(Dtype):
-        raise InputError(
-            f"dtype is {dtype!r}; an attention layer computes in {' or '.join(map(repr, get_args(Dtype)))}"
-        )
+        raise InputError(f"dtype is {shown(dtype)}; an attention layer computes in {listed(get_args(Dtype))}")
     return cast(Dtype, dtype)
 
 

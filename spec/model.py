@@ -133,7 +133,7 @@ class ModelSpec(SpecModel):
         """The same model with one split for all global layers, or one per layer (layers left out get none)."""
         static = static or self.attention.static
         if isinstance(split, Mapping):
-            splits = tuple(LayerSplit(layer=layer, split=one) for layer, one in sorted(split.items()))
+            splits = tuple(LayerSplit(layer=layer, split=heads) for layer, heads in sorted(split.items()))
             return self.replace(attention=self.attention.replace(split=None, static=static), splits=splits)
         return self.replace(attention=self.attention.replace(split=split, static=static), splits=())
 

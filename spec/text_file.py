@@ -95,10 +95,14 @@ def _sound(found: Any, name: str, expected: str, refuse: type[ValueError]) -> di
         raise refuse(f"{name} holds {_kind(found)}; expected {expected}")
     level: list[Any] = [found]
     for _ in range(DEEPEST):
-        inner = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
-        names = [item for one in level if isinstance(one, dict) for item in one]
+        inner = [item for group in level for item in (group.values() if isinstance(group, dict) else group)]
+        names = [item for group in level if isinstance(group, dict) for item in group]
         for item in (*inner, *names):
-            if isinstance(item, str) and not item.isascii() and any("\ud800" <= one <= "\udfff" for one in item):
+            if (
+                isinstance(item, str)
+                and not item.isascii()
+                and any("\ud800" <= character <= "\udfff" for character in item)
+            ):
                 raise refuse(f"{name} holds half of a surrogate pair, which is no text; expected {expected}")
         level = [item for item in inner if isinstance(item, dict | list)]
         if not level:
