@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from lyra.spec.attention import AttentionSpec
+from lyra.spec.attention import AttentionSpec, Live
 from lyra.spec.bfloat16 import to_bfloat16
 
 from . import tame
@@ -192,10 +192,11 @@ MANY_TOKENS = Premise(
 )
 PADDING = Premise("a padding token", lambda one: not one.mask.all() and _real(one), tame.bare)
 ROWS = Premise("several rows", lambda one: len(one.x) > 1, tame.one_row)
-CAUSAL, SELF, NONE = (
-    Premise(f'Lyra heads with live="{live}" behind another token', _of_mode(live), tame.one_token)
-    for live in ("causal", "self", "none")
-)
+OF_MODE = {
+    live: Premise(f'Lyra heads with live="{live}" behind another token', _of_mode(live), tame.one_token)
+    for live in get_args(Live)
+}
+CAUSAL, SELF, NONE = (OF_MODE[live] for live in ("causal", "self", "none"))
 FAR_TOKENS = Premise(
     "a live token beyond position 131,000",
     lambda one: one.spec.rope is not None and bool((one.positions[one.mask] > 131_000).any()),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from hypothesis import strategies as st
@@ -28,8 +28,8 @@ from .scope import Scope, small_scope
 FAR = 131_072
 """The highest position of a live or a static token (ROPE-3)."""
 
-LIVE: tuple[Live, ...] = ("causal", "self", "none")
-POSITIONS: tuple[Positions, ...] = ("continue", "overlay")
+LIVE: tuple[Live, ...] = get_args(Live)
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 
 @cache

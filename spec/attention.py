@@ -15,6 +15,9 @@ Positive = Annotated[float, Field(gt=0)]
 Live = Literal["causal", "self", "none"]
 Positions = Literal["continue", "overlay"]
 
+SEES: dict[Live, str] = {"causal": " and the live tokens", "self": " and its own token", "none": " only"}
+"""What a Lyra head reads beside the static context, in words, for each live mode (clause LIVE)."""
+
 STAGES = ("project", "norm", "rope", "attend", "output")
 """The one legal order of stages (clause ORDER)."""
 
