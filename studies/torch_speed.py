@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lyra.backends.torch_impl.cache import LiveCache, Room, live_tokens
-from lyra.backends.torch_impl.heads import lyra_heads
-from lyra.backends.torch_impl.layer import Call, attend, output, project, rope
+from lyra.backends.torch_impl.cache import LiveCache, Room, crop, live_keys
+from lyra.backends.torch_impl.layer import Call, attend_to, layer_of, numbers_of, output, project, rope, shape_of
 from lyra.spec.attention import AttentionSpec
 from lyra.speed.row import Work
 
@@ -42,19 +41,21 @@ def full_cache(spec: AttentionSpec, batch: int, tokens: int) -> LiveCache:
     keys, values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     mask, positions = torch.ones(batch, tokens, dtype=torch.bool), torch.arange(tokens).repeat(batch, 1)
     slots = LiveCache(keys, values, mask, positions)
-    return slots.crop(tokens - 1)._replace(room=Room(slots, tokens - 1))
+    return crop(slots, tokens - 1)._replace(room=Room(slots, tokens - 1))
 
 
 def repeating_attention(
     spec: AttentionSpec, weights: Mapping[str, torch.Tensor], x: torch.Tensor, cache: LiveCache
 ) -> tuple[torch.Tensor, LiveCache]:
     """A step whose keys and values are repeated for every query head before it attends."""
-    heads, batch = spec.num_attention_heads, len(x)
-    wide, times = spec.replace(num_key_value_heads=heads), heads // spec.num_key_value_heads
+    batch, layer = len(x), layer_of(weights, numbers_of(spec), shape_of(spec))
+    wide, times = layer._replace(shape=layer.shape._replace(kv_heads=layer.shape.query_heads)), spec.group_size
     positions, mask = torch.full((batch, 1), cache.mask.shape[1]), torch.ones(batch, 1, dtype=torch.bool)
-    q, k, v = project(spec, weights, x)
-    q, k = rope(spec, q, k, positions)
-    live = cache.append(live_tokens(k, v, mask, positions))
-    repeated = live._replace(k=live.k.repeat_interleave(times, dim=1), v=live.v.repeat_interleave(times, dim=1))
-    everyone = lyra_heads(None, heads, heads, torch.device("cpu"))
-    return output(weights, attend(wide, everyone, q, repeated, Call(x, positions, mask, None, None))), live
+    call = Call(positions, mask, None, cache)
+    q, k, v = project(x, layer)
+    q, k = rope(q, k, layer, call)
+    assert k is not None
+    assert v is not None
+    live, after = cache.append(live_keys(k, v, mask, positions))
+    keys, values = (part.repeat_interleave(times, dim=1) for part in (live.keys, live.values))
+    return output(attend_to(q, live._replace(keys=keys, values=values), wide, call), layer), after

@@ -16,11 +16,10 @@ from transformers import Gemma3ForCausalLM
 from transformers.distributed import DistributedConfig
 
 from lyra.backends.torch_impl import projections
-from lyra.backends.torch_impl.heads import lyra_heads
+from lyra.backends.torch_impl.cache import empty_cache
 from lyra.backends.torch_impl.injector import GemmaInjector
-from lyra.backends.torch_impl.layer import Call, run
-from lyra.backends.torch_impl.sharding import shard
-from lyra.backends.torch_impl.static import place_static
+from lyra.backends.torch_impl.layer import Call, layer_of, numbers_of, run_layer, shape_of
+from lyra.backends.torch_impl.static import place_static, rotate_static, shard
 from lyra.backends.torch_impl.tensor_parallel import whole
 from lyra.conformance.case import Case, Context
 from lyra.spec import AttentionSpec, HeadSplit, InputError, StaticSpec
@@ -62,16 +61,16 @@ def sharded_layer(case: Case) -> dict[str, np.ndarray]:
     problem = case.problem()
     spec, static = problem.spec, problem.static
     assert static is not None
-    lyra = lyra_heads(spec.split, spec.num_attention_heads, spec.num_key_value_heads)
     leaves = {"x": problem.x, **problem.weights, "static_k": static.k, "static_v": static.v}
     learnt = {name: torch.tensor(value).requires_grad_() for name, value in leaves.items()}
     mask, positions = torch.tensor(problem.mask), torch.tensor(problem.positions)
     shown = torch.tensor(static.mask)[:, None, :, None]
-    kv = (torch.where(shown, learnt[name], 0.0) for name in ("static_k", "static_v"))
-    whole = place_static(spec, static, *kv)
-    assert whole is not None
-    x = torch.where(mask[:, :, None], learnt["x"], 0.0)
-    output, _, _ = run(spec, learnt, lyra, Call(x, positions, mask, shard(whole, dist.group.WORLD), None))
+    k, v = (torch.where(shown, learnt[name], 0.0) for name in ("static_k", "static_v"))
+    placed, numbers = place_static(spec, static), numbers_of(spec)
+    assert placed is not None
+    mine = shard(rotate_static(placed._replace(k=k, v=v), numbers.frequencies), dist.group.WORLD)
+    call = Call(positions, mask, mine, empty_cache(case.batch, spec.num_key_value_heads, spec.head_dim))
+    output, _ = run_layer(learnt["x"], layer_of(learnt, numbers, shape_of(spec)), call)
     cotangent = torch.tensor(cotangent_of(case)) * mask[:, :, None]
     found = torch.autograd.grad(output, list(learnt.values()), cotangent, materialize_grads=True)
     return {"output": output.detach().numpy(), **dict(zip(learnt, (part.numpy() for part in found), strict=True))}

@@ -195,13 +195,14 @@ def test_static_keys_and_values_are_kept_in_bfloat16() -> None:
     from lyra.backends.jax_impl import static as jax_static
     from lyra.backends.jax_impl.dtype import DTYPES
     from lyra.backends.jax_impl.rope import inverse_frequencies
-    from lyra.backends.torch_impl.static import prepare_static
+    from lyra.backends.torch_impl.static import place_static, rotate_static
 
     problem = a_case().problem()
     assert problem.static is not None
-    mine = prepare_static(problem.spec, problem.static, torch.bfloat16)
-    assert mine is not None
-    assert (mine.k.dtype, mine.v.dtype) == (torch.bfloat16, torch.bfloat16)
+    entered = place_static(problem.spec, problem.static, torch.bfloat16)
+    assert entered is not None
+    mine = rotate_static(entered, None)
+    assert (mine.keys.dtype, mine.values.dtype) == (torch.bfloat16, torch.bfloat16)
     placed = jax_static.place_static(problem.spec, problem.static, DTYPES["bfloat16"])
     assert placed is not None
     turned = jax_static.rotate_static(placed, inverse_frequencies(problem.spec))

@@ -286,22 +286,23 @@ def masked_layer(batch: int) -> tuple[AttentionSpec, StaticLayer]:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_context_taken_in_by_blocks_is_the_same(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_taken_in_by_tiles_is_the_same(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     from lyra.backends.torch_impl import static
+    from lyra.backends.torch_impl.rope import inverse_frequencies
 
     spec, layer = masked_layer(batch)
-    whole = static.prepare_static(spec, layer)
-    monkeypatch.setattr(static, "BLOCK", batch * 2 * DIM * 7)
-    found = static.prepare_static(spec, layer)
-    assert whole is not None
-    assert found is not None
-    assert found.k.stride() == whole.k.stride()
-    for one, other in zip(found[:4], whole[:4], strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            np.testing.assert_array_equal(one.numpy(), other.numpy())
-    assert static.prepare_static(spec, layer._replace(mask=np.zeros_like(layer.mask))) is None
+    placed, frequencies = static.place_static(spec, layer), inverse_frequencies(spec)
+    assert placed is not None
+    whole = static.rotate_static(placed, frequencies)
+    monkeypatch.setattr(static, "TILE", batch * 2 * DIM * 7)
+    found = static.prepare_static(placed, frequencies)
+    assert found.keys.stride() == whole.keys.stride()
+    for in_tiles, at_once in zip(found[:4], whole[:4], strict=True):
+        assert (in_tiles is None) == (at_once is None)
+        if in_tiles is not None:
+            np.testing.assert_array_equal(in_tiles.numpy(), at_once.numpy())
+    assert static.place_static(spec, layer._replace(mask=np.zeros_like(layer.mask))) is None
 
 
 @pytest.mark.parametrize("batch", [1, 2])

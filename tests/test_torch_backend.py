@@ -185,7 +185,7 @@ def test_live_modes_need_no_context(live):
 
 
 def test_queries_in_blocks(monkeypatch):
-    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", 1)
+    monkeypatch.setattr(partial, "SCORES_PER_TILE", 1)
     spec = make_spec(split=SPLITS["cut"])
     check(spec, make_static(spec, 1, 6))
     check(spec, make_static(spec, 2, 6))

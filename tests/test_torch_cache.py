@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from lyra.backends.torch_impl.cache import LiveCache, live_tokens
+from lyra.backends.torch_impl.cache import LiveCache, LiveKeys, crop, live_keys, reorder
 from lyra.backends.torch_impl.grouped import GroupedQueryAttention
 
 ROWS, KV_HEADS, HEAD_DIM = 2, 3, 4
 
 
-def tokens(count: int, seed: int = 0) -> LiveCache:
+def tokens(count: int, seed: int = 0) -> LiveKeys:
     """So many random tokens in each row."""
     k, v = torch.randn(2, ROWS, count, KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
-    return live_tokens(k, v, torch.ones(ROWS, count, dtype=torch.bool), torch.arange(count).repeat(ROWS, 1))
+    return live_keys(k, v, torch.ones(ROWS, count, dtype=torch.bool), torch.arange(count).repeat(ROWS, 1))
+
+
+def appended(*parts: LiveKeys, to: LiveCache | None = None) -> LiveCache:
+    """The cache of so many pieces, one behind the other."""
+    cache = LiveCache(*parts[0]) if to is None else to
+    for part in parts if to is not None else parts[1:]:
+        _, cache = cache.append(part)
+    return cache
 
 
 def copied(cache: LiveCache) -> list[torch.Tensor]:
@@ -26,41 +34,42 @@ def same(cache: LiveCache, parts: list[torch.Tensor]) -> bool:
 
 @torch.inference_mode()
 def test_a_growing_cache_is_moved_when_it_doubles_only() -> None:
-    cache, places, parts = tokens(1), [], [tokens(1)]
+    cache, places, parts = appended(tokens(1)), [], [tokens(1)]
     for step in range(100):
         parts.append(tokens(1, seed=step))
-        cache = cache.append(parts[-1])
-        places.append(cache.k.data_ptr())
+        live, cache = cache.append(parts[-1])
+        places.append(live.keys.data_ptr())
+        assert same(cache, list(live))
     assert len(set(places)) == 4  # 16, 32, 64 and 128 slots
-    for field, axis in (("k", 2), ("v", 2), ("mask", 1), ("positions", 1)):
-        assert torch.equal(getattr(cache, field), torch.cat([getattr(one, field) for one in parts], dim=axis))
+    for field, axis in (("keys", 2), ("values", 2), ("mask", 1), ("positions", 1)):
+        assert torch.equal(getattr(cache, field), torch.cat([getattr(part, field) for part in parts], dim=axis))
 
 
 @torch.inference_mode()
 def test_what_is_continued_twice_has_two_ends() -> None:
-    start = tokens(3).append(tokens(2, seed=1))
+    start = appended(tokens(3), tokens(2, seed=1))
     before = copied(start)
-    one, other = start.append(tokens(2, seed=2)), start.append(tokens(1, seed=3))
-    assert one.k.data_ptr() == start.k.data_ptr() != other.k.data_ptr()
+    first, other = appended(tokens(2, seed=2), to=start), appended(tokens(1, seed=3), to=start)
+    assert first.keys.data_ptr() == start.keys.data_ptr() != other.keys.data_ptr()
     assert same(start, before)
-    assert torch.equal(one.k[:, :, 5:], tokens(2, seed=2).k)
-    assert torch.equal(other.k[:, :, 5:], tokens(1, seed=3).k)
+    assert torch.equal(first.keys[:, :, 5:], tokens(2, seed=2).keys)
+    assert torch.equal(other.keys[:, :, 5:], tokens(1, seed=3).keys)
 
 
 @torch.inference_mode()
 def test_going_on_from_a_shorter_one_leaves_the_longer_one() -> None:
-    longer = tokens(3).append(tokens(4, seed=1))
+    longer = appended(tokens(3), tokens(4, seed=1))
     before = copied(longer)
-    again = longer.crop(5).append(tokens(2, seed=2))
+    again = appended(tokens(2, seed=2), to=crop(longer, 5))
     assert same(longer, before)
-    assert torch.equal(again.k, torch.cat((longer.k[:, :, :5], tokens(2, seed=2).k), dim=2))
+    assert torch.equal(again.keys, torch.cat((longer.keys[:, :, :5], tokens(2, seed=2).keys), dim=2))
 
 
 def test_other_rows_are_another_cache() -> None:
     with torch.inference_mode():
-        cache = tokens(3).append(tokens(1, seed=1))
-        turned = cache.reorder([1, 0])
-        end = cache.append(tokens(1, seed=2))
+        cache = appended(tokens(3), tokens(1, seed=1))
+        turned = reorder(cache, [1, 0])
+        end = appended(tokens(1, seed=2), to=cache)
         after = copied(end)
         turned.append(tokens(1, seed=3))
     assert same(end, after)
@@ -80,9 +89,9 @@ def test_what_autograd_has_read_is_not_written_to() -> None:
 
 def test_a_cache_made_for_inference_goes_on_outside_it() -> None:
     with torch.inference_mode():
-        cache = tokens(3).append(tokens(1, seed=1))
+        cache = appended(tokens(3), tokens(1, seed=1))
     before = copied(cache)
     with torch.no_grad():
-        assert torch.equal(cache.append(tokens(1, seed=2)).k[:, :, 4:], tokens(1, seed=2).k)
-    assert torch.equal(cache.append(tokens(1, seed=3)).k[:, :, 4:], tokens(1, seed=3).k)
+        assert torch.equal(appended(tokens(1, seed=2), to=cache).keys[:, :, 4:], tokens(1, seed=2).keys)
+    assert torch.equal(appended(tokens(1, seed=3), to=cache).keys[:, :, 4:], tokens(1, seed=3).keys)
     assert same(cache, before)

@@ -17,9 +17,9 @@ from lyra.backends.torch_impl.injected import (
     MemoryInjectionBlock,
     check_place,
     inject,
-    join,
     withdraw,
 )
+from lyra.backends.torch_impl.sequential import join
 from lyra.conformance.tolerance import K, distance
 from lyra.spec import HeadSplit, InputError
 from lyra.spec.reference_sequential import own_keys, reference_sequential

@@ -1,4 +1,4 @@
-"""The attention core of the PyTorch backend where the suite's shapes do not lead: masks of queries taken in blocks."""
+"""The attention core of the PyTorch backend where the suite's shapes do not lead: masks of queries taken in tiles."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def causal_attention() -> Partial:
     return partial_attention(*causal_inputs(), scale=0.4)
 
 
-@pytest.mark.parametrize("tokens_a_block", [1, 3, 7])
-def test_queries_in_blocks_see_what_they_see_at_once(tokens_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens_a_tile", [1, 3, 7])
+def test_queries_in_tiles_see_what_they_see_at_once(tokens_a_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = finish(causal_attention())
     lengths: list[int] = []
     keys: list[int] = []
-    block = partial._block
+    tile = partial._tile
 
     def noted(q: torch.Tensor, k: torch.Tensor, *rest: object) -> Partial:
         lengths.append(q.shape[-2])
         keys.append(k.shape[-2])
-        return block(q, k, *rest)
+        return tile(q, k, *rest)
 
-    monkeypatch.setattr(partial, "_block", noted)
-    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", tokens_a_block * 2 * 3 * TOKENS)
+    monkeypatch.setattr(partial, "_tile", noted)
+    monkeypatch.setattr(partial, "SCORES_PER_TILE", tokens_a_tile * 2 * 3 * TOKENS)
     torch.testing.assert_close(finish(causal_attention()), at_once)
     assert sum(lengths) == TOKENS
-    assert max(lengths) == tokens_a_block
-    assert keys == [sum(lengths[: count + 1]) for count in range(len(lengths))]  # later ones no query of a block sees
+    assert max(lengths) == tokens_a_tile
+    assert keys == [sum(lengths[: count + 1]) for count in range(len(lengths))]  # later ones no query of a tile sees
 
 
 @pytest.mark.parametrize("seen", [slice(2, 5), slice(0, 0), slice(9, 10)])
@@ -50,24 +50,24 @@ def test_keys_at_either_end_that_nobody_sees_are_left_out(seen: slice, monkeypat
     visible[:, seen] = True
     visible = visible[None, None, None]
     at_once = finish(partial_attention(q, k, v, visible, scale=0.4))
-    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", 3 * 2 * TOKENS)
+    monkeypatch.setattr(partial, "SCORES_PER_TILE", 3 * 2 * TOKENS)
     v = v.masked_fill(~visible[0, 0, 0, 0, :, None], torch.nan) if seen.stop else v
     torch.testing.assert_close(finish(partial_attention(q, k, v, visible, scale=0.4)), at_once)
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_what_all_queries_see_alike_serves_every_block(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_all_queries_see_alike_serves_every_tile(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = causal_inputs()
     visible = (torch.arange(TOKENS) % 3 > 0)[None, None, None, None] if masked else None
     at_once = finish(partial_attention(q, k, v, visible, scale=0.4))
-    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", 3 * 2 * 3 * TOKENS)
+    monkeypatch.setattr(partial, "SCORES_PER_TILE", 3 * 2 * 3 * TOKENS)
     torch.testing.assert_close(finish(partial_attention(q, k, v, visible, scale=0.4)), at_once)
 
 
-def test_blocks_are_compiled_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which keys a block sees is not asked in compiled code: an answer would end the graph."""
+def test_tiles_are_compiled_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which keys a tile sees is not asked in compiled code: an answer would end the graph."""
     at_once = finish(causal_attention())
-    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", 3 * 2 * 3 * TOKENS)
+    monkeypatch.setattr(partial, "SCORES_PER_TILE", 3 * 2 * 3 * TOKENS)
     q, k, v, visible = causal_inputs()
     compiled = torch.compile(partial_attention, fullgraph=True, backend="eager")
     torch.testing.assert_close(finish(compiled(q, k, v, visible, scale=0.4)), at_once)

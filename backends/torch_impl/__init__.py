@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .backend import CudaBackend, TorchAttention, TorchBackend
+from .attention_backend import TorchAttention
+from .backend import CudaBackend, TorchBackend
 
 if TYPE_CHECKING:
     from .families.gemma3 import LyraForCausalLM

@@ -7,32 +7,29 @@ import math
 import numpy as np
 import torch
 
-from .heads import LyraHeads, fold_batch, unfold_batch
+from .cache import Keys
+from .heads import LyraHeads, fold, fold_batch, select, unfold_batch
+from .layer import Call, Layer
 from .partial import masked_scores
-from .static import PreparedStatic
+from .static import StaticKV
 
 
-def attentions(
-    queries: torch.Tensor,
-    k: torch.Tensor,
-    visible: torch.Tensor | None,
-    static: PreparedStatic | None,
-    lyra: LyraHeads,
-    scale: float,
-    softcap: float | None = None,
-) -> torch.Tensor:
+def attentions(q: torch.Tensor, live: Keys, layer: Layer, call: Call) -> torch.Tensor:
     """The softmax weights of every head, float32 [B,Hq,T,S+L], static keys first. Clauses STATIC-1, MASKED.
 
-    queries [B,Hkv,R,T,D]; k and visible are the live keys' and go as in `partial_attention`, whose softmax this is. A
-    head that does not read the context has 0 in its columns; a row that sees nothing is 0.
+    The arguments are those of `attend_to`, whose softmax this is. A head that does not read the context has 0 in its
+    columns; a row that sees nothing is 0.
     """
-    device = queries.device.type
+    device, numbers = q.device.type, layer.numbers
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return attentions(queries, k, visible, static, lyra, scale, softcap)
-    scores = masked_scores(queries, k, visible, scale, softcap)
-    if static is not None:
-        scores = torch.cat((_static_scores(queries, static, lyra, scale, softcap), scores), dim=-1)
+            return attentions(q, live, layer, call)
+    queries = fold(q, layer.shape.kv_heads)
+    visible = live.visible(call.positions, numbers.window, numbers.rule)
+    scores = masked_scores(queries, live.keys, visible, numbers.scale, numbers.softcap)
+    if call.static is not None and numbers.heads is not None:
+        before = _static_scores(queries, call.static, numbers.heads, numbers.scale, numbers.softcap)
+        scores = torch.cat((before, scores), dim=-1)
     top = scores.detach().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = torch.exp(scores - top)
     total = weights.sum(dim=-1, keepdim=True)
@@ -49,14 +46,12 @@ def show_slots(weights: torch.Tensor, shown: np.ndarray) -> torch.Tensor:
 
 
 def _static_scores(
-    queries: torch.Tensor, static: PreparedStatic, lyra: LyraHeads, scale: float, softcap: float | None
+    queries: torch.Tensor, static: StaticKV, heads: LyraHeads, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """The scores of queries [B,Hkv,R,T,D] over static keys, [B,Hkv,R,T,S]; -inf for vanilla heads."""
+    """The scores of folded queries [B,Hkv,R,T,D] over static keys, [B,Hkv,R,T,S]; -inf for vanilla heads."""
     visible = None if static.visible is None else static.visible[:, None, None, None, :]
-    picked = queries.index_select(1, lyra.groups)
-    scores = masked_scores(fold_batch(picked, len(static.k)), static.k, visible, scale, softcap)
-    scores = unfold_batch(scores, queries.shape[2])
-    if lyra.chosen is not None:
-        scores = torch.where(lyra.chosen, scores, -math.inf)
-    every = scores.new_full((*queries.shape[:-1], scores.shape[-1]), -math.inf)
-    return every.index_copy(1, lyra.groups, scores)
+    folded = fold_batch(select(queries, heads), len(static.keys))
+    scores = unfold_batch(masked_scores(folded, static.keys, visible, scale, softcap), queries.shape[2])
+    if not heads.everywhere:
+        scores = scores.index_select(1, heads.places)
+    return torch.where(heads.queries[:, :, None, None], scores, -math.inf)

@@ -5,12 +5,14 @@ A context never goes into a cache. Live keys do: beam search, crop and reset the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from lyra.spec.errors import InputError
+
+from .hf_cache import ModelCache, SlotKeys
 
 LAYER_KINDS = {DynamicLayer: (), StaticLayer: ("max_cache_len",)}
 """Kinds of cache layers that a block's own keys can be kept in, with what making another one takes."""
@@ -43,27 +45,55 @@ class WatchedCache:
             return self.cache.get_seq_length(layer_idx)
         return 0 if self.k is None else self.k.shape[-2]
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """How many keys the next `update` with so many tokens returns, and the position of the first."""
+        return (query_length, 0) if self.cache is None else self.cache.get_mask_sizes(query_length, layer_idx)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["cache"], name)
 
 
-def keep_live(
-    cache: Cache, slot: int, layer_idx: int, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put a block's own k (rotated at t), v [B,Hkv,T,D] into the cache, behind the model's layers; all it then holds.
+class BlockCache(ModelCache):
+    """A block's own place in a model's cache, behind those of the model's layers."""
 
-    `slot` is the block's place there, `layer_idx` its decoder layer, which has just put its own keys in. Raises
-    InputError for a kind of cache that is not known, and for a cache begun without the block.
-    """
-    while len(cache.layers) <= slot:
-        cache.layers.append(_alike(cache.layers[layer_idx]))
-    before, seen = cache.layers[slot].get_seq_length(), cache.layers[layer_idx].get_seq_length()
-    if isinstance(before, int) and isinstance(seen, int) and before != seen - k.shape[2]:
-        raise InputError(
-            f"layer {layer_idx}: the cache holds {seen - k.shape[2]} earlier tokens of the layer and {before} of the "
-            f"block that is injected into it; begin a new cache after attaching"
-        )
-    return cache.update(k, v, slot)
+    def __init__(self, cache: Cache | None, slot: int | None, layer_idx: int, mask: torch.Tensor | None) -> None:
+        """`slot` is the place, `layer_idx` that of its decoder layer. Raises InputError for a cache without a slot."""
+        if cache is not None and slot is None:
+            raise InputError(f"layer {layer_idx}: a block that sees live tokens needs a slot in the cache")
+        super().__init__(cache, -1 if slot is None else slot, mask)
+        self.layer_idx = layer_idx
+
+    def update(self, cache: Cache, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the parent; the block's decoder layer has just put its own keys in.
+
+        Raises InputError for a kind of cache that is not known, and for a cache begun without the block.
+        """
+        while len(cache.layers) <= self.place:
+            cache.layers.append(_alike(cache.layers[self.layer_idx]))
+        before, seen = (cache.layers[place].get_seq_length() for place in (self.place, self.layer_idx))
+        tokens = keys.shape[2]
+        if isinstance(before, int) and isinstance(seen, int) and before != seen - tokens:
+            raise InputError(
+                f"layer {self.layer_idx}: the cache holds {seen - tokens} earlier tokens of the layer and {before} of "
+                f"the block that is injected into it; begin a new cache after attaching"
+            )
+        return cache.update(keys, values, self.place)
+
+
+class SharedCache:
+    """What a layer's own attention attended to in the call, for a block that makes no keys. Clause SEQUENTIAL-6."""
+
+    def __init__(self, watched: object, layer_idx: int, mask: torch.Tensor | None, tokens: int) -> None:
+        """Raises InputError for another cache than the WatchedCache that the layer's own attention was given."""
+        if not isinstance(watched, WatchedCache) or watched.k is None or watched.v is None:
+            raise InputError(
+                "a block with source='own' needs the WatchedCache that its layer's own attention was given"
+            )
+        self.live = SlotKeys(watched.k, watched.v, mask, tokens, watched.get_seq_length(layer_idx) - tokens)
+
+    def append(self, new: None) -> tuple[SlotKeys, Self]:
+        """The keys that are there already: a block that shares them adds none."""
+        return self.live, self
 
 
 def _alike(layer: Any) -> Any:

@@ -9,9 +9,8 @@ from torch import nn
 
 from lyra.spec.attention import AttentionSpec, RopeSpec, grouped
 
-from .cache import LiveCache
-from .heads import lyra_heads
-from .layer import Call, run
+from .cache import LiveCache, empty_cache
+from .layer import Call, layer_of, numbers_of, run_layer, shape_of
 
 
 class GroupedQueryAttention(nn.Module):
@@ -71,10 +70,11 @@ class GroupedQueryAttention(nn.Module):
             positions = torch.arange(past, past + tokens, device=x.device).expand(batch, tokens)
         if mask is None:
             mask = torch.ones(batch, tokens, dtype=torch.bool, device=x.device)
-        heads = lyra_heads(self.spec.split, self.spec.num_attention_heads, self.spec.num_key_value_heads, x.device)
-        weights = dict(self.named_parameters())
-        output, live, _ = run(self.spec, weights, heads, Call(x, positions, mask, None, cache))
-        return output, live
+        spec = self.spec
+        if cache is None:
+            cache = empty_cache(batch, spec.num_key_value_heads, spec.head_dim, dtype=x.dtype, device=x.device)
+        layer = layer_of(dict(self.named_parameters()), numbers_of(spec, device=x.device), shape_of(spec))
+        return run_layer(x, layer, Call(positions, mask, None, cache))
 
 
 class _NormWeight(nn.Module):

@@ -1,6 +1,6 @@
 """How query heads are grouped by the KV head they read, and which of them go to Lyra (clause SPLIT).
 
-The folded layout is [B, Hkv, R, T, D]: the R query heads of a group and their T tokens stand together, so that one
+The folded layout is [B, Hkv, R, T, D]: the R query heads of a KV head and their T tokens stand together, so that one
 matrix product per KV head serves them all and keys are never repeated.
 """
 
@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from lyra.spec.split import HeadSplit
+from lyra.spec.attention import AttentionSpec
+
+from .partial import Partial, keep
 
 
 def fold(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -24,7 +26,7 @@ def unfold(heads: torch.Tensor) -> torch.Tensor:
 
 
 def fold_batch(q: torch.Tensor, contexts: int) -> torch.Tensor:
-    """[B,G,R,T,D] -> [Bc,G,B/Bc·R,T,D]: the rows that share a context become queries of it. Clause BATCH-4.
+    """[B,Hs,R,T,D] -> [Bc,Hs,B/Bc·R,T,D]: the rows that share a context become queries of it. Clause BATCH-4.
 
     Of Bc contexts, row b reads number b // (B/Bc): the rows of one stand together.
     """
@@ -32,34 +34,58 @@ def fold_batch(q: torch.Tensor, contexts: int) -> torch.Tensor:
 
 
 def unfold_batch(x: torch.Tensor, group: int) -> torch.Tensor:
-    """[Bc,G,B/Bc·R,T,...] -> [B,G,R,T,...], the inverse of `fold_batch`; R is `group`."""
+    """[Bc,Hs,B/Bc·R,T,...] -> [B,Hs,R,T,...], the inverse of `fold_batch`; R is `group`."""
     return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
 
 
 class LyraHeads(NamedTuple):
     """Which heads go to Lyra, as the folded layout wants it.
 
-    queries bool [Hkv,R]; groups int [G], the KV heads they read; chosen bool [G,R,1,1], or None where no group is cut.
+    queries    bool [Hkv,R]: whether the query head is a Lyra head
+    kv_heads   int [Hs]: the KV heads that Lyra heads read, ascending, as static keys have them
+    places     int [Hkv]: where a KV head stands among these; 0 for those that are not there
+    everyone   whether every query head is one, so that none has to be left out
     """
 
     queries: torch.Tensor
-    groups: torch.Tensor
-    chosen: torch.Tensor | None
+    kv_heads: torch.Tensor
+    places: torch.Tensor
+    everyone: bool
 
     @property
     def everywhere(self) -> bool:
         """Whether every KV head is read by a Lyra head."""
-        return len(self.groups) == len(self.queries)
+        return len(self.kv_heads) == len(self.queries)
 
 
-def lyra_heads(
-    split: HeadSplit | None, query_heads: int, kv_heads: int, device: torch.device | None = None
-) -> LyraHeads:
-    """The Lyra heads of a split of a layer with these head counts. Clauses SPLIT-2, SPLIT-5."""
-    flags = torch.zeros(query_heads, dtype=torch.bool, device=device)
-    if split is not None:
-        flags[list(split.lyra_q_heads)] = True
-    queries = flags.view(kv_heads, -1)
-    groups = queries.any(dim=1).nonzero()[:, 0]
-    chosen = queries[groups]
-    return LyraHeads(queries, groups, None if chosen.all() else chosen[:, :, None, None])
+def lyra_heads(spec: AttentionSpec, *, device: torch.device | None = None) -> LyraHeads | None:
+    """The Lyra heads of a layer's split; None where no head goes to Lyra. Clauses SPLIT-2, SPLIT-5."""
+    if not spec.lyra_q_heads:
+        return None
+    flags = torch.zeros(spec.num_attention_heads, dtype=torch.bool, device=device)
+    flags[list(spec.lyra_q_heads)] = True
+    queries = flags.view(spec.num_key_value_heads, -1)
+    kv_heads = queries.any(dim=1).nonzero()[:, 0]
+    places = torch.zeros(spec.num_key_value_heads, dtype=torch.long, device=device)
+    places[kv_heads] = torch.arange(len(kv_heads), device=device)
+    return LyraHeads(queries, kv_heads, places, bool(queries.all()))
+
+
+def select(queries: torch.Tensor, heads: LyraHeads) -> torch.Tensor:
+    """The folded queries of the KV heads that hold static keys: [B,Hkv,R,T,D] to [B,Hs,R,T,D]."""
+    return queries if heads.everywhere else queries.index_select(1, heads.kv_heads)
+
+
+def spread(partial: Partial, heads: LyraHeads) -> Partial:
+    """A Partial of the Hs static KV heads as one of all KV heads, empty for every vanilla head. Clause SPLIT-4.
+
+    Takes [B,Hs,R,T,·], gives [B,Hkv,R,T,·]; of query heads that share a KV head only the Lyra heads keep their part.
+    """
+    if not heads.everywhere:
+        partial = Partial(*(field.index_select(1, heads.places) for field in partial))
+    return partial if heads.everyone else keep(partial, heads.queries[:, :, None, None])
+
+
+def blend(without: torch.Tensor, with_context: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Folded heads [B,Hkv,R,T,D] without and with a context, by share [B,Hq] from 0 to 1, both ends exactly."""
+    return torch.lerp(without, with_context, share.unflatten(1, without.shape[1:3])[..., None, None])

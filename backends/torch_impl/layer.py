@@ -1,146 +1,234 @@
-"""One attention layer: its stages, each a function, and the pipeline that runs them in the spec's order."""
+"""One attention layer: its stages, each a function over tensors, and the pipeline that runs them in the spec's order.
+
+Axes: B rows, T tokens of the call, L live keys, S static slots, E hidden_size, Hq query heads, Hkv KV heads,
+R = Hq / Hkv, D head_dim.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
 
 from lyra.spec.attention import TRACES, AttentionSpec
 
-from . import visibility
-from .cache import LiveCache, live_tokens
+from .cache import Cache, Keys, live_keys
 from .dtype import store
-from .heads import LyraHeads, fold, fold_batch, unfold, unfold_batch
+from .heads import LyraHeads, blend, fold, lyra_heads, unfold
 from .norm import rms_norm
-from .partial import Partial, finish, keep, merge, partial_attention
+from .partial import finish, merge, nothing, partial_attention
 from .rope import cos_sin, inverse_frequencies, rotate
-from .sharding import merge_over, shared_by
-from .static import PreparedStatic
+from .static import StaticKV, static_attention
+from .visibility import LiveRule, live_rule
 
-Weights = Mapping[str, torch.Tensor]
+Map = Callable[[torch.Tensor], torch.Tensor]
+"""A framework's module, or a closure over weights."""
+
+
+class Parts(NamedTuple):
+    """What a layer computes with: projections [B,T,in] -> [B,T,out], and norms of heads [B,T,H,D], if it has them.
+
+    Without k_proj, v_proj and k_norm it makes no keys of its own: it reads what its cache holds.
+    """
+
+    q_proj: Map
+    k_proj: Map | None
+    v_proj: Map | None
+    o_proj: Map
+    q_norm: Map | None
+    k_norm: Map | None
+
+
+class Numbers(NamedTuple):
+    """The numbers of a spec; None for a part that the layer does not have.
+
+    eps is that of `parts_of`; frequencies float64 [D/2]. Both are None also where modules know better: norms that have
+    their own, and calls that bring the `turn` of their positions.
+    """
+
+    scale: float
+    eps: float | None
+    softcap: float | None
+    window: int | None
+    frequencies: torch.Tensor | None
+    rule: LiveRule | None
+    heads: LyraHeads | None
+
+
+class Shape(NamedTuple):
+    """Sizes of a layer, and the order of its stages."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    order: tuple[str, ...]
+
+
+class Layer(NamedTuple):
+    """Parts, numbers and shape of one layer."""
+
+    parts: Parts
+    numbers: Numbers
+    shape: Shape
 
 
 class Call(NamedTuple):
-    """x [B,T,E], of the type that stages are stored in; positions int [B,T]; mask bool [B,T]; static, cache or None."""
+    """What one call brings: positions int, mask bool [B,T]; static keys or None; the cache that the call's keys go to.
 
-    x: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor
-    static: PreparedStatic | None
-    cache: LiveCache | None
+    Both are None where a model has drawn its own mask (see `hf_cache`); the cache is None where no live key is read.
+    `blend` float32 [B,Hq] blends heads with and without static keys. `turn` holds cosine and sine of the positions,
+    broadcastable to [B,T,D/2], where a model has computed them for many layers.
+    """
+
+    positions: Any
+    mask: Any
+    static: StaticKV | None
+    cache: Cache | None
+    blend: torch.Tensor | None = None
+    turn: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def project(spec: AttentionSpec, weights: Weights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [B,T,E] -> q [B,T,Hq,D], k and v [B,T,Hkv,D]. Clause ORDER-1."""
-    q, k, v = (projection(spec, weights, name, x) for name in ("q_proj", "k_proj", "v_proj"))
-    return q, k, v
-
-
-def projection(spec: AttentionSpec, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    """x [B,T,E] through one projection, "q_proj", "k_proj" or "v_proj", and into heads [B,T,H,D]. Clause ORDER-1.
+def parts_of(weights: Mapping[str, torch.Tensor], eps: float | None) -> Parts:
+    """The parts of a layer with these weights, by Hugging Face's names; eps None without norms. ORDER-1, NORM.
 
     A product of bfloat16 matrices is summed in float32, its bias added, and rounded once (DTYPE-2).
     """
-    flat = linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-    return flat.unflatten(-1, (-1, spec.head_dim))
+    q_proj, k_proj, v_proj, o_proj = (
+        partial(linear, weight=weights[f"{name}.weight"], bias=weights.get(f"{name}.bias"))
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    )
+    if eps is None:
+        return Parts(q_proj, k_proj, v_proj, o_proj, None, None)
+    q_norm, k_norm = (partial(rms_norm, weight=weights[f"{name}.weight"], eps=eps) for name in ("q_norm", "k_norm"))
+    return Parts(q_proj, k_proj, v_proj, o_proj, q_norm, k_norm)
 
 
-def norm(spec: AttentionSpec, weights: Weights, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of queries and keys per head. Clause NORM."""
-    assert spec.qk_norm is not None
-    eps = spec.qk_norm.eps
-    return rms_norm(q, weights["q_norm.weight"], eps), rms_norm(k, weights["k_norm.weight"], eps)
+def numbers_of(spec: AttentionSpec, *, device: torch.device | None = None) -> Numbers:
+    """The numbers of a spec."""
+    frequencies = inverse_frequencies(spec)
+    return Numbers(
+        scale=spec.scale,
+        eps=None if spec.qk_norm is None else spec.qk_norm.eps,
+        softcap=spec.softcap,
+        window=spec.sliding_window,
+        frequencies=frequencies if device is None or frequencies is None else frequencies.to(device),
+        rule=live_rule(spec, device=device),
+        heads=lyra_heads(spec, device=device),
+    )
 
 
-def rope(
-    spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys [B,T,H,D] turned to their positions [B,T]. Clause ROPE."""
-    assert spec.rope is not None
-    cos, sin = cos_sin(positions, inverse_frequencies(spec.rope, spec.head_dim))
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return rotate(q, cos, sin), rotate(k, cos, sin)
+def shape_of(spec: AttentionSpec) -> Shape:
+    """Sizes of a spec and the order of its stages."""
+    return Shape(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, spec.order)
 
 
-def attend(spec: AttentionSpec, lyra: LyraHeads, q: torch.Tensor, live: LiveCache, call: Call) -> torch.Tensor:
-    """Every head over the live keys it sees, Lyra heads over the static ones too; [B,T,Hq,D]. Clauses STATIC, LIVE."""
-    tokens = (call.positions, call.mask, live.positions, live.mask)
-    mode = spec.static.live if spec.lyra_q_heads else "causal"
-    causal = visibility.causal(*tokens, spec.sliding_window)
-    own = visibility.own(*tokens) if mode == "self" else None
-    seen = visibility.by_head(causal, own, lyra.queries, mode)
-    queries = fold(q, spec.num_key_value_heads)
-    total = partial_attention(queries, live.k, live.v, seen, spec.scale, spec.softcap)
-    if call.static is not None:
-        total = add_static(total, queries, call.static, lyra, spec.scale, spec.softcap)
-    return unfold(store(finish(total), q.dtype))
+def layer_of(weights: Mapping[str, torch.Tensor], numbers: Numbers, shape: Shape) -> Layer:
+    """The layer of these weights and numbers."""
+    return Layer(parts_of(weights, numbers.eps), numbers, shape)
 
 
-def add_static(
-    live: Partial,
-    queries: torch.Tensor,
-    static: PreparedStatic,
-    lyra: LyraHeads,
-    scale: float,
-    softcap: float | None,
-) -> Partial:
-    """Merge the static keys into the live Partial of the Lyra heads; all other heads keep theirs, bit for bit.
+def project(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """x [B,T,E] -> q [B,T,Hq,D], k and v [B,T,Hkv,D], or None where the layer makes none. Clause ORDER-1."""
+    parts, head_dim = layer.parts, layer.shape.head_dim
+    q, k, v = (
+        None if part is None else part(x).unflatten(-1, (-1, head_dim))
+        for part in (parts.q_proj, parts.k_proj, parts.v_proj)
+    )
+    assert q is not None
+    return q, k, v
 
-    live and queries are folded, [B,Hkv,R,T,...]. Clauses STATIC and SPLIT-4.
+
+def norm(q: torch.Tensor, k: torch.Tensor | None, layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """RMSNorm of queries and keys per head, if the layer has one. Clause NORM."""
+    parts = layer.parts
+    q = q if parts.q_norm is None else parts.q_norm(q)
+    return q, k if k is None or parts.k_norm is None else parts.k_norm(k)
+
+
+def rope(q: torch.Tensor, k: torch.Tensor | None, layer: Layer, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Queries and keys [B,T,H,D] turned to the positions of the call, if the layer has RoPE. Clause ROPE."""
+    turn = call.turn
+    if turn is None:
+        if layer.numbers.frequencies is None:
+            return q, k
+        turn = cos_sin(call.positions, layer.numbers.frequencies)
+    cos, sin = turn[0][:, :, None], turn[1][:, :, None]
+    return rotate(q, cos, sin), None if k is None else rotate(k, cos, sin)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: Layer, call: Call
+) -> tuple[torch.Tensor, Any]:
+    """The heads [B,T,Hq,D], and the cache with the call's keys: see `attend_to`. Clauses STATIC, LIVE."""
+    if call.cache is None:
+        return attend_to(q, None, layer, call), None
+    new = None if k is None or v is None else live_keys(k, v, call.mask, call.positions)
+    live, cache = call.cache.append(new)
+    return attend_to(q, live, layer, call), cache
+
+
+def attend_to(q: torch.Tensor, live: Keys | None, layer: Layer, call: Call) -> torch.Tensor:
+    """Every head over the live keys it sees, Lyra heads over the static ones too, with one softmax: [B,T,Hq,D].
+
+    Clauses STATIC, LIVE. Vanilla heads keep what the live keys gave them (SPLIT-4).
     """
-    picked = queries if lyra.everywhere else queries.index_select(1, lyra.groups)
-    part = static_partial(picked, static, scale, softcap)
-    if lyra.chosen is not None:
-        part = keep(part, lyra.chosen)
-    if lyra.everywhere:
-        return merge(live, part)
-    merged = merge(Partial(*(field.index_select(1, lyra.groups) for field in live)), part)
-    return Partial(*(old.index_copy(1, lyra.groups, new) for old, new in zip(live, merged, strict=True)))
+    numbers, without = layer.numbers, None
+    queries = fold(q, layer.shape.kv_heads)
+    if live is None:
+        part = nothing(queries)
+    else:
+        visible = live.visible(call.positions, numbers.window, numbers.rule)
+        part = partial_attention(queries, live.keys, live.values, visible, numbers.scale, numbers.softcap)
+    if call.static is not None and numbers.heads is not None:
+        without = part if call.blend is not None else None
+        part = merge(part, static_attention(queries, call.static, numbers.heads, numbers.scale, numbers.softcap))
+    heads = finish(part)
+    if without is not None and call.blend is not None:
+        heads = blend(finish(without), heads, call.blend)
+    return unfold(store(heads, q.dtype))
 
 
-def static_partial(queries: torch.Tensor, static: PreparedStatic, scale: float, softcap: float | None) -> Partial:
-    """Queries [B,G,R,T,D] over the static keys; each context is read once for all rows that share it. Clause BATCH.
+def output(heads: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """Heads [B,T,Hq,D] concatenated in their original order and projected, [B,T,E]. Clause ORDER-1."""
+    return layer.parts.o_proj(heads.flatten(2))
 
-    Where other processes hold other slots, the result is over the slots of all.
+
+def run_layer(
+    x: torch.Tensor, layer: Layer, call: Call, trace: dict[str, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, Any]:
+    """All stages in the spec's order: output [B,T,E] and the cache with the call's tokens. Clause ORDER.
+
+    x [B,T,E], of the type that stages are stored in. Padding enters as zeros: nothing it holds can overflow, and no
+    real token sees it (MASKED-4). `trace` is given what every stage makes, by the names of `TRACES`.
     """
-    if static.group is not None:
-        own = static._replace(group=None)
-        return merge_over(static_partial(shared_by(queries, static.group), own, scale, softcap), static.group)
-    visible = None if static.visible is None else static.visible[:, None, None, None, :]
-    folded = fold_batch(queries, len(static.k))
-    part = partial_attention(folded, static.k, static.v, visible, scale, softcap)
-    return Partial(*(unfold_batch(field, queries.shape[2]) for field in part))
-
-
-def output(weights: Weights, heads: torch.Tensor) -> torch.Tensor:
-    """Heads [B,T,Hq,D] concatenated in order and projected, [B,T,E]. Clause ORDER-1."""
-    return linear(heads.flatten(2), weights["o_proj.weight"], weights.get("o_proj.bias"))
-
-
-def run(
-    spec: AttentionSpec, weights: Weights, lyra: LyraHeads, call: Call
-) -> tuple[torch.Tensor, LiveCache, dict[str, torch.Tensor]]:
-    """All stages in the spec's order: output [B,T,E], cache with the new tokens, trace. Clause ORDER."""
-    trace: dict[str, torch.Tensor] = {}
-    q = k = v = heads = result = call.x
-    live = call.cache
-    for stage in spec.order:
-        made: tuple[torch.Tensor, ...] = ()
+    if call.mask is not None:
+        x = torch.where(call.mask[:, :, None], x, 0.0)
+    q = heads = result = x
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    cache: Any = call.cache
+    made: tuple[torch.Tensor | None, ...] = ()
+    for stage in layer.shape.order:
         if stage == "project":
-            made = q, k, v = project(spec, weights, call.x)
-        elif stage == "norm" and spec.qk_norm is not None:
-            made = q, k = norm(spec, weights, q, k)
-        elif stage == "rope" and spec.rope is not None:
-            made = q, k = rope(spec, q, k, call.positions)
+            made = q, k, v = project(x, layer)
+        elif stage == "norm":
+            made = q, k = norm(q, k, layer)
+        elif stage == "rope":
+            made = q, k = rope(q, k, layer, call)
         elif stage == "attend":
-            new = live_tokens(k, v, call.mask, call.positions)
-            live = new if call.cache is None else call.cache.append(new)
-            made = (heads := attend(spec, lyra, q, live, call),)
+            heads, cache = attend(q, k, v, layer, call)
+            made = (heads,)
         elif stage == "output":
-            made = (result := output(weights, heads),)
-        trace |= zip(TRACES[stage], made, strict=False)
-    assert live is not None
-    return result, live, trace
+            result = output(heads, layer)
+            made = (result,)
+        if trace is not None:
+            note(trace, stage, *made)
+    return result, cache
+
+
+def note(trace: dict[str, torch.Tensor], stage: str, *made: torch.Tensor | None) -> None:
+    """Write down what a stage has made, but for what it does not make in this layer."""
+    trace |= {name: value for name, value in zip(TRACES[stage], made, strict=False) if value is not None}

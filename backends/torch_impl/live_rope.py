@@ -25,9 +25,9 @@ def check_rope(text: PreTrainedModel, spec: ModelSpec) -> None:
     others, since the config was changed after the model was made from it.
     """
     buffer, rope = of_text(text).frequencies(text), spec.attention.rope
-    if buffer is None or buffer.is_meta or rope is None:
+    expected = inverse_frequencies(spec.attention)
+    if buffer is None or buffer.is_meta or rope is None or expected is None:
         return
-    expected = inverse_frequencies(rope, spec.attention.head_dim)
     off = (buffer.detach().to("cpu", torch.float64) - expected).abs()
     if not (off <= ROUNDED * expected + SMALLEST).all():
         raise InputError(

@@ -22,10 +22,10 @@ from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from . import families
+from .blends import BlendedText
 from .capture import capture
 from .device import device_named
 from .finite import finite_rows, locate
-from .gates import GatedText
 from .generate import generate
 from .injector import Injector, spec_now
 from .loading import load_module
@@ -202,11 +202,11 @@ class TorchEngine:
         self.injector.withdraw()
         self.injector.disable()
 
-    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> GatedText:
+    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> BlendedText:
         """Ids [1,T], whose last `scored` are scored, behind a context, under gates of heads. Raises InputError."""
         if self.injector.enabled or self.injector.injected:
             raise InputError("gated: a context is attached; gates take the plain model, so detach first")
-        return GatedText(self.module, self.spec, self._tokens(ids, None).ids, scored, static)
+        return BlendedText(self.module, self.spec, self._tokens(ids, None).ids, scored, static)
 
     def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
         """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""
@@ -214,7 +214,8 @@ class TorchEngine:
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         tokens = check_tokens(ids, mask, self.spec.vocab_size, self.module.device)
-        rows = {len(one.static.k) for one in self.injector.enabled.values() if one.static is not None} - {1}
+        contexts = (layer.static for layer in self.injector.enabled.values())
+        rows = {len(static.keys) for static in contexts if static is not None} - {1}
         if rows - {len(tokens.ids)}:
             raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
         return tokens

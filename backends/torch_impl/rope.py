@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from lyra.spec.attention import RopeSpec
+from lyra.spec.attention import AttentionSpec
 
 from .dtype import store
 
 
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
-    """Radians per position of every pair: theta^(-2i/D) / factor, float64 [D/2]. Clause ROPE-2."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    return rope.theta**-exponents / rope.factor
+def inverse_frequencies(spec: AttentionSpec) -> torch.Tensor | None:
+    """Radians per position of every pair: theta^(-2i/D) / factor, float64 [D/2]; None without RoPE. Clause ROPE-2."""
+    if spec.rope is None:
+        return None
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
+    return spec.rope.theta**-exponents / spec.rope.factor
 
 
 def cos_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

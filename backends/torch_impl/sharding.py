@@ -12,23 +12,6 @@ import torch
 import torch.distributed as dist
 
 from .partial import Partial, merge
-from .static import PreparedStatic
-
-
-def shard(static: PreparedStatic, group: dist.ProcessGroup) -> PreparedStatic:
-    """This process's stretch of the slots, about S / processes of them, copied so that the others can be freed.
-
-    Where there are fewer slots than processes, one that is left without gets a slot that nothing sees. `static` is the
-    whole context, the same in every process: a slot is rotated relative to the last one of all, wherever it is held.
-    """
-    slots, rank, ranks = static.k.shape[2], dist.get_rank(group), dist.get_world_size(group)
-    start, end = slots * rank // ranks, slots * (rank + 1) // ranks
-    own = slice(start, end) if start < end else slice(0, 1)
-    visible = torch.ones(len(static.k), slots, dtype=torch.bool) if static.visible is None else static.visible
-    visible = visible[:, own] & (start < end)
-    k = static.k[:, :, own].transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
-    v = static.v[:, :, own].clone(memory_format=torch.contiguous_format)
-    return PreparedStatic(k, v, None if visible.all() else visible, static.positions[:, own], group)
 
 
 def merge_over(part: Partial, group: dist.ProcessGroup) -> Partial:
@@ -36,11 +19,11 @@ def merge_over(part: Partial, group: dist.ProcessGroup) -> Partial:
 
     Gradients flow back into the `out` and `sum` of every process, which must all go on alike from here. Clause GRAD.
     """
-    top = part.max.detach().clone(memory_format=torch.contiguous_format)
+    top = part.maximum.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(top, dist.ReduceOp.MAX, group)
-    nothing = Partial(torch.zeros_like(part.out), top, torch.zeros_like(part.sum))
+    nothing = Partial(torch.zeros_like(part.out), top, torch.zeros_like(part.total))
     own = merge(part, nothing)  # relative to the largest score of all
-    total = _SumOver.apply(torch.cat((own.out, own.sum), dim=-1), group)
+    total = _SumOver.apply(torch.cat((own.out, own.total), dim=-1), group)
     return Partial(total[..., :-1], top, total[..., -1:])
 
 

@@ -14,8 +14,8 @@ from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.split import HeadSplit
 
-from .sharding import shard
-from .static import PreparedStatic, prepare_static
+from .rope import inverse_frequencies
+from .static import StaticKV, place_static, prepare_static, shard
 
 
 class Share(NamedTuple):
@@ -102,15 +102,18 @@ def prepare_own(
     share: Share,
     group: dist.ProcessGroup | None,
     trainable: bool,
-) -> PreparedStatic | None:
+) -> StaticKV | None:
     """What this process needs of a layer's context: its heads' part, and its slots where a group shares them.
 
     Keys are placed; trainable ones stay as they are stored. None where nothing is visible. Raises InputError.
     """
     own = share.own_static(asked, check_static(asked, static, len(static.k)))
     spec = share.own_layer(asked)
-    prepared = prepare_static(spec.replace(rope=None) if trainable else spec, own)
-    if group is None or prepared is None:
+    placed = place_static(spec, own)
+    if placed is None:
+        return None
+    prepared = prepare_static(placed, None if trainable else inverse_frequencies(spec))
+    if group is None:
         return prepared
     share.check_group(group)
     return shard(prepared, group)

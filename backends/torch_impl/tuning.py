@@ -10,7 +10,7 @@ import numpy as np
 
 from lyra.spec.context import ContextLayer, StaticContext
 
-from .gemma3 import TUNED
+from .split_projections import TUNED
 
 
 def tuned_context(context: StaticContext, modules: Mapping[int, Any]) -> StaticContext:

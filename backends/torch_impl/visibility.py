@@ -1,76 +1,63 @@
-"""Which live key a query sees (clauses LIVE, SLIDING, MASKED). True means seen.
-
-In a layer by positions, in a model of Hugging Face's by the slots of its cache and its mask.
-"""
+"""Which live key a query sees (clauses LIVE, SLIDING and MASKED). True means seen."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from lyra.spec.attention import Live
-from lyra.spec.errors import InputError
+from lyra.spec.attention import AttentionSpec
 
 
-def causal(
+class LiveRule(NamedTuple):
+    """What each query head sees of the live tokens, bool [Hkv,R] each.
+
+    earlier  the tokens before its own
+    own      its own token
+    """
+
+    earlier: torch.Tensor
+    own: torch.Tensor
+
+
+def live_rule(spec: AttentionSpec, *, device: torch.device | None = None) -> LiveRule | None:
+    """The rule of the spec's live mode; None where every head is causal. Clause LIVE."""
+    if not spec.lyra_q_heads or spec.static.live == "causal":
+        return None
+    vanilla = torch.ones(spec.num_attention_heads, dtype=torch.bool, device=device)
+    vanilla[list(spec.lyra_q_heads)] = False
+    vanilla = vanilla.view(spec.num_key_value_heads, -1)
+    return LiveRule(earlier=vanilla, own=torch.ones_like(vanilla) if spec.static.live == "self" else vanilla)
+
+
+def visible_keys(
     query_positions: torch.Tensor,
-    query_mask: torch.Tensor,
     key_positions: torch.Tensor,
     key_mask: torch.Tensor,
     window: int | None,
+    rule: LiveRule | None,
 ) -> torch.Tensor:
-    """What a vanilla head sees: real keys at most at the query's position and, with a window, less than it behind.
+    """Which live keys a query sees: bool [B,1,1,T,L], or [B,Hkv,R,T,L] under a rule that differs between heads.
 
-    query_positions, query_mask [B,T]; key_positions, key_mask [B,L]; result bool [B,T,L]. A padding query sees
-    nothing, so that its head is 0 whatever it holds (clause MASKED-4). Clauses LIVE-1, LIVE-5, SLIDING-1.
+    query_positions [B,T], key_positions and key_mask [B,L]. A key is seen if it is real, not later than the query
+    (clause LIVE-1) and inside the window (SLIDING-1). Positions strictly increase over the real tokens of a row, so
+    equal positions mean the query's own token.
     """
     distance = query_positions[:, :, None] - key_positions[:, None, :]
-    seen = (distance >= 0) & key_mask[:, None, :] & query_mask[:, :, None]
-    return seen if window is None else seen & (distance < window)
+    visible = (distance >= 0) & key_mask[:, None, :]
+    if window is not None:
+        visible &= distance < window
+    return by_head(visible, None if rule is None else distance == 0, rule)
 
 
-def own(
-    query_positions: torch.Tensor, query_mask: torch.Tensor, key_positions: torch.Tensor, key_mask: torch.Tensor
-) -> torch.Tensor:
-    """Every real query sees the real key at its own position and no other; bool [B,T,L]. Clause LIVE-2."""
-    same = query_positions[:, :, None] == key_positions[:, None, :]
-    return same & key_mask[:, None, :] & query_mask[:, :, None]
+def by_head(visible: torch.Tensor, own: torch.Tensor | None, rule: LiveRule | None) -> torch.Tensor:
+    """What each head sees of keys [B,T,L] that a causal head sees, `own` bool [B,T,L] or [T,L] being the query's own.
 
-
-def by_head(causal: torch.Tensor, own: torch.Tensor | None, lyra: torch.Tensor, live: Live) -> torch.Tensor:
-    """Visibility of live keys per head, broadcastable to [B,Hkv,R,T,L].
-
-    causal and own bool [B,T,L], own being read in mode "self" only; lyra bool [Hkv,R]. Clause LIVE.
+    bool [B,1,1,T,L], or [B,Hkv,R,T,L] under a rule. Clause LIVE.
     """
-    everyone = causal[:, None, None]
-    if live == "causal":
+    everyone = visible[:, None, None]
+    if rule is None or own is None:
         return everyone
-    to_lyra = lyra[:, :, None, None]
-    return torch.where(to_lyra, own[:, None, None], everyone) if own is not None else everyone & ~to_lyra
-
-
-def visible_slots(
-    live: Live,
-    lyra: torch.Tensor,
-    mask: torch.Tensor | None,
-    tokens: int,
-    keys: int,
-    offset: int | torch.Tensor,
-    device: torch.device,
-) -> torch.Tensor:
-    """Which slot of a model's cache a query sees, bool, broadcastable to [B,Hkv,R,T,L]. Clause LIVE.
-
-    lyra bool [Hkv,R]; the model's mask hides padding, and without one every key is real; the call's `tokens` stand in
-    the slots from `offset` on, and slots in causal order.
-    """
-    query_slots = torch.arange(tokens, device=device)[:, None] + offset
-    key_slots = torch.arange(keys, device=device)[None, :]
-    earlier = (key_slots <= query_slots)[None] if mask is None else live_keys(mask)[..., :keys]
-    same = (key_slots == query_slots)[None] if live == "self" else None
-    return by_head(earlier, same, lyra, live)
-
-
-def live_keys(mask: torch.Tensor) -> torch.Tensor:
-    """The visible keys of a model's mask [B,1,T,L], boolean or additive (0 where seen), as bool [B,T,L]."""
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
-        raise InputError(f"attention_mask has shape {tuple(mask.shape)}; expected [batch, 1, queries, keys]")
-    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    own = own[..., None, None, :, :]
+    earlier_heads, own_heads = (part[:, :, None, None] for part in rule)
+    return everyone & ((earlier_heads & ~own) | (own_heads & own))

@@ -11,8 +11,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from lyra.backends.checkpoint import Checkpoint
 from lyra.spec.families.gemma3 import GEMMA3
 
-from ..gemma3 import LyraGemma3Attention
-from ..injected import LAYER_PARTS, InjectedDecoderLayer, parts_of
+from ..gemma3 import LAYER_PARTS, InjectedDecoderLayer, LyraGemma3Attention, block_parts
 from ..lyra_model import ContextModel
 from .family import Family, Source, rope_table
 
@@ -84,7 +83,7 @@ FAMILY = Family(
     decoder_layer=Gemma3DecoderLayer,
     layer_parts=frozenset(LAYER_PARTS),
     injected_layer=InjectedDecoderLayer,
-    block_parts=lambda layer: parts_of(layer)._asdict(),
+    block_parts=block_parts,
     keys_and_values=keys_and_values,
     turn=turn,
     frequencies=frequencies,

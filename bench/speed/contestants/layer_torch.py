@@ -16,7 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 from lyra.backends.torch_impl.gemma3 import LyraGemma3Attention
-from lyra.backends.torch_impl.static import prepare_static
+from lyra.backends.torch_impl.hf_cache import SlotKeys
+from lyra.backends.torch_impl.layer import Call, attend_to
+from lyra.backends.torch_impl.rope import inverse_frequencies
+from lyra.backends.torch_impl.static import place_static, prepare_static
 from lyra.spec.attention import StaticSpec
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
@@ -55,14 +58,14 @@ def hugging_face(static: int, live: int, batch: int = 1, tokens: int = 1, layers
 def lyra(
     static: int, live: int, batch: int = 1, tokens: int = 1, layers: int = 1, contexts: int = 1, dtype: str = "float32"
 ) -> Work:
-    """LyraGemma3Attention.attend: half of the heads read a context of `static` tokens, all of them the live keys.
+    """`attend_to` of a LyraGemma3Attention: half of the heads read a context of `static` tokens, all the live keys.
 
     `contexts` is 1 for a context that all rows share, or the batch for one of their own in each. `dtype` is that of
     everything.
     """
     config, kind = _config(), getattr(torch, dtype)
     modules = [_module(config, contexts, static, kind) for _ in range(layers)]
-    q = _random(batch, config.num_attention_heads, tokens, config.head_dim).to(kind)
+    q = _random(batch, tokens, config.num_attention_heads, config.head_dim).to(kind)
     shape = (batch, config.num_key_value_heads, live, config.head_dim)
     caches = [(_random(*shape).to(kind), _random(*shape).to(kind)) for _ in range(layers)]
     pairs = list(zip(modules, caches, strict=True))
@@ -70,8 +73,8 @@ def lyra(
     @torch.inference_mode()
     def run() -> None:
         for module, (k, v) in pairs:
-            seen = module._visible(None, tokens, live, live - tokens, k.device)
-            module.attend(q, k, v, seen)
+            live_keys = SlotKeys(k, v, None, tokens, live - tokens)
+            attend_to(q, live_keys, module.layer, Call(None, None, module.static, None))
 
     return Work(run)
 
@@ -127,7 +130,8 @@ def _module(config: Any, contexts: int, static: int, dtype: torch.dtype) -> Lyra
     shape = (contexts, len(split.bind(spec).lyra_kv_heads), static, config.head_dim)
     slots = np.arange(static)[None].repeat(contexts, axis=0)
     context = StaticLayer(_random(*shape).numpy(), _random(*shape).numpy(), np.ones_like(slots, dtype=bool), slots)
-    module.attend_to(prepare_static(module.spec, context, dtype), StaticSpec())
+    placed = place_static(module.spec, context, dtype)
+    module.attend_to(placed and prepare_static(placed, inverse_frequencies(module.spec)), StaticSpec())
     return module
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from lyra.backends.torch_impl import TorchBackend, backend, layer, partial, static
+from lyra.backends.torch_impl import TorchBackend, attention_backend, layer, partial, static
 from lyra.backends.torch_impl.heads import LyraHeads
 from lyra.backends.torch_impl.partial import Partial
-from lyra.backends.torch_impl.static import PreparedStatic
+from lyra.backends.torch_impl.static import PlacedStatic, StaticKV
 from lyra.conformance.case import Case
 from lyra.conformance.launch import make_session
 from lyra.conformance.record import Record
@@ -30,12 +30,12 @@ PATHS = (
     "only some KV heads read the context",
     "every KV head reads it, none is picked",
     "a split cuts a group",
-    "queries are taken in blocks",
+    "queries are taken in tiles",
     "a context is attached in pieces",
-    "keys that no query of a block sees are left out",
+    "keys that no query of a tile sees are left out",
 )
-BLOCK = 64
-"""Scores of a block of queries, and elements of a piece, instead of millions: small cases have several."""
+TILE = 64
+"""Scores of a tile of queries, and elements of a piece, instead of millions: small cases have several."""
 
 
 def reached(examples: int, profile: str = "ci") -> Counted:
@@ -72,65 +72,66 @@ def drawn(count: int, scope: Scope) -> list[Case]:
 
 @contextmanager
 def watched(seen: set[str]) -> Iterator[None]:
-    """Note the paths that are taken while the block runs, in which blocks of queries are small."""
+    """Note the paths that are taken while the block runs, in which tiles of queries are small."""
 
-    def add_static(live: Partial, queries: Any, context: PreparedStatic, lyra: LyraHeads, *rest: Any) -> Partial:
+    def static_attention(queries: Any, context: StaticKV, lyra: LyraHeads, *rest: Any) -> Partial:
         facts = (
-            len(context.k) == 1 < len(queries),
+            len(context.keys) == 1 < len(queries),
             context.visible is None,
             False,
             context.visible is not None,
             not lyra.everywhere,
             lyra.everywhere,
-            lyra.chosen is not None,
+            bool((lyra.queries.any(dim=1) & ~lyra.queries.all(dim=1)).any()),
         )
         seen.update(path for path, fact in zip(PATHS, facts, strict=False) if fact)
-        return kept["add_static"](live, queries, context, lyra, *rest)
+        return kept["static_attention"](queries, context, lyra, *rest)
 
-    def placed(spec: Any, given: Any, *rest: Any) -> PreparedStatic:
-        made: PreparedStatic = kept["_placed"](spec, given, *rest)
-        pieces.append(made.k.shape[2])
-        if pieces[-1] < given.mask.shape[1]:
+    def rotate_static(placed: PlacedStatic, *rest: Any) -> StaticKV:
+        made: StaticKV = kept["rotate_static"](placed, *rest)
+        pieces.append(made.keys.shape[2])
+        if pieces[-1] < placed.mask.shape[1]:
             seen.add(PATHS[2])
         if len(pieces) > 1:
             seen.add(PATHS[8])
         return made
 
-    def prepare_static(*given: Any) -> PreparedStatic | None:
+    def prepare_static(*given: Any) -> StaticKV:
         pieces.clear()
         return kept["prepare_static"](*given)
 
-    def attention_block(q: Any, k: Any, *rest: Any) -> Partial:
-        blocks.append(q.shape[-2])
-        if len(blocks) > 1:
+    def attention_tile(query: Any, keys: Any, *rest: Any) -> Partial:
+        tiles.append(query.shape[-2])
+        if len(tiles) > 1:
             seen.add(PATHS[7])
-        if k.shape[-2] < keys[-1]:
+        if keys.shape[-2] < slots[-1]:
             seen.add(PATHS[9])
-        return kept["_block"](q, k, *rest)
+        return kept["_tile"](query, keys, *rest)
 
-    def whole(q: Any, k: Any, *rest: Any) -> Partial:
-        blocks.clear()
-        keys.append(k.shape[-2])
-        return kept["partial_attention"](q, k, *rest)
+    def whole(query: Any, keys: Any, *rest: Any) -> Partial:
+        tiles.clear()
+        slots.append(keys.shape[-2])
+        return kept["partial_attention"](query, keys, *rest)
 
-    blocks: list[int] = []
-    keys: list[int] = []
+    tiles: list[int] = []
+    slots: list[int] = []
     pieces: list[int] = []
-    places: dict[str, tuple[Any, Callable[..., Any]]] = {
-        "add_static": (layer, add_static),
-        "_placed": (static, placed),
-        "prepare_static": (backend, prepare_static),
-        "_block": (partial, attention_block),
-        "partial_attention": (layer, whole),
-    }
-    kept = {name: getattr(module, name) for name, (module, _) in places.items()}
-    sizes = partial.SCORES_PER_BLOCK, static.BLOCK
+    places: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (layer, "static_attention", static_attention),
+        (static, "rotate_static", rotate_static),
+        (attention_backend, "prepare_static", prepare_static),
+        (partial, "_tile", attention_tile),
+        (layer, "partial_attention", whole),
+        (static, "partial_attention", whole),
+    )
+    kept = {name: getattr(module, name) for module, name, _ in places}
+    sizes = partial.SCORES_PER_TILE, static.TILE
     try:
-        partial.SCORES_PER_BLOCK = static.BLOCK = BLOCK
-        for name, (module, made) in places.items():
-            setattr(module, name, made)
+        partial.SCORES_PER_TILE = static.TILE = TILE
+        for module, name, watching in places:
+            setattr(module, name, watching)
         yield
     finally:
-        partial.SCORES_PER_BLOCK, static.BLOCK = sizes
-        for name, (module, _) in places.items():
+        partial.SCORES_PER_TILE, static.TILE = sizes
+        for module, name, _ in places:
             setattr(module, name, kept[name])

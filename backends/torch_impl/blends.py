@@ -1,7 +1,7 @@
-"""One text behind one context, scored under gates of heads: many head splits in one pass, and gradients to the gates.
+"""One text behind one context, scored under blends of heads: many head splits in one pass, and gradients to the blends.
 
-A gate g blends a head's output with the context and its output without it, g·with + (1 − g)·without, as in DuoAttention
-(Xiao et al. 2024): 1 is a Lyra head, 0 a vanilla one, exactly.
+A blend b mixes a head's output with the context and its output without it, b·with + (1 − b)·without, as in DuoAttention
+(Xiao et al. 2024, whose word for it is gate): 1 is a Lyra head, 0 a vanilla one, exactly.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from lyra.spec.split import HeadSplit
 
 from .finite import locate
 from .gemma3 import LyraGemma3Attention
-from .heads import unfold
-from .layer import add_static
 from .logits import logits, rows_at_once
-from .partial import finish, partial_attention
-from .static import prepare_static
+from .rope import inverse_frequencies
+from .static import place_static, prepare_static
 
 
-class GatedText:
-    """Ids [1,T] behind a context, all heads of whose layers have gates. Implements the protocol's `GatedText`.
+class BlendedText:
+    """Ids [1,T] behind a context, all heads of whose layers have a blend. Implements the protocol's `GatedText`.
 
     What comes before the first of these layers is computed once, here; the model is left as it was after every call.
     """
@@ -53,29 +51,29 @@ class GatedText:
         self._shape = (len(self._layers), spec.num_attention_heads)
         every = spec.attention.replace(split=HeadSplit.all(spec))
         text: Gemma3TextModel = model.model
-        self._gated = {layer: _gated(text.layers[layer].self_attn, every, static[layer]) for layer in self._layers}
+        self._blended = {layer: _blended(text.layers[layer].self_attn, every, static[layer]) for layer in self._layers}
         with torch.inference_mode(), _in_place(text, {self._layers[0]: (stop := _Stop())}, after=self._layers[0]):
             text(input_ids=ids, use_cache=False)
         assert stop.seen is not None
         self._start = stop.seen
 
-    def nll(self, gates: np.ndarray) -> np.ndarray:
-        """Mean NLL in nats of the scored tokens, float64 [C], under gates [C,L,Hq].
+    def nll(self, blends: np.ndarray) -> np.ndarray:
+        """Mean NLL in nats of the scored tokens, float64 [C], under blends [C,L,Hq].
 
         Raises InputError, and NotFiniteError for NaN or infinity.
         """
-        rows = share_rows(check_blends(gates, self._shape))
+        rows = share_rows(check_blends(blends, self._shape))
         with torch.inference_mode():
             hidden = self._hidden(rows, [torch.from_numpy(layer.blends) for layer in rows.layers])
             found = [self._nll(row, grad=False) for row in hidden]
-        return self._finite(np.array([float(one) for one in found]))[rows.ends]
+        return self._finite(np.array([float(nll) for nll in found]))[rows.ends]
 
-    def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
-        """The same under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq].
+    def gradient(self, blends: np.ndarray) -> tuple[float, np.ndarray]:
+        """The same under blends [L,Hq], and its gradient with respect to them, float64 [L,Hq].
 
         Raises what `nll` raises.
         """
-        rows = share_rows(check_blends(gates, self._shape)[None])
+        rows = share_rows(check_blends(blends, self._shape)[None])
         leaves = [torch.from_numpy(layer.blends).requires_grad_() for layer in rows.layers]
         with torch.enable_grad():
             nll = self._nll(self._hidden(rows, leaves)[0], grad=True)
@@ -88,13 +86,13 @@ class GatedText:
             raise locate(self._model.model, self._ids, otherwise="the scores behind the context")
         return values
 
-    def _hidden(self, rows: SharedRows, gates: list[torch.Tensor]) -> torch.Tensor:
+    def _hidden(self, rows: SharedRows, blends: list[torch.Tensor]) -> torch.Tensor:
         """What the model's head reads at the places before the scored tokens, [N,scored,E]."""
         text: Gemma3TextModel = self._model.model
         branches: dict[int, nn.Module] = {}
-        for layer, row, gate in zip(self._layers, rows.layers, gates, strict=True):
-            attention = self._gated[layer]
-            attention.gates = gate.to(self._start.device).unflatten(1, attention.lyra_queries.shape)
+        for layer, row, blend in zip(self._layers, rows.layers, blends, strict=True):
+            attention = self._blended[layer]
+            attention.blend = blend.to(self._start.device)
             branches[layer] = _Branch(text.layers[layer], attention, torch.from_numpy(row.parents))
         with _in_place(text, branches, before=self._layers[0]):
             hidden = text(inputs_embeds=self._start.clone(), use_cache=False).last_hidden_state
@@ -115,23 +113,8 @@ class GatedText:
         return nn.functional.cross_entropy(scores, targets, reduction="sum")
 
 
-class _GatedAttention(LyraGemma3Attention):
-    """LyraGemma3Attention, all of whose heads are Lyra heads as far as `gates` [B,Hkv,R] say."""
-
-    gates: torch.Tensor
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        """The heads with the context and without it, blended; shapes as in the parent."""
-        static, queries = self.static, q.unflatten(1, (k.shape[1], -1))
-        assert static is not None
-        live = partial_attention(queries, k, v, seen, self.scaling, self.spec.softcap)
-        both = add_static(live, queries, static, self.lyra, self.scaling, self.spec.softcap)
-        blended = torch.lerp(finish(live), finish(both), self.gates[..., None, None])
-        return unfold(blended).flatten(2).to(q.dtype)
-
-
 class _Branch(nn.Module):
-    """A decoder layer with gated attention, whose rows come from those of the layer before."""
+    """A decoder layer with blended attention, whose rows come from those of the layer before."""
 
     def __init__(self, layer: nn.Module, attention: nn.Module, parents: torch.Tensor) -> None:
         super().__init__()
@@ -166,10 +149,11 @@ class _Stop(_Pass):
         return hidden_states
 
 
-def _gated(original: nn.Module, every: AttentionSpec, static: StaticLayer) -> _GatedAttention:
-    made = _GatedAttention.around(original, every)
-    made.attend_to(prepare_static(every, check_static(every, static, 1)), every.static)
-    return made
+def _blended(original: nn.Module, every: AttentionSpec, static: StaticLayer) -> LyraGemma3Attention:
+    attention = LyraGemma3Attention.around(original, every)
+    placed = place_static(every, check_static(every, static, 1))
+    attention.attend_to(None if placed is None else prepare_static(placed, inverse_frequencies(every)), every.static)
+    return attention
 
 
 @contextmanager
