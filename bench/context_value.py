@@ -26,6 +26,7 @@ from lyra.cli.files import check_files
 from lyra.cli.options import BackendName, JsonPath, load_model
 from lyra.cli.output import show
 from lyra.progress import steps
+from lyra.spec.attention import Live
 from lyra.terminal import new_table
 
 CONTEXT, NEXT, AGAIN = 512, 256, 255
@@ -39,7 +40,7 @@ class Attached:
     """A context attached to the last `heads` query heads of every global layer."""
 
     heads: int
-    live: Literal["causal", "self", "none"] = "causal"
+    live: Live = "causal"
     positions: Literal["continue", "overlay"] = "continue"
 
 
@@ -48,7 +49,7 @@ class Injected:
     """A context read by blocks behind the attention of every global layer (clause SEQUENTIAL)."""
 
     gate: float
-    live: Literal["causal", "self", "none"] = "none"
+    live: Live = "none"
 
 
 @dataclass(frozen=True)

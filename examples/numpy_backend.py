@@ -107,7 +107,7 @@ def visible_keys(spec: AttentionSpec, live: Cache, positions: np.ndarray) -> np.
     if spec.sliding_window is not None:
         causal &= there > here - spec.sliding_window
     own = np.arange(length) == np.arange(length - tokens, length)[:, None]
-    lyra = {"causal": causal, "self": causal & own, "none": np.zeros_like(causal)}[spec.static.live]
+    lyra = causal & np.where(own, spec.static.sees.own, spec.static.sees.earlier)
     heads = np.arange(spec.num_attention_heads)[:, None, None]
     return np.where(np.isin(heads, spec.lyra_q_heads), lyra, causal)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,8 +16,21 @@ Positive = Annotated[float, Field(gt=0)]
 Live = Literal["causal", "self", "none"]
 Positions = Literal["continue", "overlay"]
 
-SEES: dict[Live, str] = {"causal": " and the live tokens", "self": " and its own token", "none": " only"}
-"""What a Lyra head reads beside the static context, in words, for each live mode (clause LIVE)."""
+
+class LiveMode(NamedTuple):
+    """What a Lyra head sees of the live tokens: those before its own, and its own; `words` say so."""
+
+    earlier: bool
+    own: bool
+    words: str
+
+
+LIVE_MODES: Mapping[Live, LiveMode] = {
+    "causal": LiveMode(earlier=True, own=True, words=" and the live tokens"),
+    "self": LiveMode(earlier=False, own=True, words=" and its own token"),
+    "none": LiveMode(earlier=False, own=False, words=" only"),
+}
+"""Every live mode, all but the oracle go by it (clause LIVE)."""
 
 STAGES = ("project", "norm", "rope", "attend", "output")
 """The one legal order of stages (clause ORDER)."""
@@ -55,6 +69,11 @@ class StaticSpec(SpecModel):
 
     live: Live = "causal"
     positions: Positions = "continue"
+
+    @property
+    def sees(self) -> LiveMode:
+        """What Lyra heads see of the live tokens."""
+        return LIVE_MODES[self.live]
 
 
 class AttentionSpec(SpecModel):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lyra.backends.protocol import import_extra
-from lyra.spec.attention import SEES, AttentionSpec
+from lyra.spec.attention import AttentionSpec
 from lyra.spec.model import ModelSpec
 from lyra.studies.figures import save
 
@@ -210,7 +210,7 @@ def _legend(attention: AttentionSpec, model: ModelSpec | None) -> list[tuple[str
     """What the colours mean: kind of swatch and words, of those that the picture has."""
     split = attention.split
     assert split is not None
-    entries = [("lyra", f"Lyra: reads the static context{SEES[attention.static.live]}")] if split.lyra_q_heads else []
+    entries = [("lyra", f"Lyra: reads the static context{attention.static.sees.words}")] if split.lyra_q_heads else []
     entries += [("vanilla", "vanilla: reads the live tokens only")] if split.vanilla_q_heads else []
     entries += [("shared", "KV head of a cut group: serves both streams")] if split.cut_kv_heads else []
     if model is not None:

@@ -115,7 +115,7 @@ class HuggingFaceAttention:
         if self._lyra.heads:
             context = None if inputs.static is None else self._context(inputs.static, hidden)
             at = at + _live_start(self.spec, inputs.static)
-            visible = _live_visible(self.spec, causal, real)
+            visible = _live_visible(self.spec, causal)
             heads[:, :, self._lyra.heads] = self._attend(self._lyra, live, at, visible, context)
         output = self._modules.attention.o_proj(heads.flatten(2))
         return Result(output.numpy(), None, {})
@@ -226,13 +226,10 @@ def _causal(at: torch.Tensor, real: torch.Tensor, window: int | None) -> torch.T
     return visible if window is None else visible & (key > query - window)
 
 
-def _live_visible(spec: AttentionSpec, causal: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def _live_visible(spec: AttentionSpec, causal: torch.Tensor) -> torch.Tensor:
     """What Lyra heads see of the live tokens, [B,T,T] (clause LIVE)."""
-    if spec.static.live == "causal":
-        return causal
-    if spec.static.live == "self":
-        return torch.diag_embed(real)
-    return torch.zeros_like(causal)
+    own = torch.eye(causal.shape[-1], dtype=torch.bool)
+    return causal & torch.where(own, spec.static.sees.own, spec.static.sees.earlier)
 
 
 def _live_start(spec: AttentionSpec, static: StaticLayer | None) -> torch.Tensor:
