@@ -124,7 +124,16 @@ def judge(request: pytest.FixtureRequest) -> Judge:
     names = [premise.name for premise in premises]
     prop = session.record.register(property_name(request.node), declaration.statements, declaration.summary, names)
     backends = [backend for backend in session.backends if backend.name not in session.without.get(prop.name, ())]
-    judge = Judge(backends, session.record, prop, declaration.needs, premises, session.journal, session.shared)
+    judge = Judge(
+        backends,
+        session.record,
+        prop,
+        declaration.needs,
+        premises,
+        journal=session.journal,
+        shared=session.shared,
+        lost=session.lost.get(prop.name),
+    )
     if not judge.subjects:
         pytest.skip("unsupported: " + "; ".join(f"{name} {t.why_unsupported}" for name, t in prop.tallies.items()))
     return judge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import cache, partial
 from itertools import combinations
 from typing import Any
@@ -34,12 +34,14 @@ class Judge:
         premises: Sequence[Premise] = (),
         journal: Journal | None = None,
         shared: dict[Hashable, Any] | None = None,
+        lost: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self.record = record
         self.property = prop
         self.premises = premises
         self.subjects: list[Subject] = []
         self._journal = journal or Journal()
+        self._lost = lost or {}
         for backend in backends:
             tally, subject = prop.tally(backend.name), Subject(backend, record, self._journal, shared)
             try:
@@ -58,13 +60,14 @@ class Judge:
         Beside what the check expects, all that it asks is held to the oracle, and the backends' answers to each other
         (TOLERANCE-1). Counts a compared case for every input that all backends were asked, one where a check compares
         something else. Whatever else a check raises on a backend's answer (a missing method, an array that cannot be
-        indexed) counts as that backend's error. A backend of fixed structure that the case does not fit has no part.
+        indexed) counts as that backend's error. A backend that the case does not fit, or whose process it has ended
+        before, has no part.
         """
         inputs, text = RecordedInputs(), cache(lambda: text_of(case))
         try:
             caught = [error for subject in self.subjects if (error := self._caught(text, subject, check, inputs))]
         finally:
-            names = [subject.name for subject in self.subjects if subject.fits]
+            names = [subject.name for subject in self.subjects if subject.takes_part]
             compared = inputs.compared(names) if names else []
             self.record.cases += max(1, len(compared)) if names else 0
             self.record.calls += max(1, sum(len(recorded.calls) for recorded in compared)) if names else 0
@@ -79,8 +82,12 @@ class Judge:
     def _caught(
         self, text: Callable[[], str], subject: Subject, check: Callable[[Subject], None], inputs: RecordedInputs
     ) -> Divergence | BackendError | None:
-        """Run a check on one backend: its failure, if it fails, which is kept; a case that does not fit it is none."""
+        """Run a check on one backend: its failure, if it fails, which is kept; it has none where it takes no part."""
         subject.begin(inputs)
+        lost = self._lost.get(subject.name)
+        if lost and text() in lost:
+            subject.takes_part = False
+            return None
         tally = self.property.tally(subject.name)
         found: Divergence | BackendError | None = None
         try:
@@ -88,7 +95,7 @@ class Judge:
                 check(subject)
                 subject.hold_answers()
         except Unfit as error:
-            tally.misfit, subject.fits = str(error), False
+            tally.misfit, subject.takes_part = str(error), False
             return None
         except (Divergence, BackendError) as error:
             found = error

@@ -16,6 +16,9 @@ import pytest
 
 from .stash import OWN, SESSION
 
+SURVIVES = "`lyra conform` (--isolate) names the backend and the case, and goes on with all the rest"
+"""What is said where the end of a process has ended more than the case that did it."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of `pytest --pyargs lyra.conformance`."""
@@ -53,6 +56,7 @@ class Follower:
         self._config = config
         self._started = time.monotonic()
         self._is_worker = hasattr(config, "workerinput")
+        self._crashed = 0
 
     def pytest_sessionstart(self) -> None:
         """Refuse what cannot be followed before workers start: each of them would say so."""
@@ -81,6 +85,17 @@ class Follower:
             report.lyra = serialize_record(session)
         return report
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport) -> None:
+        """A worker has ended within a property: it is not finished, and where it would have cost less is said."""
+        file = Path(crashitem.partition("::")[0])
+        if file.parent.name == "properties" and (Path(__file__).parent / "properties" / file.name).is_file():
+            from .launch import begin
+
+            begin(self._config)
+            self._crashed += 1
+            report.longrepr = f"{report.longrepr}; {SURVIVES}"
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """In the controller: take in what a worker saw."""
         seen = getattr(report, "lyra", None)
@@ -101,6 +116,7 @@ class Follower:
 
         paths = self._config.getoption("lyra_json"), self._config.getoption("lyra_report")
         run = self._config.stash[SESSION]
+        run.record.planned = max(run.record.planned, run.record.finished + self._crashed)  # a worker may tell of none
         code = finish(run, *paths, seconds=time.monotonic() - self._started)
         if session.exitstatus == pytest.ExitCode.OK and run.record.planned:
             session.exitstatus = code

@@ -52,6 +52,15 @@ class Tally:
         if SEVERITY.index(status) > SEVERITY.index(self.marked):
             self.marked = status
 
+    def add(self, other: Tally) -> None:
+        """Take in what another process saw of the same backend in the same property: other cases of it."""
+        self.cases += other.cases
+        self.mark(other.marked)
+        self.why_unsupported = self.why_unsupported or other.why_unsupported
+        self.misfit = self.misfit or other.misfit
+        for name, count in other.met.items():
+            self.met[name] = self.met.get(name, 0) + count
+
     @property
     def unmet(self) -> tuple[str, ...]:
         """The premises that never came up."""
@@ -136,9 +145,11 @@ class Record:
         self.distances.setdefault((backend, stage), []).append(ratio)
 
     def add(self, other: Record) -> None:
-        """Take in what another process saw of the same run: other properties, or other backends in one of them."""
+        """Take in what another process saw of the same run: other properties, or other cases in one of them."""
         for name, prop in other.properties.items():
-            self.register(name, prop.statements, prop.summary, prop.premises).tallies.update(prop.tallies)
+            own = self.register(name, prop.statements, prop.summary, prop.premises)
+            for backend, tally in prop.tallies.items():
+                own.tally(backend).add(tally)
         self.failures |= other.failures
         for key, ratios in other.distances.items():
             self.distances.setdefault(key, []).extend(ratios)

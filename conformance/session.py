@@ -95,7 +95,10 @@ class Session:
     database  the folder where Hypothesis keeps failing examples, to try them first next time; None keeps nothing
     shrink    whether a failing case is made as small as it gets, which takes many times what finding it did
     done      properties that another process of this run has judged, which are left out
-    without   backends, by property, that ended the process there, so that they are not asked again
+    without   backends, by property, that are not asked there any more, since they ended processes in it
+    lost      cases, by property and backend, that ended a process: that backend is not asked them again
+    isolated  whether another process goes on where a backend ends one; None where no process watches this one
+    case_limit  the seconds that a backend has for a case, if it is watched
     judged    what a report says of the backends, where they are in other processes
     planned   what every property that the options select says of itself, those of `done` too, once they are collected
     journal   where the run is, for whoever started its process
@@ -117,6 +120,9 @@ class Session:
     shrink: bool = True
     done: frozenset[str] = frozenset()
     without: Mapping[str, Collection[str]] = field(default_factory=dict)
+    lost: Mapping[str, Mapping[str, Collection[str]]] = field(default_factory=dict)
+    isolated: bool | None = None
+    case_limit: float | None = None
     judged: tuple[Card, ...] = ()
     planned: Mapping[str, Declaration] = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)

@@ -29,7 +29,7 @@ from lyra.spec.inputs import StaticLayer
 from lyra.spec.split import HeadSplit
 
 Answers = dict[str, np.ndarray]
-LIMIT = 600
+LIMIT = 240
 """Seconds that a process of its own may take."""
 
 

@@ -121,8 +121,8 @@ def alone_distance(problem: Problem, got: np.ndarray, wanted: Uncertain) -> Dist
 
 
 class Subject:
-    """One backend, within one property. `inputs` are those of the check that runs, of all backends in it; `fits` says
-    whether the backend has the structure that the check is about.
+    """One backend, within one property. `inputs` are those of the check that runs, of all backends in it; `takes_part`
+    says whether this one is asked what the check is about.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Subject:
     def begin(self, inputs: RecordedInputs) -> None:
         """A check begins: forget what this backend was asked in the one before."""
         self.inputs = inputs
-        self.fits = True
+        self.takes_part = True
         self.recorded: list[RecordedInput] = []
         self._answers: list[tuple[RecordedInput, Problem, Outcome]] = []
         self._held: set[tuple[int, int]] = set()

@@ -1,24 +1,18 @@
 """Runs the suite in processes of its own, so that nothing a backend does can end the run: `lyra conform`.
 
 A process tells what it saw after every property, and keeps in a journal what it is at. Where it ends before its time,
-the backend that was asked then has erred in that property, and another process goes on with the rest.
+or is ended since a case takes too long, the backend that was asked then has erred in that case. Another process goes on
+with all the rest: the other cases of the property, and the other backends in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import queue
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +22,26 @@ import pytest
 from lyra.spec.errors import InputError
 
 from .journal import Place
+from .process import Keys, Process, Watch, how_it_ended, took_too_long
 from .record import BY_ITSELF, Failure, Property
 from .record_transfer import read_record
 from .replay import write_replay
 from .session import Card, Session
 
-MOST_ENDS = 3
-"""Processes that a backend may end: then it is given up."""
+CASE_LIMIT = 300.0
+"""Seconds that a backend has for a case, what it compiles for it included, unless a user says otherwise."""
 
-GRACE = 10.0
-"""Seconds that a process has, once it was told to end or has said that it is done, until it is killed."""
+MOST_CASES = 2
+"""Cases of one property that may end a process: then the backend is not asked there any more."""
+
+MOST_ENDS = 20
+"""Processes that a backend may end with nothing compared in between: then it is given up."""
+
+MOST_SECONDS = 900.0
+"""Seconds that a backend may spend in the same way on cases that take too long."""
+
+MOST_OWN_ENDS = 3
+"""Processes that may end while no backend is asked: then the run ends."""
 
 START = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -54,7 +58,10 @@ class Course:
     planned  every property that is to be judged, and the backends that lack what it needs
     done     those that are settled
     gone     backends, as they were asked for, that are not loaded any more, and why
-    without  backends that ended a process in a property, by property
+    lost     cases that ended a process, by property and backend
+    without  backends that are not asked in a property any more, by property
+    ends     processes that a backend has ended since something was compared on it last, and the seconds of cases that
+             took too long
     log      what pytest wrote where it could not go on
     """
 
@@ -62,14 +69,18 @@ class Course:
     lacking: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     gone: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     without: dict[str, list[str]] = field(default_factory=dict)
     ends: Counter[str] = field(default_factory=Counter)
+    waited: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     log: str = ""
 
 
 class Supervisor:
-    """One run of the suite. `session` has no backend: its record and cards are filled with what processes tell."""
+    """One run of the suite. `session` has no backend: its record and cards are filled with what processes tell. It says
+    how long a backend has for a case, and whether another process goes on where one is ended.
+    """
 
     def __init__(self, session: Session, task: dict[str, Any], tell: Tell) -> None:
         self.session = session
@@ -99,14 +110,24 @@ class Supervisor:
             "gone": list(self.course.gone),
             "done": sorted(self.course.done),
             "without": self.course.without,
+            "lost": self.course.lost,
         }
         command = [sys.executable, "-P", "-c", START, json.dumps(sys.path), json.dumps(task)]
-        with Process(command, keys) as process:
+        limit = self.session.case_limit or CASE_LIMIT
+        with Process(command, keys, Watch(self._journal, limit)) as process:
             if any(self._take(message) for message in process.messages()) or keys.presses:
                 return False
-        self._lost(how_it_ended(process.status), Place.read(self._journal))
+        at = Place.read(self._journal)
+        if process.overdue:
+            self.course.waited[at.backend] = self.course.waited.get(at.backend, 0.0) + limit
+        self._lost(took_too_long(limit) if process.overdue else how_it_ended(process.status), at)
         done = self.course.planned and len(self.course.done) == len(self.course.planned)
-        return not (done or self.course.log or self._task["fail_fast"])
+        return self._goes_on and not (done or self.course.log)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether another process follows one that has ended before its time."""
+        return self.session.isolated is not False and not self._task["fail_fast"]
 
     def _take(self, message: dict[str, Any]) -> bool:
         """Take in what a process tells; whether it was its last word. Raises InputError."""
@@ -143,7 +164,11 @@ class Supervisor:
         """What came of a property that is done."""
         record = read_record(seen)
         self.session.record.add(dataclasses.replace(record, planned=0, finished=0))
-        for name in record.properties:
+        for name, prop in record.properties.items():
+            for backend, tally in prop.tallies.items():
+                if tally.cases:
+                    self.course.ends.pop(backend, None)
+                    self.course.waited.pop(backend, None)
             self.course.seconds[name] = self.course.seconds.get(name, 0.0) + record.seconds
             self._done(name)
 
@@ -169,17 +194,27 @@ class Supervisor:
             self._give_up(requested_as, f"{how} while the backend was loaded")
         elif at.backend:
             self._blame(at, f"{how} while the backend was asked")
-            if course.ends[at.backend] >= MOST_ENDS:
-                why = f"given up: it has ended {MOST_ENDS} processes, the last one in {at.property}"
-                self._give_up(requested_as, why)
+            ends, waited = course.ends[at.backend], course.waited.get(at.backend, 0.0)
+            if ends >= MOST_ENDS or waited >= MOST_SECONDS:
+                cost = f"{ends} processes" if ends >= MOST_ENDS else f"{waited:.0f} s"
+                self._give_up(requested_as, f"given up: it has cost {cost} in a row, at last in {at.property}")
         elif at.property:
             self._break(at.property, f"{how} within {BY_ITSELF}, while no backend was asked")
-        if not at.backend and (course.ends[""] >= MOST_ENDS or not course.planned):
+        if not at.backend and (course.ends[""] >= MOST_OWN_ENDS or not course.planned):
             course.log = f"{how} while no backend was asked; the run ends here"
 
     def _blame(self, at: Place, message: str) -> None:
-        """A backend has erred in a property, in which it is not asked again; the others are."""
+        """A backend has erred in a case, which it is not asked again. After MOST_CASES of them, or after anything that
+        is no generated case, it is not asked in the property any more. The others are.
+        """
+        if self.session.isolated is False:
+            message += "; the run ends here, with --isolate another process would go on"
         self._fail(at.property, at.backend, message, at.case)
+        cases = self.course.lost.setdefault(at.property, {}).setdefault(at.backend, [])
+        if at.case is not None and is_generated(at.case):
+            cases.append(at.case)
+            if len(cases) < MOST_CASES and self._goes_on and self._task["replay"] is None:
+                return
         self.course.without.setdefault(at.property, []).append(at.backend)
         names = {card.name for requested_as, card in self._cards.items() if requested_as not in self.course.gone}
         if names <= set(self.course.without[at.property]):
@@ -223,93 +258,6 @@ class Supervisor:
         }
 
 
-class Process:
-    """A process of the suite: `messages` are what it tells. Leaving it ends it, and whatever it has started."""
-
-    def __init__(self, command: list[str], keys: Keys) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-        # A session of its own: neither the terminal's Ctrl-C nor a signal to the whole group concerns both processes.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
-        )
-        self._keys = keys
-        self._lines: queue.Queue[bytes | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        """End the process, in its own time unless something went wrong here or Ctrl-C was pressed twice."""
-        if kind is None and self._keys.presses < 2:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE)
-        with suppress(OSError):
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self.status = self._process.wait()
-        self._close()
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """What the process tells, until it ends. At Ctrl-C it is told to end, and has a few seconds for it."""
-        until = float("inf")
-        while time.monotonic() < until and self._keys.presses < 2:
-            if self._keys.presses and until == float("inf"):
-                until = time.monotonic() + GRACE
-                self._close()
-            try:
-                line = self._lines.get(timeout=0.2)
-            except queue.Empty:
-                if self._process.poll() is not None:
-                    return  # ended, though another process that it has started holds the pipe
-                continue
-            if line is None:
-                return
-            with suppress(ValueError):
-                yield json.loads(line)
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with suppress(OSError, ValueError):
-            for line in self._process.stdout:
-                self._lines.put(line)
-        self._lines.put(None)
-
-    def _close(self) -> None:
-        """The end of its input tells the process to end."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
-
-
-class Keys:
-    """How often Ctrl-C is pressed while this lasts, where it would end a run otherwise."""
-
-    def __init__(self) -> None:
-        self.presses = 0
-        self._before: Any = None
-
-    def __enter__(self) -> Keys:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _press(self, *_: object) -> None:
-        self.presses += 1
-
-
-def how_it_ended(status: int) -> str:
-    """The end of a process in words."""
-    if status >= 0:
-        return f"the process ended by itself (exit status {status})"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
-    hint = " (as the system does where memory runs out)" if name == "SIGKILL" else ""
-    return f"the process was killed by {name}{hint}"
+def is_generated(case: str) -> bool:
+    """Whether the text of a case is that of a generated one, which comes again in another process."""
+    return case.startswith("{")

@@ -37,6 +37,7 @@ class Task:
     gone     those of them that are not to be loaded any more
     done     properties that are settled
     without  backends, by property, that are not asked there any more
+    lost     cases, by property and backend, that are not asked again
     """
 
     names: Sequence[str]
@@ -52,6 +53,7 @@ class Task:
     gone: Sequence[str] = ()
     done: Sequence[str] = ()
     without: Mapping[str, Sequence[str]] | None = None
+    lost: Mapping[str, Mapping[str, Sequence[str]]] | None = None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Task:
@@ -154,7 +156,8 @@ def main(text: str) -> None:
         )
         session.journal = journal
         session.done = frozenset(task.done)
-        session.without = dict(task.without or {})
+        session.without = task.without or {}
+        session.lost = task.lost or {}
         work(task, session, channel)
     except InputError as error:
         channel.tell("refused", message=str(error))

@@ -21,10 +21,11 @@ from typer.testing import CliRunner, Result
 
 from lyra.cli import application
 from lyra.conformance.session import PROFILES, Profile
-from lyra.conformance.supervisor import MOST_ENDS
+from lyra.conformance.supervisor import MOST_CASES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ABSENT = "order::absent_stages_leave_no_trace"
+EQUAL = "order::layer_equals_oracle"
 TWO = "absent_stages or layer_equals_oracle"
 
 
@@ -37,19 +38,40 @@ def recurse() -> None:
 
 
 BACKENDS = """
-import os, signal, sys
+import ctypes, os, signal, sys, time
+from zlib import crc32
 from numpy_backend import NumpyBackend
 
 class Exit(NumpyBackend):
+    "Ends its process in one of the cases of layer_equals_oracle."
     name = "exit"
 
     def attention(self, spec, weights):
-        if spec.rope is None:
+        if crc32(weights["q_proj.weight"].tobytes()) % 5 == 3:
             self.end()
         return super().attention(spec, weights)
 
     def end(self):
         os._exit(0)
+
+class Abort(Exit):
+    name = "abort"
+
+    def end(self):
+        os.abort()
+
+class Fault(Exit):
+    name = "fault"
+
+    def end(self):
+        ctypes.string_at(0)
+
+class Loop(Exit):
+    name = "loop"
+
+    def end(self):
+        while True:
+            time.sleep(0.01)
 
 class Group(Exit):
     name = "group"
@@ -118,41 +140,76 @@ def report() -> Any:
     return json.loads(Path("report.json").read_text())
 
 
+def tallies(prop: str) -> Any:
+    return next(found["backends"] for found in report()["properties"] if found["name"] == prop)
+
+
 def status(name: str) -> dict[str, str]:
     return {prop["name"]: prop["backends"][name]["status"] for prop in report()["properties"]}
 
 
-def test_a_process_that_ends_within_a_case_is_that_backends_error_and_no_others() -> None:
-    mine = [f"--backend=ends:{name}" for name in ("Exit", "Group", "Forks")]
-    done = conform("--only", TWO, *mine, "--backend=numpy_backend:NumpyBackend", "--junit", "junit.xml")
+ENDED = {
+    "abort": "the process was killed by SIGABRT while the backend was asked",
+    "exit": "the process ended by itself (exit status 0) while the backend was asked",
+    "fault": "the process was killed by SIGSEGV while the backend was asked",
+    "forks": "the process ended by itself (exit status 0) while the backend was asked",
+    "group": "the process was killed by SIGKILL (as the system does where memory runs out) while the backend was asked",
+    "loop": "the case took longer than 3 s (--case-limit), so its process was ended while the backend was asked",
+}
+
+
+def test_a_process_that_ends_within_a_case_costs_that_case_and_nothing_else() -> None:
+    mine = [f"--backend=ends:{name.capitalize()}" for name in ENDED]
+    options = ("--junit", "junit.xml", "--report", "report.html", "--case-limit", "3")
+    done = conform("--only", TWO, *mine, "--backend=numpy_backend:NumpyBackend", *options)
     assert done.exit_code == 1, done.output
-    for name in ("exit", "group", "forks"):
-        assert status(name) == {ABSENT: "errored", "order::layer_equals_oracle": "passed"}
+    cases = {name: tally["cases"] for name, tally in tallies(EQUAL).items()}
+    for name in ENDED:
+        assert status(name) == {ABSENT: "passed", EQUAL: "errored"}
         assert f"{name}: does not conform. 1 passed, 0 failed, 1 errored" in done.stdout
+        assert cases[name] == cases["numpy"] - 1 > 0
     assert set(status("numpy").values()) == {"passed"}
     found = {failure["backend"]: failure for failure in report()["failures"]}
-    ended = "the process ended by itself (exit status 0) while the backend was asked"
-    killed = "the process was killed by SIGKILL (as the system does where memory runs out) while the backend was asked"
-    assert {name: one["message"] for name, one in found.items()} == {"exit": ended, "group": killed, "forks": ended}
+    assert {name: failure["message"] for name, failure in found.items()} == ENDED
+    assert len({json.dumps(failure["case"]) for failure in found.values()}) == 1
     assert report()["finished"] == report()["planned"] == 2
+    assert report()["complete"]
+    assert (report()["isolated"], report()["case_limit"]) == (True, 3.0)
+    assert "at most 3 s a case" in done.stdout
+    assert "at most 3 s; where a case ends its process, another process goes on" in Path("report.html").read_text()
     junit = Path("junit.xml").read_text()
-    assert (junit.count("<testcase "), junit.count("<error "), junit.count("<failure ")) == (2, 3, 0)
-    again = conform("--backend", "ends:Exit", "--replay", found["exit"]["replay"])
+    assert (junit.count("<testcase "), junit.count("<error "), junit.count("<failure ")) == (2, len(ENDED), 0)
+    again = conform("--backend", "ends:Abort", "--replay", found["abort"]["replay"])
     assert again.exit_code == 1
-    assert report()["failures"][0]["message"] == ended
+    assert [failure["message"] for failure in report()["failures"]] == [ENDED["abort"]]
 
 
-def test_a_backend_that_ends_every_process_is_given_up() -> None:
+def test_without_isolation_the_run_ends_and_its_message_names_the_option() -> None:
+    done = conform("--only", TWO, "--backend=ends:Loop", "--no-isolate", "--case-limit", "2")
+    assert done.exit_code == 1
+    (failure,) = report()["failures"]
+    assert "longer than 2 s (--case-limit)" in failure["message"]
+    assert "with --isolate another process would go on" in failure["message"]
+    assert not report()["complete"]
+    assert report()["isolated"] is False
+    assert "Cut short: 1 of 2 properties ran" in done.stdout
+
+
+def test_a_backend_that_ends_every_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 3
+    monkeypatch.setattr("lyra.conformance.supervisor.MOST_ENDS", most)
     done = conform("--only", "order", "--backend", "ends:Always")
     assert done.exit_code == 1
     found = [one for one in status("always").values() if one != "unsupported"]
     assert len(found) > 4
     assert set(found) == {"errored"}
     messages = [failure["message"] for failure in report()["failures"]]
-    assert sum("(exit status 7) while the backend was asked" in one for one in messages) == MOST_ENDS
-    assert sum(f"given up: it has ended {MOST_ENDS} processes" in one for one in messages) == len(found) - MOST_ENDS
+    first = [message for message in messages if "(exit status 7) while the backend was asked" in message]
+    assert len(first) == -(-most // MOST_CASES)
+    given_up = [message for message in messages if f"given up: it has cost {most} processes in a row" in message]
+    assert len(given_up) == len(found) - len(first)
     assert done.stdout.count("given up") == 1
-    assert f"the same in {len(found) - MOST_ENDS - 1} more: order::" in done.stdout
+    assert f"the same in {len(given_up) - 1} more: order::" in done.stdout
 
 
 def test_a_backend_that_ends_the_process_while_it_is_loaded_has_erred_in_everything() -> None:
@@ -206,6 +263,7 @@ def test_a_worker_of_pytest_that_ends_leaves_no_pass() -> None:
     done = subprocess.run([sys.executable, "-P", *arguments], capture_output=True, env=environment)
     assert done.returncode == 1, done.stdout
     assert b"crashed while running" in done.stdout
+    assert b"`lyra conform` (--isolate) names the backend and the case" in done.stdout
     assert not report()["ok"]
     assert not report()["complete"]
     assert report()["finished"] < report()["planned"]

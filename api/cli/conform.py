@@ -49,6 +49,12 @@ def conform(
     database: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep failing examples here, and try them first next time.")
     ] = None,
+    isolate: Annotated[
+        bool, typer.Option("--isolate/--no-isolate", help="Go on in another process where a backend ends one.")
+    ] = True,
+    case_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1.0, help="Time that a backend has for a case, compiling included.")
+    ] = 300.0,
     list_only: Annotated[bool, typer.Option("--list", help="Print statement → properties → faults and stop.")] = False,
 ) -> None:
     """Hold backends to the spec: against Hugging Face, the float64 oracle and each other.
@@ -78,6 +84,7 @@ def conform(
     if replay is not None:
         Replay.read(str(replay))
     session = settled(profile=profile.value, seed=seed, spec=spec, shard=shard, database=database)
+    session.isolated, session.case_limit = isolate, case_limit
     task = {
         "names": list(dict.fromkeys(backend or [])),
         "profile": asdict(session.profile),

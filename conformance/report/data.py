@@ -142,6 +142,10 @@ class Report(Part):
     profile: ProfileName
     seed: int
     spec: dict[str, Any] | None = Field(description="the attention spec that the suite was held to")
+    isolated: bool | None = Field(
+        default=None, description="whether a case that ended its process cost no more than itself; null without a watch"
+    )
+    case_limit: float | None = Field(default=None, description="seconds that a case might take; null without a limit")
     tolerance: float = Field(description="K of SPEC.md, TOLERANCE")
     backends: list[BackendPart]
     cases: int
@@ -175,6 +179,8 @@ def report_data(session: Session, seconds: float) -> Report:
         profile=session.profile.name,
         seed=session.seed,
         spec=session.spec.to_dict() if session.spec else None,
+        isolated=session.isolated,
+        case_limit=session.case_limit,
         tolerance=K,
         backends=[
             backend_part(one.name, one.hardware, one.capabilities, parts, complete=record.complete, whole=shard is None)

@@ -263,6 +263,7 @@ def _run(report: Report) -> str:
     rows = [
         ("profile", report.profile),
         ("seed", str(report.seed)),
+        *([("time for a case", _case_limit(report))] if report.case_limit is not None else []),
         *([("shards", _shards(report.shards))] if report.shards else []),
         ("started", report.started),
         ("duration", f"{report.seconds:,.1f} s, {rates} a second within properties"),
@@ -275,6 +276,11 @@ def _run(report: Report) -> str:
         ),
     ]
     return f"<h2>The run</h2>\n{_list(rows)}"
+
+
+def _case_limit(report: Report) -> str:
+    after = "another process goes on" if report.isolated else "the run ends"
+    return f"at most {report.case_limit:g} s; where a case ends its process, {after}"
 
 
 def _shards(shards: ShardsPart) -> str:

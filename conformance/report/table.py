@@ -79,13 +79,18 @@ def counted(counts: dict[Status, int]) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in STATUSES)
 
 
+def at_most(report: Report) -> str:
+    """How long a case might take, in words; nothing where there was no limit."""
+    return "" if report.case_limit is None else f", at most {report.case_limit:g} s a case"
+
+
 def closing(report: Report) -> RenderableType:
     """How much was compared, how far the values were, and the verdicts."""
     lines = [
         Text(
             f"{report.cases:,} compared cases, {report.calls:,} calls, in {report.seconds:.0f} s "
             f"({report.cases_per_second:.0f} cases, {report.calls_per_second:.0f} calls a second within properties), "
-            f"profile {report.profile}"
+            f"profile {report.profile}{at_most(report)}"
         )
     ]
     largest = {part.backend: part for part in report.distances if part.compared == "output" and part.percentiles}
