@@ -12,7 +12,7 @@ from tiny_gemma import CONFIG, GLOBAL, LAYERS, make_model, random_context, rando
 from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-from lyra.backends.torch_impl.gemma3 import LyraGemma3Attention
+from lyra.backends.torch_impl import LyraGemma3Attention
 from lyra.backends.torch_impl.injector import GemmaInjector
 from lyra.spec import ContextError, HeadSplit, InputError, ModelSpec, SpecError
 from lyra.spec.model import presets

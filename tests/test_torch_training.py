@@ -15,7 +15,7 @@ from tiny_gemma import GLOBAL, make_model, random_context, random_ids
 from torch.utils.checkpoint import checkpoint
 from transformers import Gemma3ForCausalLM, Trainer, TrainingArguments
 
-from lyra.backends.torch_impl.gemma3 import LyraGemma3Attention
+from lyra.backends.torch_impl import LyraGemma3Attention
 from lyra.backends.torch_impl.injector import GemmaInjector
 from lyra.conformance.case import Case, Context
 from lyra.conformance.tolerance import K, distance

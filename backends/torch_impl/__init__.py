@@ -9,8 +9,7 @@ from .attention_backend import TorchAttention
 from .backend import CudaBackend, TorchBackend
 
 if TYPE_CHECKING:
-    from .families.gemma3 import LyraForCausalLM
-    from .gemma3 import LyraGemma3Attention
+    from .families.gemma3 import LyraForCausalLM, LyraGemma3Attention
     from .injector import GemmaInjector
 
 __all__ = [
@@ -25,7 +24,7 @@ __all__ = [
 _MODEL_LEVEL = {
     "GemmaInjector": "injector",
     "LyraForCausalLM": "families.gemma3",
-    "LyraGemma3Attention": "gemma3",
+    "LyraGemma3Attention": "families.gemma3",
 }
 
 

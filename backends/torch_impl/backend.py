@@ -43,7 +43,7 @@ class TorchBackend:
         return TorchSequential(spec, weights, self.device)
 
     def load(self, folder: str, *, dtype: str = "float32", device: str | None = None) -> TorchEngine:
-        """A whole Gemma-3 from a folder with config.json and *.safetensors. Needs transformers.
+        """A whole model from a folder with config.json and *.safetensors. Needs transformers.
 
         `device` is the backend's own if None. Raises ImportError for a transformers that does not fit, and what
         `TorchEngine.load` raises.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Gemma3ForCausalLM, Gemma3TextModel
+from transformers import PreTrainedModel
 
 from lyra.spec.arguments import check_scored
 from lyra.spec.attention import AttentionSpec
@@ -22,8 +22,9 @@ from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
+from .context_attention import ContextAttention
+from .families import of
 from .finite import locate
-from .gemma3 import LyraGemma3Attention
 from .logits import logits, rows_at_once
 from .rope import inverse_frequencies
 from .static import place_static, prepare_static
@@ -37,7 +38,7 @@ class BlendedText:
 
     def __init__(
         self,
-        model: Gemma3ForCausalLM,
+        model: PreTrainedModel,
         spec: ModelSpec,
         ids: torch.Tensor,
         scored: int,
@@ -50,8 +51,9 @@ class BlendedText:
         self._softcap = spec.final_softcap
         self._shape = (len(self._layers), spec.num_attention_heads)
         every = spec.attention.replace(split=HeadSplit.all(spec))
-        text: Gemma3TextModel = model.model
-        self._blended = {layer: _blended(text.layers[layer].self_attn, every, static[layer]) for layer in self._layers}
+        text: PreTrainedModel = model.model
+        kind, layers = of(spec).attention, text.layers
+        self._blended = {layer: _blended(kind, layers[layer].self_attn, every, static[layer]) for layer in self._layers}
         with torch.inference_mode(), _in_place(text, {self._layers[0]: (stop := _Stop())}, after=self._layers[0]):
             text(input_ids=ids, use_cache=False)
         assert stop.seen is not None
@@ -88,7 +90,7 @@ class BlendedText:
 
     def _hidden(self, rows: SharedRows, blends: list[torch.Tensor]) -> torch.Tensor:
         """What the model's head reads at the places before the scored tokens, [N,scored,E]."""
-        text: Gemma3TextModel = self._model.model
+        text: PreTrainedModel = self._model.model
         branches: dict[int, nn.Module] = {}
         for layer, row, blend in zip(self._layers, rows.layers, blends, strict=True):
             attention = self._blended[layer]
@@ -149,8 +151,10 @@ class _Stop(_Pass):
         return hidden_states
 
 
-def _blended(original: nn.Module, every: AttentionSpec, static: StaticLayer) -> LyraGemma3Attention:
-    attention = LyraGemma3Attention.around(original, every)
+def _blended(
+    kind: type[ContextAttention], original: nn.Module, every: AttentionSpec, static: StaticLayer
+) -> ContextAttention:
+    attention = kind.around(original, every)
     placed = place_static(every, check_static(every, static, 1))
     attention.attend_to(None if placed is None else prepare_static(placed, inverse_frequencies(every)), every.static)
     return attention
@@ -158,7 +162,7 @@ def _blended(original: nn.Module, every: AttentionSpec, static: StaticLayer) -> 
 
 @contextmanager
 def _in_place(
-    text: Gemma3TextModel, modules: Mapping[int, nn.Module], before: int = 0, after: int | None = None
+    text: PreTrainedModel, modules: Mapping[int, nn.Module], before: int = 0, after: int | None = None
 ) -> Iterator[None]:
     """The model with other modules in the place of some layers, and none before or after two of them."""
     kept = list(text.layers)

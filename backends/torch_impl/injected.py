@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.sequential import SequentialSpec
 
+from . import families
 from .block_cache import BlockCache, SharedCache, WatchedCache
-from .gemma3 import LAYER_PARTS, InjectedDecoderLayer, block_parts
+from .context_attention import ContextAttention
 from .head_buffers import HeadBuffers
+from .injected_layer import InjectedLayer
 from .layer import Call, Layer, Numbers, Parts, shape_of
 from .offload import device_of
 from .rope import inverse_frequencies
@@ -39,7 +40,7 @@ MEMORY = ("static_k", "static_v", "static_visible", "static_positions")
 
 
 class BlockParts(NamedTuple):
-    """The submodules of a block, by the names that its spec gives to their weights."""
+    """The submodules of a block, by the names that its spec gives to their weights; None for a norm it has not."""
 
     input_norm: Any
     q_proj: Any
@@ -49,6 +50,16 @@ class BlockParts(NamedTuple):
     k_norm: Any
     o_proj: Any
     output_norm: Any
+
+
+def block_parts(layer: Any) -> BlockParts:
+    """The submodules of a decoder layer that a block takes its first weights from. Clause SEQUENTIAL-7."""
+    own, norms = layer.self_attn, families.of_layer(layer).injected_layer.norms
+    if isinstance(own, ContextAttention):
+        own = own.to_original()  # whose key and value projections are in one piece
+    found = {name: getattr(own, name, None) for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")}
+    outer = {"input_norm": norms.attention_in, "output_norm": norms.attention_out}
+    return BlockParts(**found, **{ours: name and getattr(layer, name) for ours, name in outer.items()})
 
 
 class InjectedAttentionBlock(HeadBuffers):
@@ -63,24 +74,23 @@ class InjectedAttentionBlock(HeadBuffers):
 
     gate: torch.Tensor
 
-    def __init__(
-        self, layer: Gemma3DecoderLayer, spec: SequentialSpec, *, trainable: bool = False, slot: int | None = None
-    ) -> None:
+    def __init__(self, layer: Any, spec: SequentialSpec, *, trainable: bool = False, slot: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.layer_idx = layer.layer_idx
         self.slot = slot
         self.trace: dict[str, torch.Tensor] | None = None
         attention = spec.attention
-        parts = BlockParts(**block_parts(layer))
+        parts = block_parts(layer)
         _check_eps(spec, parts)
         device = device_of(parts.o_proj)
         self._lent = None if trainable else parts  # a tuple, so that they are no submodules of the block
         gate = torch.tensor(float(spec.gate), device=device)
         if trainable:
-            if any(value.is_meta for part in parts for value in part.parameters()):
+            held = {name: part for name, part in parts._asdict().items() if part is not None}
+            if any(value.is_meta for part in held.values() for value in part.parameters()):
                 raise InputError(f"layer {self.layer_idx}: its weights are kept elsewhere; bring them in to copy them")
-            for name, part in parts._asdict().items():
+            for name, part in held.items():
                 if name != "output_norm" or spec.output_norm:
                     self.add_module(name, copy.deepcopy(part))
             self.gate = nn.Parameter(gate)
@@ -175,7 +185,7 @@ class MemoryInjectionBlock(InjectedAttentionBlock):
 
     def __init__(
         self,
-        layer: Gemma3DecoderLayer,
+        layer: Any,
         spec: SequentialSpec,
         external: StaticLayer | None = None,
         *,
@@ -209,34 +219,36 @@ class MemoryInjectionBlock(InjectedAttentionBlock):
         return StaticKV(self.static_k, self.static_v, self.static_visible, self.static_positions, self.static_group)
 
 
-def check_place(layer: Gemma3DecoderLayer) -> None:
+def check_place(layer: Any) -> None:
     """Refuse a layer that is not the library's, with or without a block of ours. Raises InputError."""
+    family = families.of_layer(layer)
+    expected = {"self_attn", "mlp", *(name for name in family.injected_layer.norms if name is not None)}
     names = {name for name, _ in layer.named_children()} - {"injected"}
-    if type(layer) not in {Gemma3DecoderLayer, InjectedDecoderLayer} or names != LAYER_PARTS:
+    if type(layer) not in {family.decoder_layer, family.injected_layer} or names != expected:
         raise InputError(
             f"layer {layer.layer_idx} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block "
-            f"goes into a plain Gemma3DecoderLayer with {sorted(LAYER_PARTS)}"
+            f"goes into a plain {family.decoder_layer.__name__} with {sorted(expected)}"
         )
     if "forward" in vars(layer) and HOOKED not in vars(layer):
         raise InputError(f"layer {layer.layer_idx} has a forward of its own, past which no block would be reached")
 
 
-def inject(layer: Gemma3DecoderLayer, block: InjectedAttentionBlock) -> None:
+def inject(layer: Any, block: InjectedAttentionBlock) -> None:
     """Put a block into a decoder layer. Raises InputError for one that has a block, or that `check_place` refuses."""
     check_place(layer)
-    if isinstance(layer, InjectedDecoderLayer):
+    if isinstance(layer, InjectedLayer):
         raise InputError(f"layer {layer.layer_idx} has a block; take it out first")
     layer.injected = block.train(layer.training)
-    _become(layer, InjectedDecoderLayer)
+    _become(layer, families.of_layer(layer).injected_layer)
 
 
-def withdraw(layer: Gemma3DecoderLayer) -> None:
+def withdraw(layer: Any) -> None:
     """Take the block out again: the layer is Hugging Face's own, bit for bit."""
-    _become(layer, Gemma3DecoderLayer)
+    _become(layer, families.of_layer(layer).decoder_layer)
     del layer.injected
 
 
-def _become(layer: Gemma3DecoderLayer, kind: type[Gemma3DecoderLayer]) -> None:
+def _become(layer: Any, kind: Any) -> None:
     layer.__class__ = kind
     if HOOKED in vars(layer):
         setattr(layer, HOOKED, kind.forward.__get__(layer))
@@ -245,6 +257,11 @@ def _become(layer: Gemma3DecoderLayer, kind: type[Gemma3DecoderLayer]) -> None:
 def _check_eps(spec: SequentialSpec, parts: BlockParts) -> None:
     """Refuse a spec whose norms are not those of the layer, which the block computes with. Raises InputError."""
     asked = (spec.norm_eps, None if spec.attention.qk_norm is None else spec.attention.qk_norm.eps)
-    there = (parts.input_norm.eps, parts.q_norm.eps)
+    there = (_eps(parts.input_norm), None if parts.q_norm is None else _eps(parts.q_norm))
     if asked != there:
         raise InputError(f"a block with norm_eps and qk_norm.eps {asked} does not fit a layer whose norms have {there}")
+
+
+def _eps(norm: Any) -> Any:
+    """The eps of a norm of Hugging Face's, which its classes call one or the other."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps

@@ -47,7 +47,10 @@ def of_layer(layer: nn.Module) -> Family:
         if isinstance(layer, known.decoder_layer):
             return known
     names = " or ".join(known.decoder_layer.__name__ for known in _families())
-    raise InputError(f"a {type(layer).__name__} is no decoder layer that a block goes into; expected a {names}")
+    parts = sorted(name for name, _ in layer.named_children())
+    raise InputError(
+        f"the layer is of the class {type(layer).__name__} with the parts {parts}; a block goes into a plain {names}"
+    )
 
 
 def text_model(model: nn.Module) -> PreTrainedModel:

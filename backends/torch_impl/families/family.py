@@ -28,9 +28,8 @@ class Family(NamedTuple):
     config          the config of a checked folder, every layer's kind and RoPE written out
     key_mapping     where a multimodal checkpoint keeps the parts of the text model, as from_pretrained takes it
     attention       Hugging Face's attention class with Lyra heads
-    decoder_layer   the class of a layer; layer_parts its submodules: one with others is not taken apart
+    decoder_layer   the class of a layer
     injected_layer  its subclass, with a block between its halves
-    block_parts     the submodules of a layer that a block takes its first weights from, by the block's names
     keys_and_values of an attention: what gives its keys, normed and unrotated, and its values
     turn            cos, sin [B,S,D] of positions [B,S] in a layer of a decoder, in the type of the tensor given
     frequencies     the buffer by whose values the global layers of a decoder turn; None where there is none
@@ -44,9 +43,7 @@ class Family(NamedTuple):
     key_mapping: Mapping[str, str]
     attention: Any
     decoder_layer: Any
-    layer_parts: frozenset[str]
     injected_layer: Any
-    block_parts: Callable[[Any], Mapping[str, nn.Module]]
     keys_and_values: Callable[[Any], tuple[Source, Source]]
     turn: Callable[[Any, torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
     frequencies: Callable[[Any], torch.Tensor | None]

@@ -6,12 +6,18 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3Attention,
+    Gemma3DecoderLayer,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from lyra.backends.checkpoint import Checkpoint
 from lyra.spec.families.gemma3 import GEMMA3
 
-from ..gemma3 import LAYER_PARTS, InjectedDecoderLayer, LyraGemma3Attention, block_parts
+from ..context_attention import ContextAttention
+from ..injected_layer import InjectedLayer
 from ..lyra_model import ContextModel
 from .family import Family, Source, rope_table
 
@@ -20,6 +26,24 @@ KEY_MAPPING = {
     r"^language_model\.lm_head\.": "lm_head.",
 }
 KINDS = {"global": "full_attention", "sliding": "sliding_attention"}
+
+
+class LyraGemma3Attention(ContextAttention, Gemma3Attention):
+    """Gemma3Attention whose Lyra heads also attend to a static context. Clauses SPLIT, STATIC, LIVE.
+
+    `LyraGemma3Attention(config, layer_idx, *, split=None, static=None)`; all else is in `ContextAttention`.
+    """
+
+    original = Gemma3Attention
+    shared = ("q_proj", "o_proj", "q_norm", "k_norm")
+    rotary = staticmethod(apply_rotary_pos_emb)
+    eager = staticmethod(eager_attention_forward)
+
+
+class InjectedDecoderLayer(InjectedLayer, Gemma3DecoderLayer):
+    """A Gemma3DecoderLayer with a block between its halves."""
+
+    norms = GEMMA3.norms
 
 
 class LyraForCausalLM(ContextModel, Gemma3ForCausalLM):
@@ -81,9 +105,7 @@ FAMILY = Family(
     key_mapping=KEY_MAPPING,
     attention=LyraGemma3Attention,
     decoder_layer=Gemma3DecoderLayer,
-    layer_parts=frozenset(LAYER_PARTS),
     injected_layer=InjectedDecoderLayer,
-    block_parts=block_parts,
     keys_and_values=keys_and_values,
     turn=turn,
     frequencies=frequencies,

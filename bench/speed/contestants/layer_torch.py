@@ -15,7 +15,7 @@ from transformers import Gemma3TextConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-from lyra.backends.torch_impl.gemma3 import LyraGemma3Attention
+from lyra.backends.torch_impl import LyraGemma3Attention
 from lyra.backends.torch_impl.hf_cache import SlotKeys
 from lyra.backends.torch_impl.layer import Call, attend_to
 from lyra.backends.torch_impl.rope import inverse_frequencies
