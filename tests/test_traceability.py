@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from lyra.cli import application
+from lyra.conformance.faults.catalogue import catalogue
 from lyra.conformance.premises import CONTEXT, Premise
 from lyra.conformance.property_index import all_properties
 from lyra.conformance.registry import prop
-from lyra.conformance.report.traceability import NOT_HELD, listing
+from lyra.conformance.report.traceability import NO_FAULT, NOT_HELD, listing
 from lyra.spec.clauses import clauses, statements
 
 
@@ -20,9 +21,19 @@ def test_every_must_is_held_by_a_property_or_listed_with_its_reason() -> None:
     cited = {statement for declaration in all_properties().values() for statement in declaration.statements}
     assert cited <= set(statements())
     assert set(NOT_HELD) <= set(statements())
-    bare = {one for one, statement in statements().items() if statement.level == "MUST"} - cited - set(NOT_HELD)
+    bare = {name for name, statement in statements().items() if statement.level == "MUST"} - cited - set(NOT_HELD)
     assert bare == set(), "cite these statements in a property, or say in NOT_HELD why none holds them"
     assert cited & set(NOT_HELD) == set(), "these statements are held now: take them out of NOT_HELD"
+
+
+def test_every_must_is_broken_by_a_fault_or_listed_with_its_reason() -> None:
+    broken = {statement for fault in catalogue().values() for statement in fault.breaks}
+    assert set(NO_FAULT) <= set(statements())
+    whole = {name for name, statement in statements().items() if statement.level == "MUST"} - set(NOT_HELD)
+    assert whole - broken - set(NO_FAULT) == set(), (
+        "break these statements by a fault, or say in NO_FAULT why none does"
+    )
+    assert broken & set(NO_FAULT) == set(), "faults break these statements now: take them out of NO_FAULT"
 
 
 def test_the_listing_is_the_whole_of_the_spec_and_of_the_suite() -> None:
