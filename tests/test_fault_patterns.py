@@ -37,6 +37,7 @@ def body(find: str, replace: str, *given: str) -> list[str]:
 
 def test_definitions_have_dotted_names() -> None:
     assert list(definitions(SOURCE)) == ["Layer", "Layer.run", "run"]
+    assert definitions(SOURCE)["run"] == "def run():\n    pass"
 
 
 @pytest.mark.parametrize(

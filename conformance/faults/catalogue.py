@@ -191,7 +191,7 @@ def with_fault(fault: Fault, backend: str, sources: Mapping[str, str]) -> dict[s
     if isinstance(edits, Patch):
         return after | {edits.file: _with_text(edits, after, f"{made}, file {edits.file!r}")}
     for edit in edits:
-        file, definition = _place(edit.where, after, made)
+        file, definition = place_of(edit.where, after, made)
         try:
             after[file] = edited(after[file], definition, edit.find, edit.replace, edit.given)
         except PatternError as error:
@@ -226,8 +226,8 @@ def _definitions(source: str) -> tuple[str, ...]:
     return tuple(definitions(source))
 
 
-def _place(where: str, sources: Mapping[str, str], made: str) -> tuple[str, str]:
-    """The file and the definition in it that `in` means, nothing for all of a file. Raises FaultError."""
+def place_of(where: str, sources: Mapping[str, str], made: str) -> tuple[str, str]:
+    """The file and the definition in it that `in` means, nothing for all of a file. Raises FaultError about `made`."""
     if where.endswith(".py"):
         if where not in sources:
             raise FaultError(f"{made}: there is no file {where!r}")

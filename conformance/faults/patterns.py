@@ -62,10 +62,9 @@ def check(find: str, replace: str, given: Sequence[str] = ()) -> None:
         raise PatternError(f"the pattern {find!r} does not bind {', '.join(sorted(unbound))} of the replacement")
 
 
-def definitions(source: str) -> Iterator[str]:
-    """The dotted names of all functions and classes of a module, those within others too."""
-    for name, _, _ in _definitions(ast.parse(source), ""):
-        yield name
+def definitions(source: str) -> dict[str, str]:
+    """All functions and classes of a module by their dotted names, those within others too, each as canonical text."""
+    return {name: ast.unparse(node) for name, node, _ in _definitions(ast.parse(source), "")}
 
 
 def _definitions(parent: ast.AST, within: str) -> Iterator[tuple[str, Definition, list[Any]]]:
