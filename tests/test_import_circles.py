@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("lyra.spec", "lyra.backends.jax_impl", "lyra.choosing", "lyra.studies", "lyra.speed", "lyra.cli")
+PACKAGES = (
+    "lyra.spec",
+    "lyra.conformance",
+    "lyra.backends.jax_impl",
+    "lyra.choosing",
+    "lyra.studies",
+    "lyra.speed",
+    "lyra.cli",
+)
 API = "lyra"
 """The front door's own modules; the packages above are others'."""
 

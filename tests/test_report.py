@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -190,13 +191,22 @@ def shown(report: Report) -> str:
     return console.export_text()
 
 
+def test_a_report_says_how_many_examples_a_run_was_asked_for(session: Session) -> None:
+    assert report_data(session, 5.0).examples is None
+    session.profile = dataclasses.replace(session.profile, examples=5)
+    report = report_data(session, 5.0)
+    assert report.examples == 5
+    assert f"profile {session.profile.name} with 5 examples" in shown(report)
+
+
 def test_the_report_keeps_its_schema(session: Session) -> None:
     report = report_data(session, 5.0)
     text = report.model_dump_json()
     assert Report.model_validate_json(text) == report
     schema = Report.model_json_schema()
     assert set(json.loads(text)) == set(schema["properties"])
-    assert set(schema["properties"]) - set(schema["required"]) == {"isolated", "case_limit"}  # older reports lack them
+    newer = {"isolated", "case_limit", "examples"}  # older reports lack them
+    assert set(schema["properties"]) - set(schema["required"]) == newer
     for change in ({"ok": "perhaps"}, {"surprise": 1}, {"profile": "huge"}, {"format": 2}):
         with pytest.raises(ValidationError):
             Report.model_validate(json.loads(text) | change)

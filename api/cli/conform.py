@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +33,9 @@ def conform(
         list[str] | None, typer.Option(help="Backend under test, by name or package.module:Class; may be repeated.")
     ] = None,
     profile: Annotated[ProfileName, typer.Option(help="How much to generate.")] = ProfileName.smoke,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Examples for a property of weight 1, in place of the profile's.")
+    ] = None,
     spec: Annotated[str | None, typer.Option(help="Hold the suite to one spec: a preset or a TOML file.")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the generated cases.")] = 0,
@@ -76,6 +79,7 @@ def conform(
     from lyra.conformance.report.verdict import exit_code
     from lyra.conformance.report.write import write_report
     from lyra.conformance.selection import selects
+    from lyra.conformance.session import PROFILES
     from lyra.conformance.supervisor import Supervisor
 
     check_files(json_path, junit, report, inputs=(replay, spec), folders=(database,))
@@ -83,7 +87,8 @@ def conform(
         selects(only, "", "")
     if replay is not None:
         Replay.read(str(replay))
-    session = settled(profile=profile.value, seed=seed, spec=spec, shard=shard, database=database)
+    plan = PROFILES[profile.value] if examples is None else replace(PROFILES[profile.value], examples=examples)
+    session = settled(profile=plan, seed=seed, spec=spec, shard=shard, database=database)
     session.isolated, session.case_limit = isolate, case_limit
     task = {
         "names": list(dict.fromkeys(backend or [])),

@@ -34,6 +34,8 @@ class FaultyBackend(StrEnum):
 
     torch = "torch"
     jax = "jax"
+    torch_module = "torch-module"
+    jax_module = "jax-module"
 
 
 COLOURS = {"killed": "green", "survived": "bold red", "broken": "bold yellow"}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from lyra.backends.protocol import Backend, get_backend, known_backends
+from lyra.backends.protocol import Backend, get_backend, known_backends, known_subjects
 
 from .catalogue import Fault, FaultError, backend_package, module_name, package_folder, patched_sources
 
@@ -110,7 +110,10 @@ def injected(fault: Fault, backend: str) -> Iterator[Backend]:
 
     Raises FaultError for a dead or ambiguous pattern and for a fault that keeps the backend from being imported.
     """
-    package, (module, _, made) = backend_package(backend), known_backends()[backend].value.partition(":")
+    package, (module, _, made) = (
+        backend_package(backend),
+        (known_backends() | known_subjects())[backend].value.partition(":"),
+    )
     home = package if f"{module}.".startswith(f"{package}.") else module.rpartition(".")[0]
     suffix = f"__{fault.id.replace('-', '_')}_{len(_faults)}"
     names = {original: original + suffix for original in (package, home)}

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lyra.conformance.case import Case
 from lyra.conformance.record import NARROW, SEVERITY, Failure, Property, Status, rate
 from lyra.conformance.replay import command
-from lyra.conformance.session import ProfileName, Session
+from lyra.conformance.session import PROFILES, ProfileName, Session
 from lyra.conformance.tolerance import K_PAIR, K
 from lyra.spec.attention import TRACES
 from lyra.spec.clauses import clauses
@@ -140,6 +140,9 @@ class Report(Part):
     planned: int = Field(description="properties that were to run")
     finished: int
     profile: ProfileName
+    examples: int | None = Field(
+        default=None, description="generated for a property of weight 1, where it is not what the profile says"
+    )
     seed: int
     spec: dict[str, Any] | None = Field(description="the attention spec that the suite was held to")
     isolated: bool | None = Field(
@@ -164,6 +167,11 @@ class Report(Part):
     failures: list[FailurePart]
 
 
+def how_much(report: Report) -> str:
+    """What a run generated, in words: its profile, and its examples where they are others."""
+    return report.profile if report.examples is None else f"{report.profile} with {report.examples} examples"
+
+
 def report_data(session: Session, seconds: float) -> Report:
     """Everything the run saw. `seconds` is how long it took, ending now."""
     record, shard, cards = session.record, session.shard, session.cards
@@ -177,6 +185,7 @@ def report_data(session: Session, seconds: float) -> Report:
         planned=record.planned,
         finished=record.finished,
         profile=session.profile.name,
+        examples=None if session.profile == PROFILES[session.profile.name] else session.profile.examples,
         seed=session.seed,
         spec=session.spec.to_dict() if session.spec else None,
         isolated=session.isolated,

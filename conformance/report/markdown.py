@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lyra.terminal import paragraphs, visible
 
-from .data import STATUSES, Report, alike, part_of, shortfall, vacuous
+from .data import STATUSES, Report, alike, how_much, part_of, shortfall, vacuous
 from .page import SIGN
 from .table import counted
 
@@ -33,7 +33,7 @@ def markdown(report: Report) -> str:
         lines += [f"**Cut short: {lacking}.**", ""]
     if part := part_of(report):
         lines += [f"Of {part}: the others are needed for a verdict.", ""]
-    lines += [f"{report.cases:,} compared cases, profile {report.profile}, seed {report.seed}.", ""]
+    lines += [f"{report.cases:,} compared cases, profile {how_much(report)}, seed {report.seed}.", ""]
     names = [backend.name for backend in report.backends]
     heads = [inline(name) for name in names]
     lines += [_row(["clause", "says", *heads]), _row(["---"] * (2 + len(names)))]

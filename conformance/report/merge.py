@@ -14,7 +14,7 @@ from .sound import read_report, sound
 
 __all__ = ["merged", "read_report"]
 
-SAME = ("format", "profile", "seed", "spec", "tolerance", "histogram_edges", "versions")
+SAME = ("format", "profile", "examples", "seed", "spec", "tolerance", "histogram_edges", "versions")
 """What the shards of one run have in common."""
 
 

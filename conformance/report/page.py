@@ -26,6 +26,7 @@ from .data import (
     TallyPart,
     Verdict,
     alike,
+    how_much,
     part_of,
     shortfall,
     vacuous,
@@ -83,7 +84,7 @@ def _head(report: Report) -> str:
     parts = [
         "<h1>Lyra conformance report</h1>",
         f'<p class="dim">Against Hugging Face Gemma-3, the float64 oracle and each other: {report.cases:,} compared '
-        f"cases, profile {report.profile}, seed {report.seed}</p>",
+        f"cases, profile {how_much(report)}, seed {report.seed}</p>",
     ]
     for backend in report.backends:
         parts.append(
@@ -261,7 +262,7 @@ def _premises(prop: PropertyPart) -> str:
 def _run(report: Report) -> str:
     rates = f"{report.cases_per_second:,.0f} cases, {report.calls_per_second:,.0f} calls"
     rows = [
-        ("profile", report.profile),
+        ("profile", how_much(report)),
         ("seed", str(report.seed)),
         *([("time for a case", _case_limit(report))] if report.case_limit is not None else []),
         *([("shards", _shards(report.shards))] if report.shards else []),

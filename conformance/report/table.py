@@ -13,7 +13,7 @@ from lyra.conformance.record import Failure, Status
 from lyra.conformance.replay import describe
 from lyra.terminal import paragraphs, visible
 
-from .data import STATUSES, FailurePart, Report, alike, part_of, shortfall, vacuous
+from .data import STATUSES, FailurePart, Report, alike, how_much, part_of, shortfall, vacuous
 
 STYLE: dict[Status, str] = {
     "passed": "green",
@@ -90,7 +90,7 @@ def closing(report: Report) -> RenderableType:
         Text(
             f"{report.cases:,} compared cases, {report.calls:,} calls, in {report.seconds:.0f} s "
             f"({report.cases_per_second:.0f} cases, {report.calls_per_second:.0f} calls a second within properties), "
-            f"profile {report.profile}{at_most(report)}"
+            f"profile {how_much(report)}{at_most(report)}"
         )
     ]
     largest = {part.backend: part for part in report.distances if part.compared == "output" and part.percentiles}

@@ -13,7 +13,7 @@ from lyra.spec.inputs import CallInputs, StaticLayer, check_call, check_weights
 from lyra.spec.sequential import SequentialSpec
 
 from .torch_host import Host, Variant, install, tensors
-from .torch_module import ModuleAttention, ModuleCache, feed_of, followed, leave, past_of
+from .torch_layer import ModuleAttention, ModuleCache, feed_of, followed, leave, past_of
 
 
 class ModuleBlock(ModuleAttention):

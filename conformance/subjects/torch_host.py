@@ -22,10 +22,8 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticLay
 
 from lyra.backends.protocol import Unsupported
 from lyra.backends.torch_impl import GemmaInjector, LyraGemma3Attention
-from lyra.spec.attention import AttentionSpec, RopeSpec
+from lyra.spec.attention import AttentionSpec, RopeSpec, StaticSpec
 from lyra.spec.split import HeadSplit
-
-from .torch_watch import watch_attention, watch_block
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROOM = 160
@@ -145,7 +143,7 @@ class Host:
     def run(self, feed: Feed, cache: Cache | None, *, trace: bool = False) -> Seen:
         """The model over a feed, behind what the cache holds, which gets its tokens too."""
         seen = Seen()
-        with self._hooked(feed, seen, cache, trace):
+        with self._hooked(feed, seen, trace):
             self.model.model(
                 inputs_embeds=feed.x.detach(),
                 attention_mask=feed.mask,
@@ -156,7 +154,7 @@ class Host:
         return seen
 
     @contextmanager
-    def _hooked(self, feed: Feed, seen: Seen, cache: Cache | None, trace: bool) -> Iterator[None]:
+    def _hooked(self, feed: Feed, seen: Seen, trace: bool) -> Iterator[None]:
         with ExitStack() as hooks:
 
             def keep(hook: Any) -> None:
@@ -166,9 +164,6 @@ class Host:
                 return args, kwargs | {"hidden_states": feed.x}
 
             def enter_block(module: nn.Module, args: Any) -> Any:
-                if trace and not hasattr(module, "trace"):
-                    for undo in watch_block(module, seen.stages):
-                        hooks.callback(undo)
                 return (feed.h, *args[1:])
 
             def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -181,12 +176,9 @@ class Host:
                 keep(self.layer.injected.register_forward_pre_hook(enter_block))
                 keep(self.layer.injected.register_forward_hook(leave))
             target = self.attention if feed.h is None else self.layer.injected
-            if trace and hasattr(target, "trace"):
+            if trace:
                 target.trace = seen.stages
                 hooks.callback(setattr, target, "trace", None)
-            elif trace and feed.h is None:
-                for undo in watch_attention(self.attention, cache, seen.stages):
-                    hooks.callback(undo)
             yield
 
 
@@ -202,18 +194,17 @@ def install(host: Host, spec: AttentionSpec, weights: Mapping[str, np.ndarray]) 
     after   the module comes into a model with other weights, and loads its own by their names in Hugging Face's
     saved   as before, and the module loads what it saves
     moved   the module comes with another split, is taken out, and comes again with this one
+    It comes in the default live mode: what a context is attended to with, it is told with the context.
     """
     split = spec.split or HeadSplit.none()
     state, kind = tensors(weights), host.variant.loaded
     if kind != "after":
         host.attention.load_state_dict(state)
     if kind == "moved":
-        first = spec.num_attention_heads // spec.num_key_value_heads
-        host.layer.self_attn = _around(
-            host, spec.replace(split=HeadSplit.from_q_heads(spec, range(first)), sliding_window=None)
-        )
+        scattered = HeadSplit.from_kv_heads(spec, range(0, spec.num_key_value_heads, 2))
+        host.layer.self_attn = _around(host, spec.replace(split=scattered, sliding_window=None))
         host.layer.self_attn = host.attention.to_original()
-    host.layer.self_attn = _around(host, spec.replace(split=split))
+    host.layer.self_attn = _around(host, spec.replace(split=split, static=StaticSpec()))
     if kind == "after":
         host.attention.load_state_dict(state)
     if kind == "saved":
