@@ -11,17 +11,7 @@ import numpy as np
 from jax import Array
 
 from lyra.backends.jax_impl.cache import LiveCache, bucket, live_keys
-from lyra.backends.jax_impl.layer import (
-    Call,
-    Flow,
-    Layer,
-    attend_to,
-    constants_of,
-    output,
-    project,
-    rope,
-    shape_of,
-)
+from lyra.backends.jax_impl.layer import Call, attend_to, layer_of, numbers_of, output, project, rope, shape_of
 from lyra.spec.attention import AttentionSpec
 from lyra.speed.row import Work
 
@@ -78,10 +68,13 @@ def repeating_attention(
     wide = shape_of(spec.replace(num_key_value_heads=spec.num_attention_heads))
     times = spec.num_attention_heads // spec.num_key_value_heads
     positions, mask = jnp.broadcast_to(cache.length, (len(x), 1)), jnp.ones((len(x), 1), bool)
-    narrow, call = Layer(weights, constants_of(spec), shape_of(spec)), Call(positions, mask, None, cache)
-    flow = rope(project(Flow(cache, {"x": x}), narrow, call), narrow, call)
-    live, grown = cache.append(live_keys(flow.values["k"], flow.values["v"], mask, positions))
+    narrow, call = layer_of(weights, numbers_of(spec), shape_of(spec)), Call(positions, mask, None, cache)
+    q, k, v = project(x, narrow)
+    q, k = rope(q, k, narrow, call)
+    assert k is not None
+    assert v is not None
+    live, grown = cache.append(live_keys(k, v, mask, positions))
     keys, values = (jnp.repeat(part, times, axis=1) for part in (live.keys, live.values))
     many = narrow._replace(shape=wide)
-    flow = attend_to(live._replace(keys=keys, values=values), flow, many, call)
-    return output(flow, many, call).values["output"], grown
+    heads = attend_to(q, live._replace(keys=keys, values=values), many, call)
+    return output(heads, many), grown

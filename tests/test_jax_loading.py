@@ -26,7 +26,9 @@ from tiny_gemma import CUT, GLOBAL, assert_close, hf_logits, make_model, random_
 
 import lyra  # noqa: E402
 from lyra.backends.jax_impl import JaxBackend  # noqa: E402
-from lyra.backends.jax_impl.gemma3 import DecoderLayer, Gemma3  # noqa: E402
+from lyra.backends.jax_impl.decoder import Decoder  # noqa: E402
+from lyra.backends.jax_impl.decoder_layer import DecoderLayer  # noqa: E402
+from lyra.backends.jax_impl.families.gemma3 import gelu_tanh  # noqa: E402
 from lyra.backends.jax_impl.model import JaxEngine  # noqa: E402
 from lyra.backends.jax_impl.params import module_path  # noqa: E402
 from lyra.backends.jax_impl.saving import save_model, text_config  # noqa: E402
@@ -199,7 +201,7 @@ def test_loads_without_torch_and_transformers(gemma_folder: Path, jax_engine: Ja
 def test_presets_have_the_published_number_of_parameters(size: str, parameters: int) -> None:
     """Nothing is allocated: shapes only."""
     spec = ModelSpec.preset(f"gemma-3-{size}")
-    shapes = nnx.state(nnx.eval_shape(lambda: Gemma3(spec, rngs=nnx.Rngs(0))))
+    shapes = nnx.state(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == parameters
 
 
@@ -207,7 +209,8 @@ def test_presets_have_the_published_number_of_parameters(size: str, parameters: 
 def test_layers_of_every_preset_have_the_shapes_of_its_spec(size: str) -> None:
     spec = ModelSpec.preset(f"gemma-3-{size}")
     index, wide = spec.global_layers[-1], (spec.intermediate_size, spec.hidden_size)
-    layer = nnx.eval_shape(lambda: DecoderLayer(spec, index, ShardingConfig.no_sharding(), rngs=nnx.Rngs(0)))
+    one_device = ShardingConfig.no_sharding()
+    layer = nnx.eval_shape(lambda: DecoderLayer(spec, index, one_device, gelu_tanh, rngs=nnx.Rngs(0)))
     found = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(layer))}
     expected = {f"self_attn.{name}": shape for name, shape in spec.layer(index).weight_shapes().items()}
     expected |= {f"mlp.{name}_proj.weight": wide for name in ("gate", "up")} | {"mlp.down_proj.weight": wide[::-1]}

@@ -170,8 +170,8 @@ def test_attached_layers_equal_the_attention_level(jax_engine: JaxEngine, monkey
     attention_class = type(jax_engine.module.layers[3].self_attn)
     original = attention_class.__call__
 
-    def watched(self: Any, x: Any, call: Any, attached: Any) -> Any:
-        made = original(self, x, call, attached)
+    def watched(self: Any, x: Any, call: Any, attached: Any, *rest: Any) -> Any:
+        made = original(self, x, call, attached, *rest)
         if attached is not None:
             seen["x"], seen["output"] = np.asarray(x), np.asarray(made[0])
         return made

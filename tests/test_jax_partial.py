@@ -1,4 +1,4 @@
-"""The attention core of the JAX backend, its blocks of queries, and what a compiled step does with its cache."""
+"""The attention core of the JAX backend, its tiles of queries, and what a compiled step does with its cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from lyra.spec import AttentionSpec, HeadSplit, QKNormSpec, RopeSpec, StaticSpec
 
 QUERIES, KEYS, WIDTH = 10, 12, 8
 CUBLAS_WORKSPACE = 2**25  # bytes, which XLA sets aside on a GPU whatever is multiplied
-SHAPES = {"none": None, "by key": (2, 1, 1, KEYS), "by query": (2, 1, QUERIES, KEYS)}
+GROUP = 2
+SHAPES = {
+    "none": None,
+    "by key": (2, 1, 1, 1, KEYS),
+    "by query": (2, 1, 1, QUERIES, KEYS),
+    "by head": (2, 3, GROUP, QUERIES, KEYS),
+}
 
 
 def random(*shape: int) -> np.ndarray:
@@ -29,48 +35,48 @@ def random(*shape: int) -> np.ndarray:
 
 
 def attention(queries: int, keys: int, visible: np.ndarray | None) -> Any:
-    given = random(2, 3, queries, WIDTH), random(2, 3, WIDTH, keys), random(2, 3, keys, WIDTH)
+    given = random(2, 3, GROUP, queries, WIDTH), random(2, 3, WIDTH, keys), random(2, 3, keys, WIDTH)
     return finish(partial_attention(*given, visible, 0.4, None))
 
 
-@pytest.mark.parametrize("queries_a_block", [1, 3, 5])
+@pytest.mark.parametrize("queries_a_tile", [1, 3, 5])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_queries_in_blocks_see_what_they_see_at_once(
-    shape: tuple[int, ...] | None, queries_a_block: int, monkeypatch: pytest.MonkeyPatch
+def test_queries_in_tiles_see_what_they_see_at_once(
+    shape: tuple[int, ...] | None, queries_a_tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     visible = None if shape is None else random(*shape) > 0
     at_once = attention(QUERIES, KEYS, visible)
     lengths: list[int] = []
-    block = partial._block
+    tile = partial._tile
 
     def noted(query: Any, *rest: Any) -> Any:
-        lengths.append(query.shape[2])
-        return block(query, *rest)
+        lengths.append(query.shape[3])
+        return tile(query, *rest)
 
-    monkeypatch.setattr(partial, "_block", noted)
-    monkeypatch.setattr(partial, "SCORES_PER_BLOCK", queries_a_block * 2 * 3 * KEYS)
+    monkeypatch.setattr(partial, "_tile", noted)
+    monkeypatch.setattr(partial, "SCORES_PER_TILE", queries_a_tile * 2 * 3 * GROUP * KEYS)
     np.testing.assert_allclose(attention(QUERIES, KEYS, visible), at_once, rtol=2e-6, atol=2e-6)
-    assert set(lengths) == {queries_a_block}
+    assert set(lengths) == {queries_a_tile}
 
 
 def test_memory_does_not_grow_with_tokens_times_slots() -> None:
     """Scratch memory of a compiled call over 8,192 slots: of four times the queries, four times those, and no more."""
 
     def scratch(queries: int) -> int:
-        given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 1, queries, 4), (1, 1, 4, 8192)))
+        given = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 1, 1, queries, 4), (1, 1, 4, 8192)))
         values = jax.ShapeDtypeStruct((1, 1, 8192, 4), jnp.float32)
         compiled = jax.jit(lambda *given: partial_attention(*given, None, 0.5, None)).lower(*given, values).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)
 
     few, many = scratch(1024), scratch(4096)
     assert many - few < 3 * 3072 * 8 * 4  # a row has 4 values, a maximum and a sum
-    assert few > partial.SCORES_PER_BLOCK  # bytes: there is a block of scores in it
+    assert few > partial.SCORES_PER_TILE  # bytes: there is a tile of scores in it
 
 
-def test_generated_cases_are_long_enough_for_blocks() -> None:
+def test_generated_cases_are_long_enough_for_tiles() -> None:
     sizes = LARGE["5-million-scores"]
     tokens = round_up(max(sizes.calls), SMALLEST_TOKENS)
-    assert sizes.batch * sizes.heads[0] * tokens * sizes.context_tokens > partial.SCORES_PER_BLOCK
+    assert sizes.batch * sizes.heads[0] * tokens * sizes.context_tokens > partial.SCORES_PER_TILE
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4)])
@@ -87,15 +93,15 @@ def test_a_step_writes_to_its_cache_in_place(shape: tuple[int, int]) -> None:
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(query: Any, new: LiveKeys, cache: LiveCache) -> Any:
         live, after = cache.append(new)
-        seen = live.mask[:, None, None]
+        seen = live.mask[:, None, None, None]
         return finish(partial_attention(query, live.keys, live.values, seen, 0.4, None)), after
 
-    compiled = step.lower(random(*shape, 2, WIDTH), new, cache).compile()
+    compiled = step.lower(random(*shape, 2, 1, WIDTH), new, cache).compile()
     memory, held = compiled.memory_analysis(), cache.keys.nbytes + cache.values.nbytes
     assert memory.alias_size_in_bytes >= held
     assert memory.temp_size_in_bytes < held / 2 + CUBLAS_WORKSPACE * (jax.default_backend() == "gpu")
-    output, after = compiled(random(*shape, 2, WIDTH), new, jax.device_put(cache))
-    np.testing.assert_array_equal(output[:, :, 0], np.asarray(new.values)[:, :, 0])
+    output, after = compiled(random(*shape, 2, 1, WIDTH), new, jax.device_put(cache))
+    np.testing.assert_array_equal(output[:, :, 0], np.asarray(new.values))
     assert after.length == 1
 
 

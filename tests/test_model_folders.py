@@ -26,7 +26,7 @@ pytest.importorskip("jax")
 
 from transformers import Gemma3ForCausalLM  # noqa: E402
 
-from lyra.backends.jax_impl.gemma3 import empty_model_cache  # noqa: E402
+from lyra.backends.jax_impl.decoder import empty_model_cache  # noqa: E402
 from lyra.backends.torch_impl import GemmaInjector  # noqa: E402
 
 FRAMEWORKS = ("torch", "jax")

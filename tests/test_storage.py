@@ -306,12 +306,11 @@ def test_a_context_taken_in_by_tiles_is_the_same(batch: int, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("slots_a_block", [3, 10, 40])
-def test_jax_takes_a_context_in_by_blocks(batch: int, slots_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slots_a_tile", [3, 10, 40])
+def test_jax_takes_a_context_in_by_tiles(batch: int, slots_a_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jax")
     from lyra.backends.jax_impl import static
     from lyra.backends.jax_impl.rope import inverse_frequencies
-    from lyra.backends.jax_impl.sharding import ShardingConfig
 
     spec, layer = masked_layer(batch)
     placed, frequencies = static.place_static(spec, layer), inverse_frequencies(spec)
@@ -325,14 +324,14 @@ def test_jax_takes_a_context_in_by_blocks(batch: int, slots_a_block: int, monkey
         return turn(v)
 
     monkeypatch.setattr(static, "_turn_values", noted)
-    monkeypatch.setattr(static, "BLOCK", batch * 2 * DIM * slots_a_block)
-    found = static.prepare_static(placed, frequencies, ShardingConfig.no_sharding())
+    monkeypatch.setattr(static, "TILE", batch * 2 * DIM * slots_a_tile)
+    found = static.prepare_static(placed, frequencies)
     np.testing.assert_allclose(found.keys, whole.keys, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(found.values, whole.values)
-    np.testing.assert_array_equal(found.mask, whole.mask)
+    np.testing.assert_array_equal(found.visible, whole.visible)
     np.testing.assert_array_equal(whole.values, layer.v.swapaxes(2, 3))
     assert sum(lengths) == 40
-    assert slots_a_block / 2 < max(lengths) <= max(slots_a_block, 5)  # 40 is halved three times, then it is odd
+    assert slots_a_tile / 2 < max(lengths) <= max(slots_a_tile, 5)  # 40 is halved three times, then it is odd
 
 
 @pytest.mark.parametrize("dtype", ["float32", *NARROW])

@@ -29,7 +29,7 @@ from . import cache as live
 from .cache import LiveCache
 from .dtype import DTYPES, enter, leave, to_device
 from .gradients import complete, layer_gradients
-from .layer import Cache, Call, Constants, Layer, Shape, constants_of, run_layer, shape_of
+from .layer import Call, Numbers, Shape, layer_of, numbers_of, run_layer, shape_of
 from .shapes import general, make_room, pad_slots, pad_tokens
 from .static import PlacedStatic, place_static, rotate_static
 
@@ -40,15 +40,17 @@ def call_layer(
     positions: Array,
     mask: Array,
     weights: Mapping[str, Array],
-    constants: Constants,
+    numbers: Numbers,
     static: PlacedStatic | None,
     cache: LiveCache,
     *,
     shape: Shape,
-) -> tuple[Array, Cache, dict[str, Array]]:
-    """A whole layer call in one compiled function, see `run_layer`; the cache must have room for the call's tokens."""
-    rotated = None if static is None else rotate_static(static, constants.frequencies)
-    return run_layer(x, Layer(weights, constants, shape), Call(positions, mask, rotated, cache))
+) -> tuple[Array, LiveCache, dict[str, Array]]:
+    """A whole layer call in one compiled function: output, cache and trace; the cache must have room for its tokens."""
+    rotated, trace = None if static is None else rotate_static(static, numbers.frequencies), dict[str, Array]()
+    call = Call(positions, mask, rotated, cache)
+    output, after = run_layer(x, layer_of(weights, numbers, shape), call, trace)
+    return output, after, trace
 
 
 class JaxAttention:
@@ -63,8 +65,8 @@ class JaxAttention:
         entered = {name: enter(value, self._stored) for name, value in check_weights(spec, weights).items()}
         make_room(to_device)
         self._weights: dict[str, Array]
-        self._constants: Constants
-        self._weights, self._constants = to_device((entered, general(constants_of(spec), spec.num_attention_heads)))
+        self._numbers: Numbers
+        self._weights, self._numbers = to_device((entered, general(numbers_of(spec), self._shape)))
         self._trace_names = spec.trace_names()
 
     def __call__(
@@ -90,7 +92,7 @@ class JaxAttention:
             inputs.positions.astype(np.int32),
             inputs.mask,
             self._weights,
-            self._constants if placed is not None else self._constants._replace(split=None),
+            self._numbers if placed is not None else self._numbers._replace(heads=None),
             None if placed is None else pad_slots(placed),
             live.with_room(past, inputs.mask.shape[1]),
             shape=self._shape,
@@ -125,9 +127,8 @@ class JaxAttention:
         """Gradients of sum(cotangent * output); cotangent [B,T,E], the rest as in a call. Raises InputError."""
         check_differentiable(self.dtype)
         inputs = check_call(self.spec, x, positions, mask, static)
-        found = layer_gradients(
-            self.spec, self._weights, self._constants, self._shape, inputs, check_cotangent(cotangent, inputs)
-        )
+        cotangent = check_cotangent(cotangent, inputs)
+        found = layer_gradients(self.spec, self._weights, inputs, cotangent, numbers=self._numbers, shape=self._shape)
         return complete(found, static)
 
     def reorder(self, cache: object, rows: Sequence[int] | np.ndarray) -> LiveCache:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
+from .cache import LiveKeys, live_keys
+from .decoder import Turned
 from .forward import Graph, chunks, open_cache, prefill
-from .gemma3 import Attached, Turned
-from .heads import SplitArrays, fold, fold_visible, select_readers
-from .injected import Block, remembering
-from .layer import Constants, Shape, constants_of, shape_of
+from .heads import LyraHeads, fold, select
+from .injected import Injected, remembering
+from .layer import Call, Layer, Numbers, Shape, attention_only, numbers_of, shape_of
+from .modules import Attached
 from .partial import finite_maximum, masked_scores
 from .static import StaticKV
 from .tokens import CHUNK, Packed, Tokens
-from .visibility import visible_keys
 
 
 def look(
-    graph: Graph, packed: Packed, attached: Mapping[int, Attached | Block], layers: Sequence[int]
+    graph: Graph, packed: Packed, attached: Mapping[int, Attached | Injected], layers: Sequence[int]
 ) -> dict[int, np.ndarray]:
     """By layer what its heads look at when the model runs over packed's tokens [B,N]: float32 [B,Hq,N,S+N].
 
@@ -50,49 +51,47 @@ def unpack(weights: np.ndarray, packed: Packed, tokens: Tokens, slots: int) -> n
     return np.where(tokens.mask[:, None, :, None], whole, np.float32(0))
 
 
-def attentions(
-    turned: Turned, positions: Array, mask: Array, constants: Constants, static: StaticKV | None, shape: Shape
-) -> Array:
-    """The softmax weights of every head, float32 [B,Hq,T,S+T], static keys first. Clauses STATIC-1, MASKED.
+def attentions(q: Array, live: LiveKeys, layer: Layer, call: Call) -> Array:
+    """The softmax weights of every head, float32 [B,Hq,T,S+L], static keys first. Clauses STATIC-1, MASKED.
 
-    positions int [B,T], mask bool [B,T]. A head that does not read the context has 0 in its columns; a row that sees
+    The arguments are those of `attend_to`. A head that does not read the context has 0 in its columns; a row that sees
     nothing is 0.
     """
-    batch, tokens = mask.shape
-    query, scale, softcap = fold(turned.q, shape.kv_heads), constants.scale, constants.softcap
-    visible = visible_keys(positions, positions, mask, constants.window, constants.rule)
-    visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
-    scores = masked_scores(query, turned.k.transpose(0, 2, 3, 1), visible, scale, softcap)
-    if static is not None and constants.split is not None:
-        before = _static_scores(query, static, constants.split, tokens, scale, softcap)
+    numbers, queries = layer.numbers, fold(q, layer.shape.kv_heads)
+    visible = live.visible(call.positions, numbers.window, numbers.rule)
+    scores = masked_scores(queries, live.keys, visible, numbers.scale, numbers.softcap)
+    if call.static is not None and numbers.heads is not None:
+        before = _static_scores(queries, call.static, numbers.heads, numbers.scale, numbers.softcap)
         scores = jnp.concatenate([before, scores], axis=-1)
     weights = jnp.exp(scores - finite_maximum(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     shares = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
-    return shares.reshape(batch, shape.query_heads, tokens, -1)
+    return lax.collapse(shares, 1, 3)
 
 
-_attentions: Any = jax.jit(attentions, static_argnames="shape")
+@partial(jax.jit, static_argnames="shape")
+def _attentions(
+    turned: Turned, positions: Array, mask: Array, numbers: Numbers, static: StaticKV | None, *, shape: Shape
+) -> Array:
+    live = live_keys(turned.k, turned.k, mask, positions)  # weights need no values
+    return attentions(turned.q, live, attention_only(numbers, shape), Call(positions, mask, static, None))
 
 
 def _of_layer(
-    graph: Graph, layer: int, turned: Turned, packed: Packed, attached: Attached | Block | None
+    graph: Graph, layer: int, turned: Turned, packed: Packed, attached: Attached | Injected | None
 ) -> np.ndarray:
     spec = graph.spec.layer(layer).replace(split=None)
-    constants, static = constants_of(spec), None
+    numbers, static = numbers_of(spec), None
     if isinstance(attached, Attached):
-        constants, static = constants._replace(rule=attached.rule, split=attached.split), attached.static
+        numbers, static = numbers._replace(rule=attached.rule, heads=attached.heads), attached.static
     positions = np.maximum(np.cumsum(packed.mask, axis=1, dtype=np.int32) - 1, 0)
-    return np.asarray(_attentions(turned, positions, packed.mask, constants, static, shape=shape_of(spec)))
+    return np.asarray(_attentions(turned, positions, packed.mask, numbers, static, shape=shape_of(spec)))
 
 
-def _static_scores(
-    query: Array, static: StaticKV, split: SplitArrays, tokens: int, scale: Array, softcap: Array | None
-) -> Array:
-    """Scores of folded queries [B,Hkv,R·T,D] over static keys, [B,Hkv,R·T,S]; -inf for vanilla heads."""
-    selected = select_readers(query, split)
-    visible = None if static.mask is None else static.mask[:, None, None, :]
+def _static_scores(queries: Array, static: StaticKV, heads: LyraHeads, scale: Array, softcap: Array | None) -> Array:
+    """Scores of folded queries [B,Hkv,R,T,D] over static keys, [B,Hkv,R,T,S]; -inf for vanilla heads."""
+    selected = select(queries, heads)
+    visible = None if static.visible is None else static.visible[:, None, None, None, :]
     keys = jnp.broadcast_to(static.keys, (len(selected), *static.keys.shape[1:]))
-    scores = jnp.take(masked_scores(selected, keys, visible, scale, softcap), split.slots, axis=1, mode="clip")
-    lyra = jnp.repeat(split.lyra, tokens).reshape(1, query.shape[1], -1, 1)
-    return jnp.where(lyra, scores, -jnp.inf)
+    scores = jnp.take(masked_scores(selected, keys, visible, scale, softcap), heads.places, axis=1, mode="clip")
+    return jnp.where(heads.queries[:, :, None, None], scores, -jnp.inf)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from .dtype import DTYPES
+from .visibility import LiveRule, visible_keys
 
 SMALLEST = 16
 
@@ -26,6 +27,10 @@ class LiveKeys(NamedTuple):
     values: Array
     mask: Array
     positions: Array
+
+    def visible(self, positions: Array, window: Array | None, rule: LiveRule | None) -> Array:
+        """Which of them queries at `positions` [B,T] see, as `visible_keys` says it. Clauses LIVE, SLIDING, MASKED."""
+        return visible_keys(positions, self.positions, self.mask, window, rule)
 
 
 SLOT_AXES = (3, 2, 1, 1)
@@ -63,11 +68,13 @@ class LiveCache(NamedTuple):
         shown = self.mask & (jnp.arange(self.capacity) < self.length)
         return LiveKeys(self.keys, self.values, shown, self.positions)
 
-    def append(self, new: LiveKeys) -> tuple[LiveKeys, LiveCache]:
-        """All live keys, old and new, and a new cache that holds them; the old cache stays as it is. Clause LIVE-4.
+    def append(self, new: LiveKeys | None) -> tuple[LiveKeys, LiveCache]:
+        """All live keys, old and new, and a new cache that holds them; with None the old ones and this cache.
 
-        There must be free slots for the new ones.
+        The old cache stays as it is (clause LIVE-4). There must be free slots for the new ones.
         """
+        if new is None:
+            return self.used(), self
         live = write(self.used(), new, self.length)
         return live, LiveCache(*live, length=self.length + new.mask.shape[1])
 

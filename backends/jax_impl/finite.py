@@ -13,8 +13,8 @@ from lyra.spec.errors import NotFiniteError
 from lyra.spec.finite import not_finite
 
 from .forward import Graph, chunks, open_cache, prefill
-from .gemma3 import Attached
-from .injected import Block, remembering
+from .injected import Injected, remembering
+from .modules import Attached
 from .tokens import CHUNK, Tokens, pack_left
 
 
@@ -27,7 +27,7 @@ def finite_rows(values: Array) -> Array:
 def locate(
     graph: Graph,
     tokens: Tokens,
-    attached: Mapping[int, Attached | Block],
+    attached: Mapping[int, Attached | Injected],
     otherwise: str = "the scores",
 ) -> NotFiniteError:
     """The error of a call that met NaN or infinity for `tokens`: the layer and token that it begins at.
@@ -37,7 +37,7 @@ def locate(
     return not_finite(graph.dtype.name, finite_layers(graph, tokens, attached), tokens.mask, otherwise)
 
 
-def finite_layers(graph: Graph, tokens: Tokens, attached: Mapping[int, Attached | Block]) -> np.ndarray:
+def finite_layers(graph: Graph, tokens: Tokens, attached: Mapping[int, Attached | Injected]) -> np.ndarray:
     """Of which tokens the embedding and the output of each layer is finite: bool [L+1,B,T]."""
     packed = pack_left(tokens)
     batch, width = packed.ids.shape

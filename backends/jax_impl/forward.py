@@ -17,8 +17,9 @@ from jax import Array
 
 from lyra.spec.model import ModelSpec
 
-from .gemma3 import Attached, Forward, Gemma3, ModelCache, empty_model_cache
-from .injected import Block, remembering
+from .decoder import Decoder, Forward, ModelCache, empty_model_cache
+from .injected import Injected, remembering
+from .modules import Attached
 from .sharding import ShardingConfig
 from .tokens import CHUNK, Packed
 
@@ -38,9 +39,9 @@ class Structure:
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Structure) and bool(self._parts() == other._parts()))
 
-    def merge(self, state: Sequence[Array]) -> Gemma3:
+    def merge(self, state: Sequence[Array]) -> Decoder:
         """The module with these parameters."""
-        module: Gemma3 = nnx.merge(self.definition, jax.tree.unflatten(self.tree, state))
+        module: Decoder = nnx.merge(self.definition, jax.tree.unflatten(self.tree, state))
         return module
 
     def _parts(self) -> tuple[Any, Any]:
@@ -57,7 +58,7 @@ class Graph(NamedTuple):
     sharding: ShardingConfig
 
 
-def split_module(module: Gemma3) -> Graph:
+def split_module(module: Decoder) -> Graph:
     """The module as what compiled functions take."""
     definition, state = nnx.split(module)
     arrays, tree = jax.tree.flatten(state)
@@ -69,7 +70,7 @@ def prefill(
     ids: np.ndarray,
     mask: np.ndarray,
     cache: ModelCache,
-    attached: Mapping[int, Attached | Block],
+    attached: Mapping[int, Attached | Injected],
     *,
     capture: tuple[int, ...] = (),
     turned: bool = False,
@@ -83,7 +84,7 @@ def prefill(
 
 
 def prefill_all(
-    graph: Graph, packed: Packed, attached: Mapping[int, Attached | Block], room: int = 0, chunk: int = CHUNK
+    graph: Graph, packed: Packed, attached: Mapping[int, Attached | Injected], room: int = 0, chunk: int = CHUNK
 ) -> Iterator[tuple[Array, ModelCache]]:
     """All of packed's tokens [B,N], chunk by chunk: hidden [B,T,E] and the cache, with `room` more slots.
 
@@ -104,7 +105,7 @@ def next_scores(graph: Graph, hidden: Array) -> Array:
 
 
 def decode(
-    graph: Graph, token: np.ndarray, cache: ModelCache, attached: Mapping[int, Attached | Block]
+    graph: Graph, token: np.ndarray, cache: ModelCache, attached: Mapping[int, Attached | Injected]
 ) -> tuple[Array, ModelCache]:
     """Feed token [B] and give the scores of the next one, float32 [B,V]."""
     made: tuple[Array, ModelCache] = _decode(graph.structure, graph.state, token, cache, attached)
@@ -144,7 +145,7 @@ def _prefill(
     ids: Array,
     mask: Array,
     cache: ModelCache,
-    attached: Mapping[int, Attached | Block],
+    attached: Mapping[int, Attached | Injected],
     *,
     capture: tuple[int, ...],
     turned: bool,
@@ -167,7 +168,7 @@ def _decode(
     state: Sequence[Array],
     token: Array,
     cache: ModelCache,
-    attached: Mapping[int, Attached | Block],
+    attached: Mapping[int, Attached | Injected],
 ) -> tuple[Array, ModelCache]:
     module = structure.merge(state)
     made = module(token[:, None], jnp.ones((token.shape[0], 1), bool), cache, attached)

@@ -22,12 +22,13 @@ from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.split import HeadSplit
 
 from . import forward
+from .decoder import Decoder, empty_model_cache
 from .finite import locate
 from .forward import Graph, Structure
-from .gemma3 import Attached, Gemma3, empty_model_cache
-from .heads import SplitArrays, split_arrays
+from .heads import LyraHeads, lyra_heads
 from .layer import Call
 from .logits import filled, pieces
+from .modules import Attached
 from .rope import inverse_frequencies
 from .static import StaticKV, place_static, prepare_static
 from .tokens import Tokens, pack_left
@@ -40,7 +41,7 @@ class Gated(NamedTuple):
     """One layer under gates: its context, its heads, all of which read it, and gates float32 [N,Hq]."""
 
     static: StaticKV
-    split: SplitArrays
+    heads: LyraHeads
     gates: Array
 
 
@@ -62,11 +63,11 @@ class GatedText:
         if empty:
             raise InputError(f"gated: the context has no slots in layers {empty}; there is nothing to choose heads for")
         self._static = {
-            layer: prepare_static(one, inverse_frequencies(every), graph.sharding)
+            layer: prepare_static(one, inverse_frequencies(every), sharding=graph.sharding)
             for layer, one in placed.items()
             if one is not None
         }
-        self._split = split_arrays(every)
+        self._heads = lyra_heads(every)
         packed = pack_left(tokens, -(-tokens.ids.shape[1] // STEP) * STEP)
         self._mask = packed.mask
         self._start = _start(graph.structure, graph.state, packed.ids, packed.mask, stop=self._layers[0])
@@ -107,8 +108,8 @@ class GatedText:
         return values
 
     def _gated(self, layer: int, gates: np.ndarray) -> Gated:
-        assert self._split is not None
-        return Gated(self._static[layer], self._split, jnp.asarray(gates))
+        assert self._heads is not None
+        return Gated(self._static[layer], self._heads, jnp.asarray(gates))
 
     def _nll(self, hidden: np.ndarray) -> float:
         """Mean NLL of the targets after hidden [scored,E]."""
@@ -120,7 +121,7 @@ class GatedText:
         return total / len(self._targets)
 
 
-def run_layers(module: Gemma3, x: Array, mask: Array, gated: Mapping[int, Gated], start: int, stop: int) -> Array:
+def run_layers(module: Decoder, x: Array, mask: Array, gated: Mapping[int, Gated], start: int, stop: int) -> Array:
     """x [N,T,E] through the layers from `start` to before `stop`, mask [1,T]; all tokens at once, without a cache."""
     batch, width = x.shape[:2]
     rows = jnp.broadcast_to(mask, (batch, width))
@@ -128,8 +129,8 @@ def run_layers(module: Gemma3, x: Array, mask: Array, gated: Mapping[int, Gated]
     room = empty_model_cache(module.spec, batch, width, module.norm.weight[...].dtype)
     for index in range(start, stop):
         one = gated.get(index)
-        attached = None if one is None else Attached(one.static, None, one.split, one.gates)
-        x = module.layers[index](x, Call(positions, rows, None, room.layers[index], True), attached, None)[0]
+        attached = None if one is None else Attached(one.static, None, one.heads, one.gates)
+        x = module.layers[index](x, Call(positions, rows, None, room.layers[index], first=True), attached, None)[0]
     return module.norm(x) if stop == len(module.layers) else x
 
 
@@ -170,7 +171,7 @@ def _loss_and_gradient(
     return made
 
 
-def _mean_nll(module: Gemma3, hidden: Array, targets: Array) -> Array:
+def _mean_nll(module: Decoder, hidden: Array, targets: Array) -> Array:
     """Mean NLL of targets [n] after hidden [n,E]; in pieces, whose logits are computed again for the gradient."""
 
     @jax.checkpoint

@@ -13,8 +13,8 @@ from lyra.backends.protocol import Sampling
 
 from .finite import finite_rows, locate
 from .forward import Graph, decode, next_scores, prefill_all
-from .gemma3 import Attached
-from .injected import Block
+from .injected import Injected
+from .modules import Attached
 from .sampling import draw, most_likely
 from .tokens import Tokens, pack_left
 
@@ -22,7 +22,7 @@ from .tokens import Tokens, pack_left
 def generate(
     graph: Graph,
     tokens: Tokens,
-    attached: Mapping[int, Attached | Block],
+    attached: Mapping[int, Attached | Injected],
     max_new_tokens: int,
     stop_ids: Sequence[int],
     on_token: Callable[[np.ndarray], None] | None = None,

@@ -15,7 +15,7 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import CallInputs, StaticLayer
 
 from .cache import LiveCache, bucket, empty_cache
-from .layer import Call, Constants, Layer, Shape, run_layer
+from .layer import Call, Numbers, Shape, layer_of, run_layer
 from .shapes import make_room, pad_slots, pad_tokens
 from .static import PlacedStatic, place_static, rotate_static
 
@@ -25,10 +25,11 @@ Pulled = tuple[Array, dict[str, Array], tuple[Array, Array] | None]
 def layer_gradients(
     spec: AttentionSpec,
     weights: Mapping[str, Array],
-    constants: Constants,
-    shape: Shape,
     inputs: CallInputs,
     cotangent: np.ndarray,
+    *,
+    numbers: Numbers,
+    shape: Shape,
 ) -> Gradients:
     """Gradients of sum(cotangent · output) of one call without a cache; cotangent [B,T,E], 0 at padding.
 
@@ -45,7 +46,7 @@ def layer_gradients(
         inputs.positions.astype(np.int32),
         inputs.mask,
         weights,
-        constants if placed is not None else constants._replace(split=None),
+        numbers if placed is not None else numbers._replace(heads=None),
         None if placed is None else pad_slots(placed),
         empty_cache(batch, shape.kv_heads, shape.head_dim, bucket(padded)),
         shape=shape,
@@ -63,7 +64,7 @@ def pull_back(
     positions: Array,
     mask: Array,
     weights: Mapping[str, Array],
-    constants: Constants,
+    numbers: Numbers,
     static: PlacedStatic | None,
     cache: LiveCache,
     *,
@@ -80,9 +81,9 @@ def pull_back(
         if static is not None and kv is not None:
             assert static.mask is not None  # pad_slots gives every context one
             k, v = (jnp.where(static.mask[:, None, :, None], part, 0.0) for part in kv)
-            rotated = rotate_static(static._replace(k=k, v=v), constants.frequencies)
+            rotated = rotate_static(static._replace(k=k, v=v), numbers.frequencies)
         call = Call(positions, mask, rotated, cache, first=True)
-        return run_layer(x, Layer(weights, constants, shape), call)[0]
+        return run_layer(x, layer_of(weights, numbers, shape), call)[0]
 
     kv = None if static is None else (jnp.asarray(static.k), jnp.asarray(static.v))
     _, back = jax.vjp(output, x, weights, kv)

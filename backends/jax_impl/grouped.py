@@ -11,8 +11,8 @@ from jax import Array
 from lyra.spec.attention import AttentionSpec, RopeSpec, grouped
 
 from .cache import LiveCache, bucket, empty_cache, with_room
-from .gemma3 import Linear, RMSNorm
-from .layer import Call, Layer, constants_of, run_layer, shape_of
+from .layer import Call, Layer, Parts, numbers_of, run_layer, shape_of
+from .modules import Linear, RMSNorm
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -76,16 +76,19 @@ class GroupedQueryAttention(nnx.Module):
             positions = jnp.broadcast_to(past + jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
         if mask is None:
             mask = jnp.ones((batch, tokens), bool)
-        shape = shape_of(self.spec)
         room = self.empty_cache(batch, tokens) if cache is None else cache
         if not isinstance(room.length, Array):
             room = with_room(room, tokens)
-        owners = {name: name.split(".") for name in self.spec.weight_shapes()}
-        weights = {name: getattr(getattr(self, owner), kind)[...] for name, (owner, kind) in owners.items()}
-        layer = Layer(weights, constants_of(self.spec), shape)
-        output, live, _ = run_layer(x, layer, Call(positions, mask, None, room, first=cache is None))
-        assert isinstance(live, LiveCache)
-        return output, live
+        call = Call(positions, mask, None, room, first=cache is None)
+        made: tuple[Array, LiveCache] = run_layer(x, self.layer, call)
+        return made
+
+    @property
+    def layer(self) -> Layer:
+        """The submodules, numbers and shape that it computes with."""
+        norms = (None, None) if self.spec.qk_norm is None else (self.q_norm, self.k_norm)
+        parts = Parts(self.q_proj, self.k_proj, self.v_proj, self.o_proj, *norms)
+        return Layer(parts, numbers_of(self.spec), shape_of(self.spec))
 
     def empty_cache(self, batch: int, tokens: int) -> LiveCache:
         """A cache with nothing in it and room for so many tokens."""

@@ -1,95 +1,93 @@
-"""Query heads by KV head, and which of them are Lyra heads (clause SPLIT)."""
+"""How query heads are grouped by the KV head they read, and which of them go to Lyra (clause SPLIT).
+
+The folded layout is [B,Hkv,R,T,D]: the R query heads of a KV head and their T tokens stand together, so that one matrix
+product per KV head serves them all and keys are never repeated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from lyra.spec.attention import AttentionSpec
 
 from .dtype import constant
-from .partial import Partial
+from .partial import Partial, keep
 
 
-class SplitArrays(NamedTuple):
+def fold(q: Array, kv_heads: int) -> Array:
+    """[B,T,Hq,D] -> [B,Hkv,R,T,D]; query head h stands at (h // R, h % R). Clause SPLIT-1."""
+    batch, tokens, query_heads, head_dim = q.shape
+    return q.swapaxes(1, 2).reshape(batch, kv_heads, query_heads // kv_heads, tokens, head_dim)
+
+
+def unfold(heads: Array) -> Array:
+    """[B,Hkv,R,T,D] -> [B,T,Hq,D], heads in their original order."""
+    batch, kv_heads, group, tokens, head_dim = heads.shape
+    return heads.reshape(batch, kv_heads * group, tokens, head_dim).swapaxes(1, 2)
+
+
+def fold_batch(q: Array, contexts: int) -> Array:
+    """[B,Hs,R,T,D] -> [Bc,Hs,B/Bc·R,T,D]: the rows that share a context become queries of it. Clause BATCH-4.
+
+    Of Bc contexts, row b reads number b // (B/Bc): the rows of one stand together.
+    """
+    batch, kv_heads, group, tokens, head_dim = q.shape
+    rows = q.reshape(contexts, batch // contexts, kv_heads, group, tokens, head_dim).swapaxes(1, 2)
+    return rows.reshape(contexts, kv_heads, batch // contexts * group, tokens, head_dim)
+
+
+def unfold_batch(x: Array, group: int) -> Array:
+    """[Bc,Hs,B/Bc·R,T,...] -> [B,Hs,R,T,...], the inverse of `fold_batch`; R is `group`."""
+    contexts, kv_heads, queries, *rest = x.shape
+    rows = x.reshape(contexts, kv_heads, queries // group, group, *rest).swapaxes(1, 2)
+    return rows.reshape(contexts * (queries // group), kv_heads, group, *rest)
+
+
+class LyraHeads(NamedTuple):
     """A head split as arrays, so that a compiled function serves every split with the same number of KV heads.
 
-    lyra     [Hq] bool   whether the query head is a Lyra head
-    readers  [G] int32   the KV heads that Lyra heads read, ascending: axis G of the static keys
-    slots    [Hkv] int32 where a KV head stands on axis G; 0 for KV heads that are not there
+    queries   [Hkv,R] bool  whether the query head is a Lyra head
+    kv_heads  [Hs] int32    the KV heads that Lyra heads read, ascending, as static keys have them
+    places    [Hkv] int32   where a KV head stands among these; 0 for those that are not there
     """
 
-    lyra: Array
-    readers: Array
-    slots: Array
+    queries: Array
+    kv_heads: Array
+    places: Array
 
 
-def split_arrays(spec: AttentionSpec) -> SplitArrays | None:
-    """The arrays of the spec's split; None where no head goes to Lyra. Clause SPLIT."""
+def lyra_heads(spec: AttentionSpec) -> LyraHeads | None:
+    """The Lyra heads of a layer's split; None where no head goes to Lyra. Clauses SPLIT-2, SPLIT-5."""
     if not spec.lyra_q_heads:
         return None
-    lyra = np.zeros(spec.num_attention_heads, dtype=bool)
-    lyra[list(spec.lyra_q_heads)] = True
-    readers = np.array(spec.lyra_kv_heads, dtype=np.int32)
-    slots = np.zeros(spec.num_key_value_heads, dtype=np.int32)
-    slots[readers] = np.arange(len(readers))
-    return SplitArrays(*(constant(part, part.dtype) for part in (lyra, readers, slots)))
+    flags = np.zeros(spec.num_attention_heads, dtype=bool)
+    flags[list(spec.lyra_q_heads)] = True
+    queries = flags.reshape(spec.num_key_value_heads, -1)
+    kv_heads = np.array(spec.lyra_kv_heads, dtype=np.int32)
+    places = np.zeros(spec.num_key_value_heads, dtype=np.int32)
+    places[kv_heads] = np.arange(len(kv_heads))
+    return LyraHeads(*(constant(part, part.dtype) for part in (queries, kv_heads, places)))
 
 
-def fold(heads: Array, kv_heads: int) -> Array:
-    """[B,T,Hq,D] to [B,Hkv,R·T,D]: the R query heads of a KV head become one axis with their tokens. SPLIT-1."""
-    batch, tokens, query_heads, head_dim = heads.shape
-    return heads.swapaxes(1, 2).reshape(batch, kv_heads, query_heads // kv_heads * tokens, head_dim)
+def select(queries: Array, heads: LyraHeads) -> Array:
+    """The folded queries of the KV heads that hold static keys: [B,Hkv,R,T,D] to [B,Hs,R,T,D]."""
+    return jnp.take(queries, heads.kv_heads, axis=1, mode="clip")
 
 
-def unfold(folded: Array, query_heads: int) -> Array:
-    """[B,Hkv,R·T,D] back to [B,T,Hq,D]."""
-    batch, kv_heads, queries, head_dim = folded.shape
-    tokens = queries * kv_heads // query_heads
-    return folded.reshape(batch, query_heads, tokens, head_dim).swapaxes(1, 2)
+def spread(partial: Partial, heads: LyraHeads) -> Partial:
+    """A Partial of the Hs static KV heads as one of all KV heads, empty for every vanilla head. Clause SPLIT-4.
 
-
-def join_tokens(folded: Sequence[Partial], group: int) -> Partial:
-    """Partials of folded queries [B,Hkv,R·t,·], whose tokens stand behind each other, as one; R is `group`."""
-
-    def joined(*fields: Array) -> Array:
-        apart = [field.reshape(*field.shape[:2], group, -1, field.shape[-1]) for field in fields]
-        return lax.collapse(jnp.concatenate(apart, axis=3), 2, 4)
-
-    return folded[0] if len(folded) == 1 else Partial(*map(joined, *folded))
-
-
-def fold_visible(visible: Array, query_heads: int, kv_heads: int) -> Array:
-    """Visibility [B, 1 or Hq, T, L] for folded queries: [B, 1 or Hkv, R·T, L]."""
-    batch, heads, tokens, keys = visible.shape
-    group = query_heads // kv_heads
-    if heads == 1:
-        visible = jnp.broadcast_to(visible, (batch, group, tokens, keys))
-    return visible.reshape(batch, heads if heads == 1 else kv_heads, group * tokens, keys)
-
-
-def select_readers(folded: Array, split: SplitArrays) -> Array:
-    """The folded queries of the KV heads that hold static keys: [B,Hkv,Q,D] to [B,G,Q,D]."""
-    return jnp.take(folded, split.readers, axis=1, mode="clip")
-
-
-def spread_readers(partial: Partial, split: SplitArrays, tokens: int) -> Partial:
-    """A Partial of the G static KV heads as one of all KV heads, empty for every vanilla head. Clause SPLIT-4.
-
-    Takes [B,G,R·T,·], gives [B,Hkv,R·T,·]; in a group that the split cuts, only the Lyra heads keep their part.
+    Takes [B,Hs,R,T,·], gives [B,Hkv,R,T,·]; of query heads that share a KV head only the Lyra heads keep their part.
     """
-    kv_heads = split.slots.shape[0]
-    lyra = jnp.repeat(split.lyra, tokens).reshape(1, kv_heads, -1, 1)
-    out, maximum, total = (jnp.take(part, split.slots, axis=1, mode="clip") for part in partial)
-    return Partial(jnp.where(lyra, out, 0.0), jnp.where(lyra, maximum, -jnp.inf), jnp.where(lyra, total, 0.0))
+    everywhere = Partial(*(jnp.take(field, heads.places, axis=1, mode="clip") for field in partial))
+    return keep(everywhere, heads.queries[:, :, None, None])
 
 
-def blend(without: Array, with_context: Array, gates: Array) -> Array:
-    """Folded heads [B,Hkv,R·T,D] without and with a context, by gates [B,Hq] from 0 to 1, both ends exactly."""
-    batch, kv_heads, queries, _ = without.shape
-    share = jnp.repeat(gates, queries * kv_heads // gates.shape[1], axis=1).reshape(batch, kv_heads, queries, 1)
+def blend(without: Array, with_context: Array, share: Array) -> Array:
+    """Folded heads [B,Hkv,R,T,D] without and with a context, by share [B,Hq] from 0 to 1, both ends exactly."""
+    share = share.reshape(*without.shape[:3], 1, 1)
     return share * with_context + (1 - share) * without

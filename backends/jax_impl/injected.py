@@ -14,52 +14,47 @@ from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
 
 from .cache import LiveCache, empty_cache
-from .dtype import constant, store
-from .layer import Cache, Call, Layer, Shape, run_layer
-from .norm import rms_norm
-from .sequential import BlockConstants, block_constants, join, run_on_own_cache
+from .dtype import constant
+from .layer import Cache, Call, Shape, layer_of
+from .sequential import BlockNumbers, block_numbers, block_of, reading_only, run_block
 from .static import StaticKV
 
 
 class ExternalBlock(NamedTuple):
-    """A block that reads a context of its own, and live keys of its own where its heads see earlier tokens.
+    """A block that reads a context of its own, and live keys of its own where its heads see earlier tokens."""
 
-    output_eps  None where the block has no output norm
-    """
-
-    constants: BlockConstants
-    output_eps: Array | None
+    numbers: BlockNumbers
     static: StaticKV | None
 
 
 class OwnBlock(NamedTuple):
     """A block whose queries read the live cache of the layer's own attention."""
 
-    constants: BlockConstants
-    output_eps: Array | None
+    numbers: BlockNumbers
     static: None = None
 
 
-Block = ExternalBlock | OwnBlock
+Injected = ExternalBlock | OwnBlock
 
 
-def make_block(spec: SequentialSpec, static: StaticKV | None) -> Block:
+def make_block(spec: SequentialSpec, static: StaticKV | None) -> Injected:
     """The numbers of a block, and its context."""
-    constants = block_constants(spec)
+    numbers = block_numbers(spec)
     if static is None:
-        constants = constants._replace(attention=constants.attention._replace(split=None))
-    output_eps = constant(spec.norm_eps) if spec.output_norm else None
-    return OwnBlock(constants, output_eps) if spec.source == "own" else ExternalBlock(constants, output_eps, static)
+        numbers = numbers._replace(attention=numbers.attention._replace(heads=None))
+    return OwnBlock(numbers) if spec.source == "own" else ExternalBlock(numbers, static)
 
 
-def with_gate(block: Block, gate: float) -> Block:
+def with_gate(injected: Injected, gate: float) -> Injected:
     """The same block with another gate; nothing is compiled again."""
-    return block._replace(constants=block.constants._replace(gate=jax.device_put(constant(gate))))
+    return injected._replace(numbers=injected.numbers._replace(gate=jax.device_put(constant(gate))))
 
 
-def remembering(blocks: Mapping[int, Any]) -> tuple[int, ...]:
+def remembering(attached: Mapping[int, Any]) -> tuple[int, ...]:
     """The layers whose blocks need live keys of their own: those where a head sees earlier tokens."""
-    return tuple(sorted(layer for layer, one in blocks.items() if isinstance(one, ExternalBlock) and _looks_back(one)))
+    return tuple(
+        sorted(layer for layer, held in attached.items() if isinstance(held, ExternalBlock) and _looks_back(held))
+    )
 
 
 def check_blocks(spec: ModelSpec, static: Collection[int], blocks: Mapping[int, SequentialSpec]) -> None:
@@ -78,32 +73,36 @@ def check_blocks(spec: ModelSpec, static: Collection[int], blocks: Mapping[int, 
         )
 
 
-def run_block(
-    block: Block, h: Array, weights: Mapping[str, Array], shape: Shape, call: Call, own: Cache, memory: LiveCache | None
+def run_injected(
+    h: Array,
+    injected: Injected,
+    weights: Mapping[str, Array],
+    shape: Shape,
+    call: Call,
+    own: Cache,
+    memory: LiveCache | None,
+    trace: dict[str, Array] | None = None,
 ) -> tuple[Array, LiveCache | None]:
     """The residual stream h [B,T,E] behind the block, and its live keys with the call's, if it keeps any.
 
     `weights` are named as in `SequentialSpec.weight_shapes`; `own` is the cache of the layer's own attention, which
-    holds the call's tokens already. Clauses SEQUENTIAL-1 to SEQUENTIAL-6.
+    holds the call's tokens already; `trace` is given what `run_block` gives.
     """
-    constants = block.constants
-    x, layer = rms_norm(h, weights["input_norm.weight"], constants.norm_eps), Layer(weights, constants.attention, shape)
-    if isinstance(block, OwnBlock):
-        y, _, _ = run_on_own_cache(x, layer, call._replace(cache=own))
-    else:
-        alone = memory is None  # then no head sees an earlier token, and the call's own are all there is
-        past = _room_for(call, shape, h.dtype) if memory is None else memory
-        seen = call._replace(static=block.static, cache=past, first=call.first or alone)
-        y, after, _ = run_layer(x, layer, seen)
-        assert isinstance(after, LiveCache)
-        memory = None if alone else after
-    if block.output_eps is not None:
-        y = rms_norm(y, weights["output_norm.weight"], block.output_eps)
-    return store(join(constants, h, y), h.dtype), memory
+    numbers = injected.numbers
+    layer = layer_of(weights, numbers.attention, shape)
+    block = block_of(numbers, reading_only(layer) if isinstance(injected, OwnBlock) else layer, weights)
+    call = call._replace(static=injected.static, turn=None)  # a block may have another RoPE
+    if isinstance(injected, OwnBlock):
+        h, _ = run_block(h, block, call._replace(cache=own), trace)
+        return h, None
+    if memory is None:  # then no head sees an earlier token, and the call's own are all there is
+        alone = call._replace(cache=_room_for(call, shape, h.dtype), first=True)
+        return run_block(h, block, alone, trace)[0], None
+    return run_block(h, block, call._replace(cache=memory), trace)
 
 
-def _looks_back(block: ExternalBlock) -> bool:
-    rule = block.constants.attention.rule
+def _looks_back(injected: ExternalBlock) -> bool:
+    rule = injected.numbers.attention.rule
     return rule is None or bool(np.asarray(rule.earlier).any())
 
 

@@ -1,17 +1,18 @@
-"""One attention layer: its stages in order, and the pipeline that runs them.
+"""One attention layer: its stages, each a function over arrays, and the pipeline that runs them in the spec's order.
 
 Compiled code depends on shapes and structure only. Every number of a spec (eps, frequencies, scale, softcap, window)
 and every choice of heads travels as an array; what a spec lacks is None, which is structure.
 
-Axes: B batch, T tokens of the call, L live keys, S static keys, E hidden_size, Hq query heads, Hkv KV heads,
-R = Hq / Hkv, G KV heads with static keys, D head_dim.
+Axes: B rows, T tokens of the call, L live keys, S static slots, E hidden_size, Hq query heads, Hkv KV heads,
+R = Hq / Hkv, D head_dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,16 +22,20 @@ from lyra.spec.attention import TRACES, AttentionSpec
 
 from .cache import LiveCache, LiveKeys, first_slots, live_keys
 from .dtype import constant, store
-from .heads import SplitArrays, blend, fold, fold_visible, join_tokens, split_arrays, unfold
+from .heads import LyraHeads, blend, fold, lyra_heads, unfold
+from .linear import linear
 from .norm import rms_norm
-from .partial import HIGHEST, Partial, finish, merge, partial_attention
+from .partial import Partial, finish, merge, nothing, partial_attention
 from .rolling import RollingCache
 from .rope import cos_sin, inverse_frequencies, rotate
-from .sharding import ShardingConfig
+from .sharding import ONE_DEVICE, ShardingConfig
 from .static import StaticKV, static_attention
-from .visibility import LiveRule, live_rule, visible_keys
+from .visibility import LiveRule, live_rule
 
 Cache = LiveCache | RollingCache
+Map = Callable[[Array], Array]
+"""A module, or a closure over weights."""
+
 WIDEST = 1 << 30
 """A window as wide as this hides nothing, and a position minus it still fits in an int32."""
 
@@ -38,203 +43,229 @@ PARTS, TOKENS_A_PART = 4, 16
 """A call of many tokens attends to live keys in so many parts, each of at least so many tokens."""
 
 
+class Parts(NamedTuple):
+    """What a layer computes with: projections [B,T,in] -> [B,T,out], and norms of heads [B,T,H,D], if it has them.
+
+    Without k_proj, v_proj and k_norm it makes no keys of its own: it reads what its cache holds.
+    """
+
+    q_proj: Map
+    k_proj: Map | None
+    v_proj: Map | None
+    o_proj: Map
+    q_norm: Map | None
+    k_norm: Map | None
+
+
+class Numbers(NamedTuple):
+    """The numbers of a spec, as float32, int32 and bool arrays; None for a part that the layer does not have.
+
+    eps is that of `parts_of`; a module's norms have their own.
+    """
+
+    scale: Array
+    eps: Array | None
+    softcap: Array | None
+    window: Array | None
+    frequencies: Array | None
+    rule: LiveRule | None
+    heads: LyraHeads | None
+
+
 class Shape(NamedTuple):
-    """What compiled code is specialised to, besides array shapes."""
+    """What compiled code is specialised to, besides array shapes: sizes, the order of the stages, where arrays lie."""
 
     query_heads: int
     kv_heads: int
     head_dim: int
     order: tuple[str, ...]
-    sharding: ShardingConfig = ShardingConfig.no_sharding()
+    sharding: ShardingConfig = ONE_DEVICE
 
 
-class Constants(NamedTuple):
-    """The numbers of a spec, as float32 and bool arrays; None for a part that the layer does not have."""
+class Layer(NamedTuple):
+    """Parts, numbers and shape of one layer."""
 
-    scale: Array
-    eps: Array | None
-    frequencies: Array | None
-    softcap: Array | None
-    window: Array | None
-    rule: LiveRule | None
-    split: SplitArrays | None
+    parts: Parts
+    numbers: Numbers
+    shape: Shape
 
 
 class Call(NamedTuple):
-    """What one call brings: positions [B,T] int32, mask [B,T] bool, static keys or None, a cache with room for T.
+    """What one call brings: positions int32, mask bool [B,T]; static keys or None; a cache with room for its tokens.
 
-    A RollingCache serves sliding-window layers only. `first` says that the cache is known to be empty, so that the
-    tokens of the call need to look at each other only. `gates` float32 [B,Hq] blend heads with and without static keys.
-    `turn` holds cosine and sine of the positions, where a model has computed them for many layers.
+    The cache is None where no live key is read; a RollingCache serves sliding-window layers only. `blend` float32
+    [B,Hq] blends heads with and without static keys. `turn` holds cosine and sine of the positions, where a model has
+    computed them for many layers. `first` says that the cache is known to be empty, so that the tokens of the call need
+    to look at each other only.
     """
 
     positions: Array
     mask: Array
     static: StaticKV | None
-    cache: Cache
-    first: bool = False
-    gates: Array | None = None
+    cache: Cache | None
+    blend: Array | None = None
     turn: tuple[Array, Array] | None = None
+    first: bool = False
 
 
-class Flow(NamedTuple):
-    """What passes through the stages: the cache, and by name x and output [B,T,E], q and heads [B,T,Hq,D], k and v
-    [B,T,Hkv,D].
-    """
+def parts_of(weights: Mapping[str, Array], eps: Array | float | None) -> Parts:
+    """The parts of a layer with these weights, by Hugging Face's names; eps None without norms. ORDER-1, NORM."""
+    q_proj, k_proj, v_proj, o_proj = (
+        partial(linear, weight=weights[f"{name}.weight"], bias=weights.get(f"{name}.bias"))
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    )
+    if eps is None:
+        return Parts(q_proj, k_proj, v_proj, o_proj, None, None)
+    q_norm, k_norm = (partial(rms_norm, weight=weights[f"{name}.weight"], eps=eps) for name in ("q_norm", "k_norm"))
+    return Parts(q_proj, k_proj, v_proj, o_proj, q_norm, k_norm)
 
-    cache: Cache
-    values: dict[str, Array]
 
-    def add(self, **values: Array) -> Flow:
-        """The same with some values new or replaced."""
-        return self._replace(values=self.values | values)
-
-
-class Layer(NamedTuple):
-    """Weights by their Hugging Face names, numbers and shape of one layer."""
-
-    weights: Mapping[str, Array]
-    constants: Constants
-    shape: Shape
+def numbers_of(spec: AttentionSpec) -> Numbers:
+    """The numbers of a spec."""
+    return Numbers(
+        scale=constant(spec.scale),
+        eps=None if spec.qk_norm is None else constant(spec.qk_norm.eps),
+        softcap=None if spec.softcap is None else constant(spec.softcap),
+        window=None if spec.sliding_window is None else constant(min(spec.sliding_window, WIDEST), np.int32),
+        frequencies=inverse_frequencies(spec),
+        rule=live_rule(spec),
+        heads=lyra_heads(spec),
+    )
 
 
 def shape_of(spec: AttentionSpec) -> Shape:
-    """The part of a spec that compiled code is specialised to."""
+    """Sizes of a spec and the order of its stages."""
     return Shape(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, spec.order)
 
 
-def constants_of(spec: AttentionSpec) -> Constants:
-    """The part of a spec that travels as arrays."""
-    return Constants(
-        scale=constant(spec.scale),
-        eps=None if spec.qk_norm is None else constant(spec.qk_norm.eps),
-        frequencies=inverse_frequencies(spec),
-        softcap=None if spec.softcap is None else constant(spec.softcap),
-        window=None if spec.sliding_window is None else constant(min(spec.sliding_window, WIDEST), np.int32),
-        rule=live_rule(spec),
-        split=split_arrays(spec),
-    )
+def layer_of(weights: Mapping[str, Array], numbers: Numbers, shape: Shape) -> Layer:
+    """The layer of these weights and numbers."""
+    return Layer(parts_of(weights, numbers.eps), numbers, shape)
 
 
-def project(flow: Flow, layer: Layer, call: Call) -> Flow:
-    """Queries, keys and values by head. Clause ORDER-1."""
-    x, shape = flow.values["x"], layer.shape
-    return flow.add(
-        q=projection(x, layer, "q_proj", shape.query_heads),
-        k=projection(x, layer, "k_proj", shape.kv_heads),
-        v=projection(x, layer, "v_proj", shape.kv_heads),
-    )
+def attention_only(numbers: Numbers, shape: Shape) -> Layer:
+    """A layer for `attend_to` and `attentions` alone, which compute with none of its parts."""
+    absent: Any = None
+    return Layer(absent, numbers, shape)
 
 
-def projection(x: Array, layer: Layer, name: str, heads: int) -> Array:
-    """x [B,T,E] through one projection and into heads [B,T,heads,D]. Clause ORDER-1."""
-    return _heads(_linear(x, layer.weights, name), heads)
+def project(x: Array, layer: Layer) -> tuple[Array, Array | None, Array | None]:
+    """x [B,T,E] -> q [B,T,Hq,D], k and v [B,T,Hkv,D], or None where the layer makes none. Clause ORDER-1."""
+    parts, head_dim = layer.parts, layer.shape.head_dim
+    k, v = (None if part is None else by_head(settled(part, x), head_dim) for part in (parts.k_proj, parts.v_proj))
+    return by_head(settled(parts.q_proj, x), head_dim), k, v
 
 
-def norm(flow: Flow, layer: Layer, call: Call) -> Flow:
+def by_head(x: Array, head_dim: int) -> Array:
+    """[B,T,H·D] -> [B,T,H,D], head h being columns h·D to (h+1)·D."""
+    return x.reshape(*x.shape[:2], -1, head_dim)
+
+
+def settled(part: Map, x: Array) -> Array:
+    """A projection of x, whose readers all get the same values.
+
+    Without the barrier XLA makes a reduction of a single token's product on a GPU, and sums it again, in another order,
+    wherever it is read (TOLERANCE-2).
+    """
+    return lax.optimization_barrier(part(x))
+
+
+def norm(q: Array, k: Array | None, layer: Layer) -> tuple[Array, Array | None]:
     """RMSNorm of queries and keys per head, if the layer has one. Clause NORM."""
-    eps = layer.constants.eps
-    if eps is None:
-        return flow
-    return flow.add(
-        q=rms_norm(flow.values["q"], layer.weights["q_norm.weight"], eps),
-        k=rms_norm(flow.values["k"], layer.weights["k_norm.weight"], eps),
-    )
+    parts = layer.parts
+    q = q if parts.q_norm is None else parts.q_norm(q)
+    return q, k if k is None or parts.k_norm is None else parts.k_norm(k)
 
 
-def rope(flow: Flow, layer: Layer, call: Call) -> Flow:
-    """Rotate queries and keys at the positions of the call, if the layer has RoPE. Clauses ROPE and ORDER-3."""
-    if layer.constants.frequencies is None:
-        return flow
-    turn = call.turn or cos_sin(call.positions, layer.constants.frequencies)
-    cos, sin = (part[:, :, None] for part in turn)
-    return flow.add(q=rotate(flow.values["q"], cos, sin), k=rotate(flow.values["k"], cos, sin))
+def rope(q: Array, k: Array | None, layer: Layer, call: Call) -> tuple[Array, Array | None]:
+    """Queries and keys [B,T,H,D] turned to the positions of the call, if the layer has RoPE. Clauses ROPE, ORDER-3."""
+    if layer.numbers.frequencies is None:
+        return q, k
+    cos, sin = (part[:, :, None] for part in call.turn or cos_sin(call.positions, layer.numbers.frequencies))
+    return rotate(q, cos, sin), None if k is None else rotate(k, cos, sin)
 
 
-def attend(flow: Flow, layer: Layer, call: Call) -> Flow:
-    """Every head over the live keys, Lyra heads over the static keys too, with one softmax. Clauses LIVE and STATIC."""
-    new = live_keys(flow.values["k"], flow.values["v"], call.mask, call.positions)
-    live, cache = flow.cache.append(new)
-    return attend_to(new if call.first else live, flow, layer, call)._replace(cache=cache)
+def attend(q: Array, k: Array | None, v: Array | None, layer: Layer, call: Call) -> tuple[Array, Cache | None]:
+    """The heads [B,T,Hq,D], and the cache with the call's keys: see `attend_to`. Clauses STATIC, LIVE."""
+    past: Any = call.cache
+    if past is None:
+        return attend_to(q, None, layer, call), None
+    new = None if k is None or v is None else live_keys(k, v, call.mask, call.positions)
+    live, cache = past.append(new)
+    return attend_to(q, new if call.first and new is not None else live, layer, call), cache
 
 
-def attend_to(live: LiveKeys, flow: Flow, layer: Layer, call: Call) -> Flow:
-    """The same over given live keys; the cache stays as it is."""
-    shape, constants = layer.shape, layer.constants
-    q = flow.values["q"]
-    partial = without = live_attention(live, q, layer, call)
-    if call.static is not None and constants.split is not None:
-        query, tokens = fold(q, shape.kv_heads), call.mask.shape[1]
-        static = static_attention(
-            query, call.static, constants.split, tokens, constants.scale, constants.softcap, shape.sharding
-        )
-        partial = merge(partial, static)
-    heads = finish(partial)
-    if call.gates is not None:
-        heads = blend(finish(without), heads, call.gates)
-    heads = store(heads, q.dtype)
-    return flow.add(heads=unfold(heads, shape.query_heads))
+def attend_to(q: Array, live: LiveKeys | None, layer: Layer, call: Call) -> Array:
+    """Every head over the live keys it sees, Lyra heads over the static ones too, with one softmax: [B,T,Hq,D].
+
+    Clauses STATIC, LIVE. Vanilla heads keep what the live keys gave them (SPLIT-4).
+    """
+    numbers, shape = layer.numbers, layer.shape
+    queries = fold(q, shape.kv_heads)
+    part = without = nothing(queries) if live is None else live_attention(q, live, layer, call)
+    if call.static is not None and numbers.heads is not None:
+        scores = numbers.scale, numbers.softcap
+        part = merge(part, static_attention(queries, call.static, numbers.heads, *scores, sharding=shape.sharding))
+    heads = finish(part)
+    if call.blend is not None:
+        heads = blend(finish(without), heads, call.blend)
+    return unfold(store(heads, q.dtype))
 
 
-def live_attention(live: LiveKeys, q: Array, layer: Layer, call: Call) -> Partial:
-    """q [B,T,Hq,D] over the live keys that it sees, folded [B,Hkv,R·T,·]. Clause LIVE.
+def live_attention(q: Array, live: LiveKeys, layer: Layer, call: Call) -> Partial:
+    """q [B,T,Hq,D] over the live keys that it sees, folded [B,Hkv,R,T,·]. Clause LIVE.
 
     Many tokens are taken in parts. The keys of a call stand in order, in the last slots or in front of free ones, and
     none is later than its query, so the last slots are left out for all parts but the last.
     """
-    tokens, slots = call.mask.shape[1], live.mask.shape[1]
+    numbers, tokens, slots = layer.numbers, call.mask.shape[1], live.mask.shape[1]
     parts = max(1, min(PARTS, tokens // TOKENS_A_PART))
-    bounds = [tokens * part // parts for part in range(parts + 1)]
     found = []
-    for start, stop in pairwise(bounds):
+    for start, stop in pairwise(tokens * part // parts for part in range(parts + 1)):
         seen = first_slots(live, slots - tokens + stop)
-        found.append(_live_part(seen, q[:, start:stop], call.positions[:, start:stop], layer))
-    return join_tokens(found, layer.shape.query_heads // layer.shape.kv_heads)
+        visible = seen.visible(call.positions[:, start:stop], numbers.window, numbers.rule)
+        some = fold(q[:, start:stop], layer.shape.kv_heads)
+        found.append(partial_attention(some, seen.keys, seen.values, visible, numbers.scale, numbers.softcap))
+    return (
+        found[0] if parts == 1 else Partial(*(jnp.concatenate(fields, axis=3) for fields in zip(*found, strict=True)))
+    )
 
 
-def _live_part(live: LiveKeys, q: Array, positions: Array, layer: Layer) -> Partial:
-    shape, constants = layer.shape, layer.constants
-    visible = visible_keys(positions, live.positions, live.mask, constants.window, constants.rule)
-    visible = fold_visible(visible, shape.query_heads, shape.kv_heads)
-    folded = fold(q, shape.kv_heads)
-    return partial_attention(folded, live.keys, live.values, visible, constants.scale, constants.softcap)
+def output(heads: Array, layer: Layer) -> Array:
+    """Heads [B,T,Hq,D] concatenated in their original order and projected, [B,T,E]. Clause ORDER-1."""
+    return settled(layer.parts.o_proj, heads.reshape(*heads.shape[:2], -1))
 
 
-def output(flow: Flow, layer: Layer, call: Call) -> Flow:
-    """Concatenate the heads in their original order and project. Clause ORDER-1."""
-    heads = flow.values["heads"]
-    return flow.add(output=_linear(heads.reshape(*heads.shape[:2], -1), layer.weights, "o_proj"))
-
-
-Stage = Callable[[Flow, Layer, Call], Flow]
-STAGES: dict[str, Stage] = {"project": project, "norm": norm, "rope": rope, "attend": attend, "output": output}
-
-
-def run_layer(x: Array, layer: Layer, call: Call) -> tuple[Array, LiveCache | RollingCache, dict[str, Array]]:
-    """Run the stages in the spec's order: output [B,T,E], the cache with the call's tokens, every stage's values.
+def run_layer(x: Array, layer: Layer, call: Call, trace: dict[str, Array] | None = None) -> tuple[Array, Any]:
+    """All stages in the spec's order: output [B,T,E] and the cache with the call's tokens. Clause ORDER.
 
     x [B,T,E], of the type that stages are stored in. Padding enters as zeros: nothing it holds can overflow, and no
-    real token sees it. MASKED-4.
+    real token sees it (MASKED-4). `trace` is given what every stage makes, by the names of `TRACES`.
     """
-    flow = Flow(call.cache, {"x": jnp.where(call.mask[:, :, None], x, 0.0)})
-    trace: dict[str, Array] = {}
+    x = jnp.where(call.mask[:, :, None], x, 0.0)
+    q = heads = result = x
+    k: Array | None = None
+    v: Array | None = None
+    cache = call.cache
     for stage in layer.shape.order:
-        flow = STAGES[stage](flow, layer, call)
-        trace |= {name: flow.values[name.split("_")[0]] for name in TRACES[stage]}
-    return flow.values["output"], flow.cache, trace
+        made: tuple[Array | None, ...] = ()
+        if stage == "project":
+            made = q, k, v = project(x, layer)
+        elif stage == "norm" and layer.parts.q_norm is not None:
+            made = q, k = norm(q, k, layer)
+        elif stage == "rope" and layer.numbers.frequencies is not None:
+            made = q, k = rope(q, k, layer, call)
+        elif stage == "attend":
+            heads, cache = attend(q, k, v, layer, call)
+            made = (heads,)
+        elif stage == "output":
+            result = output(heads, layer)
+            made = (result,)
+        if trace is not None:
+            note(trace, stage, *made)
+    return result, cache
 
 
-def _linear(x: Array, weights: Mapping[str, Array], name: str) -> Array:
-    """x · Wᵀ (+ bias): x [B,T,in], W [out,in]; summed in float32, rounded to x's type once (DTYPE-2).
-
-    Every reader gets the same values: without the barrier XLA makes a reduction of a single token's product on a GPU,
-    and sums it again, in another order, wherever it is read (TOLERANCE-2).
-    """
-    y = jnp.einsum("bti,oi->bto", x, weights[f"{name}.weight"], precision=HIGHEST, preferred_element_type=jnp.float32)
-    bias = weights.get(f"{name}.bias")
-    return lax.optimization_barrier(store(y if bias is None else y + bias, x.dtype))
-
-
-def _heads(x: Array, heads: int) -> Array:
-    batch, tokens, width = x.shape
-    return x.reshape(batch, tokens, heads, width // heads)
+def note(trace: dict[str, Array], stage: str, *made: Array | None) -> None:
+    """Write down what a stage has made, but for what it does not make in this layer."""
+    trace |= {name: value for name, value in zip(TRACES[stage], made, strict=False) if value is not None}

@@ -25,16 +25,17 @@ from lyra.spec.split import HeadSplit
 from . import forward
 from .attentions import look, unpack
 from .capture import capture
+from .decoder import Decoder
 from .device import device_named
 from .dtype import DTYPES
 from .finite import locate
 from .forward import Graph, split_module
 from .gates import GatedText
-from .gemma3 import Attached, Gemma3
 from .generate import generate
-from .heads import split_arrays
-from .injected import Block, check_blocks, make_block, with_gate
+from .heads import lyra_heads
+from .injected import Injected, check_blocks, make_block, with_gate
 from .logits import filled, pieces
+from .modules import Attached
 from .params import load_model
 from .rope import inverse_frequencies
 from .saving import save_model
@@ -51,10 +52,10 @@ class JaxEngine:
     Changes made to the module's parameters show in the next call.
     """
 
-    def __init__(self, module: Gemma3, source: Path) -> None:
+    def __init__(self, module: Decoder, source: Path) -> None:
         """`source` is the folder that the module comes from."""
         self.module, self.source = module, source
-        self._attached: dict[int, Attached | Block] = {}
+        self._attached: dict[int, Attached | Injected] = {}
         self._slots: dict[int, int] = {}  # of the context in each layer whose heads read one, before padding
 
     @property
@@ -203,7 +204,7 @@ class JaxEngine:
 
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Change the gates of injected blocks, by layer. Raises InputError for a layer without one."""
-        blocks = {layer: one for layer, one in self._attached.items() if isinstance(one, Block)}
+        blocks = {layer: one for layer, one in self._attached.items() if isinstance(one, Injected)}
         checked = check_gates_of(gates, blocks)
         self._attached |= {layer: with_gate(blocks[layer], gate) for layer, gate in checked.items()}
 
@@ -228,7 +229,7 @@ class JaxEngine:
         rule = live_rule(spec)
         if kv is None and rule is None:
             return None
-        return Attached(*jax.device_put((kv, rule, split_arrays(spec) if kv is not None else None)))
+        return Attached(*jax.device_put((kv, rule, lyra_heads(spec) if kv is not None else None)))
 
     def _static(self, spec: AttentionSpec, static: StaticLayer | None) -> StaticKV | None:
         """A context on the devices, rotated; None for an empty one."""
@@ -238,7 +239,7 @@ class JaxEngine:
         placed = place_static(spec, check_static(spec, static, len(static.k)), dtype)
         if placed is None:
             return None
-        return prepare_static(pad_context(placed, sharding.size(CONTEXT)), inverse_frequencies(spec), sharding)
+        return prepare_static(pad_context(placed, sharding.size(CONTEXT)), inverse_frequencies(spec), sharding=sharding)
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         tokens = check_tokens(ids, mask, self.spec.vocab_size)

@@ -10,21 +10,22 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lyra.backends.checkpoint import Checkpoint
+from lyra.spec.families.family import MODEL
 
-from .gemma3 import Gemma3
+from .decoder import Decoder
 from .sharding import ShardingConfig
 
 
 def load_model(
     checkpoint: Checkpoint, dtype: np.dtype[Any], device: jax.Device | None = None, mesh: Mesh | None = None
-) -> Gemma3:
+) -> Decoder:
     """The model of a checked folder, in `dtype`, on `device` (JAX's default) or `mesh`.
 
     Raises InputError for a mesh that does not fit, and CheckpointError for weights that are not finite.
     """
     spec = checkpoint.spec
     sharding = ShardingConfig.no_sharding() if mesh is None else ShardingConfig.over(mesh, spec)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Gemma3(spec, sharding, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(spec, sharding, rngs=nnx.Rngs(0))))
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     for name, array in checkpoint.arrays():
         target = module_path(name)
@@ -35,8 +36,8 @@ def load_model(
 
 
 def module_path(name: str) -> str:
-    """Where a weight of a `Gemma3ForCausalLM` belongs in the module."""
-    return name.removeprefix("model.")
+    """Where a weight belongs in the module, by Hugging Face's name: the decoder is the module itself."""
+    return name.removeprefix(MODEL)
 
 
 def own_copy(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:

@@ -12,10 +12,13 @@ import numpy as np
 from flax import nnx
 
 from lyra.spec.errors import InputError
+from lyra.spec.families import family_of_config
+from lyra.spec.families.family import MODEL
 from lyra.spec.files import folder_renamed_into
+from lyra.spec.hf_config import text_fields
 from lyra.spec.tensor_file import write_tensors
 
-from .gemma3 import Gemma3
+from .decoder import Decoder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -23,7 +26,7 @@ SHARD_BYTES = 5 << 30
 """A file holds about so much at most; more is cut into several files and an index."""
 
 
-def save_model(module: Gemma3, source: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save_model(module: Decoder, source: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write config.json, the weights and the tokenizer to `folder`; config and tokenizer are those of `source`.
 
     Of a multimodal `source` the text model is written. The folder is made under another name and renamed. Raises
@@ -41,20 +44,18 @@ def save_model(module: Gemma3, source: Path, folder: Path, shard_bytes: int = SH
 
 def text_config(source: Path, dtype: str) -> dict[str, Any]:
     """The config.json of the text model of a folder, for weights in `dtype`."""
-    fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if "text_config" in fields:
-        tied = {key: fields[key] for key in ("tie_word_embeddings",) if key in fields}
-        fields = tied | fields["text_config"]
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    family, fields = family_of_config(config), text_fields(config)
     fields.pop("torch_dtype", None)
-    return fields | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "dtype": dtype}
+    return fields | {"model_type": family.text_type, "architectures": [family.architecture], "dtype": dtype}
 
 
 def checkpoint_name(path: str) -> str:
     """Hugging Face's name of a parameter of the module."""
-    return path if path.startswith("lm_head.") else f"model.{path}"
+    return path if path.startswith("lm_head.") else f"{MODEL}{path}"
 
 
-def _write_weights(module: Gemma3, folder: Path, shard_bytes: int) -> None:
+def _write_weights(module: Decoder, folder: Path, shard_bytes: int) -> None:
     parameters = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
     sizes = {name: leaf.nbytes for name, leaf in parameters.items()}
     groups = list(_grouped(sizes, shard_bytes))

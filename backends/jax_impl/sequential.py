@@ -1,60 +1,95 @@
-"""An injected attention block: the numbers of its norms, and the gate through which it joins the residual stream."""
+"""An injected attention block: norm, attention, norm, and the gate through which it joins the residual stream."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from lyra.spec.sequential import SequentialSpec
 
-from .cache import LiveCache
-from .dtype import constant
-from .layer import Call, Constants, Flow, Layer, attend_to, constants_of, output, projection
+from .dtype import constant, store
+from .layer import Call, Layer, Map, Numbers, numbers_of, run_layer, shape_of
 from .norm import rms_norm
-from .rope import cos_sin, rotate
 from .shapes import general
 
 
-class BlockConstants(NamedTuple):
-    """The numbers of a block: those of its attention, norm_eps and gate float32, residual bool."""
+class Block(NamedTuple):
+    """What a block computes with: norms over E (the outer one, if it has one), its attention, and how it joins h.
 
-    attention: Constants
-    norm_eps: Array
+    gate float32 [], residual bool [].
+    """
+
+    input_norm: Map
+    attention: Layer
+    output_norm: Map | None
     gate: Array
     residual: Array
 
 
-def block_constants(spec: SequentialSpec) -> BlockConstants:
+class BlockNumbers(NamedTuple):
+    """The numbers of a block: those of its attention, the eps of its norms, None without the outer one, how it joins h:
+    gate float32, residual bool.
+    """
+
+    attention: Numbers
+    input_eps: Array
+    output_eps: Array | None
+    gate: Array
+    residual: Array
+
+
+def block_numbers(spec: SequentialSpec) -> BlockNumbers:
     """The part of a block's spec that travels as arrays."""
-    return BlockConstants(
-        attention=general(constants_of(spec.attention), spec.attention.num_attention_heads),
-        norm_eps=constant(spec.norm_eps),
+    return BlockNumbers(
+        attention=general(numbers_of(spec.attention), shape_of(spec.attention)),
+        input_eps=constant(spec.norm_eps),
+        output_eps=constant(spec.norm_eps) if spec.output_norm else None,
         gate=constant(spec.gate),
         residual=constant(spec.residual, bool),
     )
 
 
-def run_on_own_cache(x: Array, layer: Layer, call: Call) -> tuple[Array, None, dict[str, Array]]:
-    """The queries of x over the cache that the layer's own attention made, which holds the call's tokens already.
+def block_of(numbers: BlockNumbers, layer: Layer, weights: Mapping[str, Array]) -> Block:
+    """The block of these numbers around its attention, with the weights of its norms by name. Clause SEQUENTIAL."""
+    input_norm = partial(rms_norm, weight=weights["input_norm.weight"], eps=numbers.input_eps)
+    output_norm = None
+    if numbers.output_eps is not None:
+        output_norm = partial(rms_norm, weight=weights["output_norm.weight"], eps=numbers.output_eps)
+    return Block(input_norm, layer, output_norm, numbers.gate, numbers.residual)
 
-    Returns what `run_layer` does, but no cache. Clauses SEQUENTIAL-5 and SEQUENTIAL-6.
+
+def reading_only(layer: Layer) -> Layer:
+    """The same attention without keys of its own: it reads what its cache holds. Clause SEQUENTIAL-6."""
+    return layer._replace(parts=layer.parts._replace(k_proj=None, v_proj=None, k_norm=None))
+
+
+def run_block(h: Array, block: Block, call: Call, trace: dict[str, Array] | None = None) -> tuple[Array, Any]:
+    """The block over the residual stream h [B,T,E]: output [B,T,E] and the live cache. Clause SEQUENTIAL.
+
+    `trace` is given what every stage makes, the attention's output by the name "attention" (SEQUENTIAL-8).
     """
-    assert isinstance(call.cache, LiveCache)
-    x = jnp.where(call.mask[:, :, None], x, 0.0)
-    trace = {"q_proj": (q := projection(x, layer, "q_proj", layer.shape.query_heads))}
-    if layer.constants.eps is not None:
-        trace["q_norm"] = q = rms_norm(q, layer.weights["q_norm.weight"], layer.constants.eps)
-    if layer.constants.frequencies is not None:
-        cos, sin = (part[:, :, None] for part in cos_sin(call.positions, layer.constants.frequencies))
-        trace["q_rope"] = q = rotate(q, cos, sin)
-    flow = attend_to(call.cache.used(), Flow(call.cache, {"q": q}), layer, call)
-    trace["heads"] = flow.values["heads"]
-    return output(flow, layer, call).values["output"], None, trace
+    normed = block.input_norm(h)
+    y, cache = run_layer(normed, block.attention, call, trace)
+    if trace is not None:
+        trace |= {"input_norm": normed, "attention": y}
+    if block.output_norm is not None:
+        y = block.output_norm(y)
+        if trace is not None:
+            trace["output_norm"] = y
+    result = join(h, y, block.gate, block.residual)
+    if trace is not None:
+        trace["output"] = result
+    return result, cache
 
 
-def join(constants: BlockConstants, h: Array, y: Array) -> Array:
-    """(h if residual else 0) + gate · y, h and y [B,T,E]; a closed gate gives h itself. Clause SEQUENTIAL-3."""
-    change = constants.gate * y
-    return jnp.where(constants.residual, jnp.where(constants.gate == 0, h, h + change), change)
+def join(h: Array, y: Array, gate: Array, residual: Array) -> Array:
+    """(h if residual else 0) + gate · y, h and y [B,T,E], summed in float32 and rounded once to h's type.
+
+    With the residual a gate of 0 gives h itself, whatever y is. Clauses SEQUENTIAL-1, SEQUENTIAL-3.
+    """
+    change = gate * y
+    return store(jnp.where(residual, jnp.where(gate == 0, h, h + change), change), h.dtype)

@@ -17,9 +17,8 @@ from . import cache as live
 from .attention_backend import JaxAttention
 from .cache import LiveCache
 from .dtype import to_device
-from .layer import Cache, Call, Layer, Shape, run_layer, shape_of
-from .norm import rms_norm
-from .sequential import BlockConstants, block_constants, join, run_on_own_cache
+from .layer import Call, Shape, layer_of, shape_of
+from .sequential import BlockNumbers, block_numbers, block_of, reading_only, run_block
 from .shapes import make_room, pad_slots
 from .static import PlacedStatic, rotate_static
 
@@ -30,26 +29,25 @@ def call_block(
     positions: Array,
     mask: Array,
     weights: Mapping[str, Array],
-    constants: BlockConstants,
+    numbers: BlockNumbers,
     static: PlacedStatic | None,
     cache: LiveCache,
     *,
     shape: Shape,
     own: bool,
-) -> tuple[Array, Cache | None, dict[str, Array]]:
+) -> tuple[Array, LiveCache | None, dict[str, Array]]:
     """A whole block call in one compiled function: output [B,T,E], cache, trace. Clause SEQUENTIAL.
 
     The cache must have room for the call's tokens; with `own` it holds them already, and no other one comes back.
     """
-    rotated = None if static is None else rotate_static(static, constants.attention.frequencies)
-    layer, call = Layer(weights, constants.attention, shape), Call(positions, mask, rotated, cache)
-    normed = rms_norm(h, weights["input_norm.weight"], constants.norm_eps)
-    y, after, stages = run_on_own_cache(normed, layer, call) if own else run_layer(normed, layer, call)
-    trace = {**stages, "input_norm": normed, "attention": y}
-    if "output_norm.weight" in weights:
-        y = trace["output_norm"] = rms_norm(y, weights["output_norm.weight"], constants.norm_eps)
-    result = trace["output"] = join(constants, h, y)
-    return result, after, trace
+    rotated, trace = (
+        None if static is None else rotate_static(static, numbers.attention.frequencies),
+        dict[str, Array](),
+    )
+    layer = layer_of(weights, numbers.attention, shape)
+    block = block_of(numbers, reading_only(layer) if own else layer, weights)
+    output, after = run_block(h, block, Call(positions, mask, rotated, cache), trace)
+    return output, None if own else after, trace
 
 
 class JaxSequential:
@@ -63,8 +61,8 @@ class JaxSequential:
         self._shape = shape_of(spec.attention)
         make_room(to_device)
         self._weights: dict[str, Array]
-        self._constants: BlockConstants
-        self._weights, self._constants = to_device((checked, block_constants(spec)))
+        self._numbers: BlockNumbers
+        self._weights, self._numbers = to_device((checked, block_numbers(spec)))
         self.reorder = self._attention.reorder
         self.crop = self._attention.crop
 
@@ -88,14 +86,14 @@ class JaxSequential:
         own = self.spec.source == "own"
         if own:
             check_own_cache(self.spec.attention, given, *past.contents())
-        attention = self._constants.attention
+        attention = self._numbers.attention
         make_room(call_block)
         output, cache_after, stages = call_block(
             inputs.x,
             inputs.positions.astype(np.int32),
             inputs.mask,
             self._weights,
-            self._constants._replace(attention=attention if placed is not None else attention._replace(split=None)),
+            self._numbers._replace(attention=attention if placed is not None else attention._replace(heads=None)),
             None if placed is None else pad_slots(placed),
             past if own else live.with_room(past, inputs.mask.shape[1]),
             shape=self._shape,

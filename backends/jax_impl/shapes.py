@@ -14,7 +14,7 @@ import numpy as np
 from lyra.spec.inputs import CallInputs
 
 from .dtype import constant
-from .layer import WIDEST, Constants
+from .layer import WIDEST, Numbers, Shape
 from .static import PlacedStatic
 from .visibility import LiveRule
 
@@ -82,10 +82,10 @@ def _with_slots(static: PlacedStatic, slots: int) -> PlacedStatic:
     return PlacedStatic(widen(k, 2, slots), widen(v, 2, slots), widen(positions, 1, slots), widen(mask, 1, slots))
 
 
-def general(constants: Constants, query_heads: int) -> Constants:
+def general(numbers: Numbers, shape: Shape) -> Numbers:
     """The same numbers with a live rule and a window in any case; those that were absent hide nothing."""
-    every = constant(np.ones(query_heads), bool)
-    return constants._replace(
-        window=constant(WIDEST, np.int32) if constants.window is None else constants.window,
-        rule=LiveRule(earlier=every, own=every) if constants.rule is None else constants.rule,
+    every = constant(np.ones((shape.kv_heads, shape.query_heads // shape.kv_heads)), bool)
+    return numbers._replace(
+        window=constant(WIDEST, np.int32) if numbers.window is None else numbers.window,
+        rule=LiveRule(earlier=every, own=every) if numbers.rule is None else numbers.rule,
     )

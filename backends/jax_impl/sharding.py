@@ -84,7 +84,7 @@ class ShardingConfig:
         return jax.tree.map(place, cache)
 
     def place_slots(self, part: np.ndarray | Array) -> Array:
-        """A copy of static k or v [Bc,G,S,D], positions or mask [Bc,S] on its devices, some slots on each.
+        """A copy of static k or v [Bc,Hs,S,D], positions or mask [Bc,S] on its devices, some slots on each.
 
         JAX would read an aligned NumPy array where it lies, whatever `may_alias` says, and see its later changes.
         """
@@ -101,11 +101,11 @@ class ShardingConfig:
         ) -> Partial:
             return merge_over(attend(query, keys, values, visible, scale, softcap), CONTEXT)
 
-        slots_last = P(None, None, None, CONTEXT)
+        slots_last, shown = P(None, None, None, CONTEXT), P(None, None, None, None, CONTEXT)
         return jax.shard_map(
             on_each,
             mesh=self.mesh,
-            in_specs=(P(), slots_last, slots_last, slots_last, P(), P()),
+            in_specs=(P(), slots_last, slots_last, shown, P(), P()),
             out_specs=P(),
             axis_names={CONTEXT},
         )
@@ -118,6 +118,9 @@ class ShardingConfig:
             for axis, length in zip(spec, shape, strict=False)
         ]
         return NamedSharding(self.mesh, P(*fitting))
+
+
+ONE_DEVICE = ShardingConfig.no_sharding()
 
 
 def merge_over(part: Partial, axis: str) -> Partial:

@@ -1,4 +1,7 @@
-"""The static context of one layer on the device: keys rotated once, in the layout the attention core reads."""
+"""The static context of one layer: keys rotated once, in the layout the attention core reads, and attention to it.
+
+Clauses STORED, POSITION and STATIC.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 
 from .dtype import DTYPES, enter
-from .heads import SplitArrays, select_readers, spread_readers
+from .heads import LyraHeads, fold_batch, select, spread, unfold_batch
 from .partial import Partial, add_columns, partial_attention
 from .rope import cos_sin, rotate
-from .sharding import ShardingConfig
+from .sharding import ONE_DEVICE, ShardingConfig
 
-BLOCK = 1 << 18
-"""Contexts are taken in by blocks of slots of about this many values, so that attaching needs little memory beside."""
+TILE = 1 << 18
+"""Contexts are taken in by tiles of slots of about this many values, so that attaching needs little memory beside."""
 
 
 class PlacedStatic(NamedTuple):
     """A StaticLayer whose positions are those its keys are to be rotated at; mask None where every slot is visible.
 
-    k, v [Bc,G,S,D]; positions [Bc,S] int32; mask [Bc,S] bool or None.
+    k, v [Bc,Hs,S,D]; positions [Bc,S] int32; mask [Bc,S] bool or None.
     """
 
     k: np.ndarray | Array
@@ -37,11 +40,13 @@ class PlacedStatic(NamedTuple):
 
 
 class StaticKV(NamedTuple):
-    """Ready to be attended to: keys rotated and values, [Bc,G,D,S] both, see `add_columns`; mask [Bc,S] or None."""
+    """Ready to be attended to: keys (rotated) and values [Bc,Hs,D,S], slots last in both since XLA has no strides, see
+    `add_columns`; visible bool [Bc,S], or None where every slot is.
+    """
 
     keys: Array
     values: Array
-    mask: Array | None
+    visible: Array | None
 
 
 def place_static(
@@ -64,7 +69,7 @@ def place_static(
 
 
 def rotate_keys(k: Array, positions: Array, frequencies: Array | None) -> Array:
-    """Stored keys [Bc,G,S,D], turned to positions [Bc,S], as [Bc,G,D,S].
+    """Stored keys [Bc,Hs,S,D], turned to positions [Bc,S], as [Bc,Hs,D,S].
 
     The axes are exchanged first: compiled, keys are then turned on their way to the new layout, without a copy between.
     """
@@ -76,7 +81,7 @@ def rotate_keys(k: Array, positions: Array, frequencies: Array | None) -> Array:
 
 
 def turn_values(v: Array) -> Array:
-    """Stored values [Bc,G,S,D] as [Bc,G,D,S]."""
+    """Stored values [Bc,Hs,S,D] as [Bc,Hs,D,S]."""
     return v.swapaxes(2, 3)
 
 
@@ -90,64 +95,62 @@ def rotate_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
     return StaticKV(k, turn_values(jnp.asarray(placed.v)), None if placed.mask is None else jnp.asarray(placed.mask))
 
 
-def prepare_static(placed: PlacedStatic, frequencies: Array | None, sharding: ShardingConfig) -> StaticKV:
+def prepare_static(
+    placed: PlacedStatic, frequencies: Array | None, *, sharding: ShardingConfig = ONE_DEVICE
+) -> StaticKV:
     """The same for a whole model, once for a context, on its devices.
 
-    One device is given a few slots at a time, so that little of a context is in memory twice; several share the slots.
+    One device is given a tile of slots at a time, so that little of a context is in memory twice; several share the
+    slots.
     """
     place, slots = sharding.place_slots, placed.positions.shape[1]
-    length = _block_of(placed.k.shape) if sharding.mesh is None else slots
-    blocks = [slice(start, start + length) for start in range(0, slots, length)]
+    length = _tile_of(placed.k.shape) if sharding.mesh is None else slots
+    tiles = [slice(start, start + length) for start in range(0, slots, length)]
     turned = (
-        _rotate_keys(place(placed.k[:, :, some]), place(placed.positions[:, some]), frequencies) for some in blocks
+        _rotate_keys(place(placed.k[:, :, some]), place(placed.positions[:, some]), frequencies) for some in tiles
     )
-    k, v = _joined(turned, slots), _joined((_turn_values(place(placed.v[:, :, some])) for some in blocks), slots)
-    return StaticKV(keys=k, values=v, mask=None if placed.mask is None else place(placed.mask))
+    k, v = _joined(turned, slots), _joined((_turn_values(place(placed.v[:, :, some])) for some in tiles), slots)
+    return StaticKV(keys=k, values=v, visible=None if placed.mask is None else place(placed.mask))
 
 
-def _block_of(shape: tuple[int, ...]) -> int:
-    """How many slots of k [Bc,G,S,D] to take at a time: S, halved until it is odd or they hold BLOCK values."""
-    rows, groups, length, width = shape
-    while rows * groups * length * width > BLOCK and length % 2 == 0:
+def _tile_of(shape: tuple[int, ...]) -> int:
+    """How many slots of k [Bc,Hs,S,D] to take at a time: S, halved until it is odd or they hold TILE values."""
+    rows, heads, length, width = shape
+    while rows * heads * length * width > TILE and length % 2 == 0:
         length //= 2
     return length
 
 
-def _joined(blocks: Iterable[Array], slots: int) -> Array:
-    """Blocks [Bc,G,D,·] of one length side by side; each is made when the one before is in its place."""
-    rest = iter(blocks)
+def _joined(tiles: Iterable[Array], slots: int) -> Array:
+    """Tiles [Bc,Hs,D,·] of one length side by side; each is made when the one before is in its place."""
+    rest = iter(tiles)
     first = next(rest)
     length = first.shape[3]
     if length == slots:
         return jax.block_until_ready(first)
     whole = _write(jnp.zeros((*first.shape[:3], slots), first.dtype), first, 0)
-    for start, block in zip(range(length, slots, length), rest, strict=True):
-        whole = _write(jax.block_until_ready(whole), block, start)
+    for start, tile in zip(range(length, slots, length), rest, strict=True):
+        whole = _write(jax.block_until_ready(whole), tile, start)
     return jax.block_until_ready(whole)
 
 
 def static_attention(
-    query: Array,
+    queries: Array,
     static: StaticKV,
-    split: SplitArrays,
-    tokens: int,
+    heads: LyraHeads,
     scale: Array,
     softcap: Array | None,
-    sharding: ShardingConfig,
+    *,
+    sharding: ShardingConfig = ONE_DEVICE,
 ) -> Partial:
     """Attention of the Lyra heads to the static keys; empty for vanilla heads. Clauses STATIC-2, STATIC-3, SPLIT-4.
 
-    query [B,Hkv,R·T,D], folded; gives a Partial of the same axes. A context of batch 1 is read once for the whole
-    batch, whose rows become part of the query axis. Clause BATCH-4.
+    queries [B,Hkv,R,T,D], folded; gives a Partial of the same axes. Each context is read once for all rows that share
+    it (clause BATCH-4). Devices that hold other slots add theirs.
     """
-    selected = select_readers(query, split)
-    batch, groups, queries, head_dim = selected.shape
-    shared = static.values.shape[0] == 1
-    if shared:
-        selected = selected.swapaxes(0, 1).reshape(1, groups, batch * queries, head_dim)
-    visible = None if static.mask is None else static.mask[:, None, None, :]
+    queries = select(queries, heads)
+    visible = None if static.visible is None else static.visible[:, None, None, None, :]
     attend = sharding.attend_slots(partial(partial_attention, add=add_columns))
-    found = attend(selected, static.keys, static.values, visible, scale, softcap)
-    if shared:
-        found = Partial(*(part.reshape(groups, batch, queries, -1).swapaxes(0, 1) for part in found))
-    return spread_readers(found, split, tokens)
+    folded = fold_batch(queries, len(static.keys))
+    part = attend(folded, static.keys, static.values, visible, scale, softcap)
+    return spread(Partial(*(unfold_batch(field, queries.shape[2]) for field in part)), heads)

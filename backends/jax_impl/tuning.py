@@ -22,9 +22,10 @@ from lyra.spec.inputs import StaticLayer, check_static
 from lyra.spec.model import ModelSpec
 from lyra.spec.split import HeadSplit
 
+from .decoder import empty_model_cache
 from .forward import Graph, Structure
-from .gemma3 import Attached, empty_model_cache
-from .heads import SplitArrays, split_arrays
+from .heads import LyraHeads, lyra_heads
+from .modules import Attached
 from .rope import inverse_frequencies
 from .sharding import CONTEXT, ShardingConfig
 from .static import PlacedStatic, place_static, rotate_static
@@ -33,7 +34,7 @@ from .visibility import LiveRule, live_rule
 
 
 class Tunable(NamedTuple):
-    """Static keys, normed and unrotated, and values of one layer, to which gradients flow: [Bc,G,S,D]."""
+    """Static keys, normed and unrotated, and values of one layer, to which gradients flow: [Bc,Hs,S,D]."""
 
     k: Array
     v: Array
@@ -46,7 +47,7 @@ class Setting(NamedTuple):
     mask: Array
     frequencies: Array | None
     rule: LiveRule | None
-    split: SplitArrays
+    heads: LyraHeads
 
 
 Context = dict[int, Tunable]
@@ -68,8 +69,8 @@ def tunable(
     context, settings = {}, {}
     for layer, given in static.items():
         own = spec.attention.replace(split=splits[layer], static=mode or StaticSpec())
-        placed, split = place_static(own, check_static(own, given, len(given.k))), split_arrays(own)
-        if placed is None or split is None:
+        placed, heads = place_static(own, check_static(own, given, len(given.k))), lyra_heads(own)
+        if placed is None or heads is None:
             raise InputError(f"tunable: layer {layer} has no static slots or no Lyra heads; there is nothing to tune")
         if given.mask.shape[1] % sharding.size(CONTEXT):
             raise InputError(
@@ -78,7 +79,7 @@ def tunable(
             )
         k, v, positions, mask = (sharding.place_slots(part) for part in (*placed[:3], given.mask))
         context[layer] = Tunable(k, v)
-        settings[layer] = Setting(positions, mask, inverse_frequencies(own), live_rule(own), split)
+        settings[layer] = Setting(positions, mask, inverse_frequencies(own), live_rule(own), heads)
     return context, settings
 
 
@@ -150,4 +151,4 @@ def _attached(context: Tunable, setting: Setting) -> Attached:
     shown = setting.mask[:, None, :, None]
     k, v = (jnp.where(shown, part, 0.0) for part in context)
     placed = PlacedStatic(k, v, setting.positions, setting.mask)
-    return Attached(rotate_static(placed, setting.frequencies), setting.rule, setting.split)
+    return Attached(rotate_static(placed, setting.frequencies), setting.rule, setting.heads)

@@ -1,4 +1,4 @@
-"""Who sees which live key (clauses LIVE, SLIDING and MASKED)."""
+"""Which live key a query sees (clauses LIVE, SLIDING and MASKED). True means seen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .dtype import constant
 
 
 class LiveRule(NamedTuple):
-    """What each query head sees of the live tokens: [Hq] bool each.
+    """What each query head sees of the live tokens: [Hkv,R] bool each.
 
     earlier  the tokens before its own
     own      its own token
@@ -27,8 +27,9 @@ def live_rule(spec: AttentionSpec) -> LiveRule | None:
     """The rule of the spec's live mode; None where every head is causal. Clause LIVE."""
     if not spec.lyra_q_heads or spec.static.live == "causal":
         return None
-    vanilla = np.ones(spec.num_attention_heads, dtype=bool)
-    vanilla[list(spec.lyra_q_heads)] = False
+    heads = np.ones(spec.num_attention_heads, dtype=bool)
+    heads[list(spec.lyra_q_heads)] = False
+    vanilla = heads.reshape(spec.num_key_value_heads, -1)
     own = np.ones_like(vanilla) if spec.static.live == "self" else vanilla
     return LiveRule(earlier=constant(vanilla, bool), own=constant(own, bool))
 
@@ -36,17 +37,17 @@ def live_rule(spec: AttentionSpec) -> LiveRule | None:
 def visible_keys(
     query_positions: Array, key_positions: Array, key_mask: Array, window: Array | None, rule: LiveRule | None
 ) -> Array:
-    """Which live keys a query sees: bool [B,1,T,L], or [B,Hq,T,L] under a rule that differs between heads.
+    """Which live keys a query sees: bool [B,1,1,T,L], or [B,Hkv,R,T,L] under a rule that differs between heads.
 
     query_positions [B,T], key_positions and key_mask [B,L]. A key is seen if it is real, not later than the query
     (clause LIVE-1) and inside the window (SLIDING-1). Positions strictly increase over the real tokens of a row, so
     equal positions mean the query's own token.
     """
-    query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
-    visible = (key <= query) & key_mask[:, None, None, :]
+    query, key = query_positions[:, None, None, :, None], key_positions[:, None, None, None, :]
+    visible = (key <= query) & key_mask[:, None, None, None, :]
     if window is not None:
         visible &= key > query - window
     if rule is None:
         return visible
-    allowed = (rule.earlier[None, :, None, None] & (key < query)) | (rule.own[None, :, None, None] & (key == query))
-    return visible & allowed
+    earlier, own = (heads[:, :, None, None] for heads in rule)
+    return visible & ((earlier & (key < query)) | (own & (key == query)))

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from lyra.backends.jax_impl.cache import LiveKeys
-from lyra.backends.jax_impl.layer import Call, Constants, Flow, Layer, Shape, attend_to, constants_of, shape_of
+from lyra.backends.jax_impl.layer import Call, attend_to, attention_only, numbers_of, shape_of
 from lyra.backends.jax_impl.rope import inverse_frequencies
 from lyra.backends.jax_impl.shapes import pad_context
 from lyra.backends.jax_impl.static import StaticKV, place_static, prepare_static
@@ -52,14 +52,11 @@ def half_to_lyra() -> AttentionSpec:
 
 def compiled(spec: AttentionSpec) -> Any:
     """The attention of a layer: query [B,T,Hq,D], live keys, context, positions and mask [B,T] to heads [B,T,Hq,D]."""
-    shape: Shape = shape_of(spec)
-    constants: Constants = constants_of(spec)
+    layer = attention_only(numbers_of(spec), shape_of(spec))
 
     @jax.jit
     def attend(query: Array, keys: LiveKeys, static: StaticKV, positions: Array, mask: Array) -> Array:
-        call: Any = Call(positions, mask, static, cache=None)  # type: ignore[arg-type]
-        flow: Any = Flow(cache=None, values={"q": query})  # type: ignore[arg-type]
-        return attend_to(keys, flow, Layer({}, constants, shape), call).values["heads"]
+        return attend_to(query, keys, layer, Call(positions, mask, static, cache=None))
 
     return attend
 
@@ -79,7 +76,7 @@ def context(spec: AttentionSpec, contexts: int, static: int) -> StaticKV:
     layer = StaticLayer(_random(*shape), _random(*shape), np.ones_like(slots, dtype=bool), slots)
     placed = place_static(spec, layer)
     assert placed is not None
-    ready: StaticKV = prepare_static(pad_context(placed, 1), inverse_frequencies(spec), shape_of(spec).sharding)
+    ready: StaticKV = prepare_static(pad_context(placed, 1), inverse_frequencies(spec))
     return ready
 
 
