@@ -9,6 +9,9 @@ from typing import Any, Literal, NamedTuple
 Framework = Literal["torch", "jax"]
 """Which worker process a contestant runs in: neither's threads and memory are to matter to the other."""
 
+BACKENDS: dict[Framework, str] = {"torch": "PyTorch", "jax": "JAX"}
+"""What people call them."""
+
 
 class Work(NamedTuple):
     """What a contestant does. run() returns when its result is there; before() is called untimed ahead of every run."""

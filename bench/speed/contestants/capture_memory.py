@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import lyra
 
 from ..row import Counted, Finding
 from .capture import text_ids
-from .context_memory import held, status
+from .process_memory import alone, forget_peak, held, status
 
 MOST = 6.0
 """Three times a token's keys and values are there at the end: in the cache, in the pieces, in the context. A cache that
@@ -20,19 +15,17 @@ grows is there twice for a moment, and a mask for a chunk takes a third of a tok
 
 def peaks(backend: str, chunk: int, lengths: list[int]) -> Counted:
     """The peak of capturing texts of these lengths from the 270M, and what a further token adds to it."""
-    words = [sys.executable, "-P", "-m", __name__, backend, str(chunk), *map(str, lengths)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    growth = (found["peaks"][-1] - found["peaks"][0]) / (lengths[-1] - lengths[0])
-    named = [
-        Finding(f"S = {one:,}: added at the peak", peak, "bytes")
-        for one, peak in zip(lengths, found["peaks"], strict=True)
+    added, token = alone(measure, backend, chunk, lengths)
+    growth = (added[-1] - added[0]) / (lengths[-1] - lengths[0])
+    findings = [
+        Finding(f"S = {length:,}: added at the peak", peak, "bytes")
+        for length, peak in zip(lengths, added, strict=True)
     ]
     what = "what a further token adds / its keys and values in the context"
-    return Counted([*named, Finding(what, growth / found["token"], "×", at_most=MOST)])
+    return Counted([*findings, Finding(what, growth / token, "×", at_most=MOST)])
 
 
-def measure(backend: str, chunk: int, lengths: list[int]) -> dict[str, object]:
+def measure(backend: str, chunk: int, lengths: list[int]) -> tuple[list[int], int]:
     """The peaks in bytes beyond what was there before, and the bytes of a token's keys and values in the context.
 
     Every length has been captured once before, so that nothing is compiled meanwhile; what the C library keeps of that
@@ -44,11 +37,7 @@ def measure(backend: str, chunk: int, lengths: list[int]) -> dict[str, object]:
     for length in lengths:
         token = model.capture(ids[:length], chunk_size=chunk).nbytes // length
         before = held()["VmRSS"]
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+        forget_peak()
         model.capture(ids[:length], chunk_size=chunk)
         added.append(status()["VmHWM"] - before)
-    return {"peaks": added, "token": token}
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), [int(one) for one in sys.argv[3:]])))
+    return added, token

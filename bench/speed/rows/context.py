@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from ..row import Contestant, Count, Framework, Race, Rival
+from typing import Any
 
-BYTES = "lyra.speed.contestants.context_bytes"
-MEMORY = "lyra.speed.contestants.context_memory"
-LOAD = "lyra.speed.contestants.context_load"
+from ..row import BACKENDS, Contestant, Count, Race, Rival
+
+MODULE = "lyra.speed.contestants.context"
 SLOTS = 16384
 """1 GiB of keys and values of the 12B's eight global layers, four KV heads of each."""
 
-BACKENDS: dict[Framework, str] = {"torch": "PyTorch", "jax": "JAX"}
+
+def load(name: str, make: str = "load", **options: Any) -> Contestant:
+    """A way to load that file."""
+    return Contestant(name, "torch", f"{MODULE}_load:{make}", {"slots": SLOTS, **options})
+
 
 ROWS = (
     Count(
@@ -18,7 +22,7 @@ ROWS = (
         "bytes of a context of S tokens that half of the heads of every global layer read, beside those of the same "
         "tokens in an ordinary cache",
         "torch",
-        f"{BYTES}:preset_bytes",
+        f"{MODULE}_bytes:preset_bytes",
         {"dtype": "bfloat16"},
         note="Hugging Face's cache keeps W − 1 tokens in layers with a window W; a full cache keeps all tokens in all "
         "layers. Where a model has one KV head (270M, 1B), half of its query heads read all of it. The 12B has a "
@@ -29,7 +33,7 @@ ROWS = (
         "what a context of 512 tokens loses in fewer bits: mean NLL per token of six documents on the real 270M, the "
         "loss against float32 and the mean size of a token's change, in nats",
         "torch",
-        f"{BYTES}:storage_loss",
+        f"{MODULE}_bytes:storage_loss",
         {"model": "gemma-3-270m"},
         note="int8 has one scale for each channel of the keys and one for each token of the values. The last kind has "
         "one for each token of the keys too, which their outlier channels then decide. Both backends read one file.",
@@ -40,7 +44,7 @@ ROWS = (
             "what a context of 8,192 tokens adds to a process's memory: 8 global layers of the 12B's shape, 4 KV heads "
             f"held, {name}",
             backend,
-            f"{MEMORY}:attached",
+            f"{MODULE}_memory:attached",
             {"backend": backend, "slots": 8192, "cases": [("float32", 1), ("float32", 8), ("int8", 1)]},
             note="In shares of the bytes attended over, the float32 keys and values. The file is mapped: its pages are "
             "the system's and do not count. A context in fewer bits is widened layer by layer, so that one of eight "
@@ -51,15 +55,10 @@ ROWS = (
     Race(
         "context-load",
         "loading a context's file of 1 GiB, which is in the page cache, and holding it to its digests",
-        Contestant("load", "torch", f"{LOAD}:load", {"slots": SLOTS, "verify": True}),
+        load("load", verify=True),
         (
-            Rival(Contestant("load, verify=False", "torch", f"{LOAD}:load", {"slots": SLOTS, "verify": False})),
-            Rival(
-                Contestant(
-                    "load, verify=False, and the hash by itself", "torch", f"{LOAD}:load_and_hash", {"slots": SLOTS}
-                ),
-                at_least=0.95,
-            ),
+            Rival(load("load, verify=False", verify=False)),
+            Rival(load("load, verify=False, and the hash by itself", "load_and_hash"), at_least=0.95),
         ),
         rounds=9,
         note="The hash reads every tensor once, at the speed of memory. Without it a load looks through the keys and "

@@ -1,13 +1,16 @@
-"""Rows of one global layer of Gemma-3 12B's shape: decode steps and prefills against a static context."""
+"""Rows of one global layer of Gemma-3 12B's shape: decode steps and prefills against a static context, in PyTorch and
+in JAX, which is held against Hugging Face in PyTorch and against Lyra there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from ..row import Contestant, Count, Floor, Framework, Line, Race, Rival, Sweep
+from ..row import BACKENDS, Contestant, Count, Floor, Framework, Line, Race, Rival, Sweep
 
-MODULE = "lyra.speed.contestants.layer_torch"
+MODULE = "lyra.speed.contestants.layer"
 Q_HEADS, KV_HEADS, HEAD_DIM, LYRA_KV = 16, 8, 256, 4
 STATIC, LIVE = 8192, 256
 FLOAT32 = 4
@@ -15,22 +18,28 @@ FLOAT32 = 4
 
 def contestant(name: str, framework: Framework, make: str, **options: Any) -> Contestant:
     """The layer as `make` has it, over STATIC and LIVE tokens unless `options`, its own, say otherwise."""
-    return Contestant(name, framework, make, {"static": STATIC, "live": LIVE, **options})
+    return Contestant(name, framework, f"{MODULE}_{framework}:{make}", {"static": STATIC, "live": LIVE, **options})
 
 
-def lyra(name: str = "Lyra, PyTorch", **options: Any) -> Contestant:
+def lyra(framework: Framework = "torch", more: str = "", **options: Any) -> Contestant:
     """Lyra's layer; `options` are those of its contestant."""
-    return contestant(name, "torch", f"{MODULE}:lyra", **options)
+    return contestant(f"Lyra, {BACKENDS[framework]}{more}", framework, "lyra", **options)
 
 
-def hugging_face(name: str = "Hugging Face SDPA", **options: Any) -> Contestant:
+def hugging_face(more: str = "", **options: Any) -> Contestant:
     """Hugging Face's layer."""
-    return contestant(name, "torch", f"{MODULE}:hugging_face", **options)
+    return contestant(f"Hugging Face SDPA{more}", "torch", "hugging_face", **options)
 
 
 def expanded(batch: int) -> Contestant:
     """SDPA over the context expanded to the batch."""
-    return contestant("SDPA, context expanded to the batch", "torch", f"{MODULE}:expanded", batch=batch)
+    return contestant("SDPA, context expanded to the batch", "torch", "expanded", batch=batch)
+
+
+def each(framework: Framework, batch: int) -> Rival:
+    """Lyra's layer where every row has a context of its own."""
+    name = "Lyra, a context in each row" if framework == "torch" else "Lyra, JAX, a context in each row"
+    return Rival(contestant(name, framework, "lyra", batch=batch, contexts=batch))
 
 
 def floor(
@@ -48,38 +57,28 @@ def floor(
     return Floor(2 * keys * HEAD_DIM * FLOAT32, round(operations), at_most)
 
 
-def costs(
-    prefix: str, where: str, subject: Callable[..., Contestant], rival: Callable[..., Contestant]
-) -> tuple[Sweep, ...]:
+def costs(prefix: str, where: str, subject: Framework, rival: Callable[..., Contestant]) -> tuple[Sweep, ...]:
     """What a layer's calls cost over everything that grows; `where` says in words which framework it is in."""
+
+    def sweep(option: str, what: str, points: tuple[int, ...], rounds: int = 3, **options: Any) -> Sweep:
+        lines = (Line(lyra(subject, **options)), Line(rival(**options)))
+        least = partial(_floor_at, option, options)
+        return Sweep(f"{prefix}cost-{option}", what, option, points, lines, least, rounds)
+
     return (
-        Sweep(
-            f"{prefix}cost-static",
-            f"decode step{where}, batch 1, over the context's length",
-            "static",
-            (512, 2048, 8192, 32768),
-            (Line(subject()), Line(rival())),
-            lambda static: floor(static),
-        ),
-        Sweep(
-            f"{prefix}cost-tokens",
-            f"prefill{where} against S = {STATIC:,}, over the live tokens of the call",
+        sweep("static", f"decode step{where}, batch 1, over the context's length", (512, 2048, 8192, 32768), 5),
+        sweep(
             "tokens",
+            f"prefill{where} against S = {STATIC:,}, over the live tokens of the call",
             (1, 8, 64, 512),
-            (Line(subject(live=512)), Line(rival(live=512))),
-            lambda tokens: floor(live=512, tokens=tokens),
-            rounds=3,
+            live=512,
         ),
-        Sweep(
-            f"{prefix}cost-batch",
-            f"decode step{where}, S = {STATIC:,}, over the rows of the batch",
-            "batch",
-            (1, 2, 4, 8, 16),
-            (Line(subject()), Line(rival())),
-            lambda batch: floor(batch=batch),
-            rounds=3,
-        ),
+        sweep("batch", f"decode step{where}, S = {STATIC:,}, over the rows of the batch", (1, 2, 4, 8, 16)),
     )
+
+
+def _floor_at(option: str, options: dict[str, Any], point: int) -> Floor:
+    return floor(**{**options, option: point})
 
 
 SIXTEEN = (
@@ -96,7 +95,7 @@ DECODE = tuple(
         (
             Rival(hugging_face(batch=batch), faster),
             Rival(expanded(batch), expanding),
-            Rival(lyra("Lyra, a context in each row", batch=batch, contexts=batch)),
+            each("torch", batch),
         )
         if batch > 1
         else (Rival(hugging_face(), faster),),
@@ -107,19 +106,22 @@ DECODE = tuple(
     for batch, faster, expanding, near in ((1, 3.5, None, 1.3), (8, 8.0, 14.0, 2.5), (16, 15.0, 25.0, 2.5))
 )
 
+LONGER = ", S = 32,768"
+
+
+def per_token(framework: Framework, more: str, contexts: int = 1, **options: Any) -> Rival:
+    """The layer over contexts of S = 8,192, whose cost per static token is compared."""
+    return Rival(lyra(framework, more, **options), 1 / 1.15, per=contexts * STATIC, own_per=4 * STATIC)
+
+
 LONG = Race(
     "decode-long",
     "the same, S = 32,768, batch 1; cost per static token against that at S = 8,192",
-    lyra("Lyra, PyTorch, S = 32,768", static=4 * STATIC),
+    lyra(more=LONGER, static=4 * STATIC),
     (
-        Rival(hugging_face("Hugging Face SDPA, S = 32,768", static=4 * STATIC)),
-        Rival(lyra("Lyra, PyTorch, S = 8,192"), 1 / 1.15, per=STATIC, own_per=4 * STATIC),
-        Rival(
-            lyra("Lyra, PyTorch, 8 contexts of S = 8,192 in turn", layers=8),
-            1 / 1.15,
-            per=8 * STATIC,
-            own_per=4 * STATIC,
-        ),
+        Rival(hugging_face(LONGER, static=4 * STATIC)),
+        per_token("torch", ", S = 8,192"),
+        per_token("torch", ", 8 contexts of S = 8,192 in turn", contexts=8, layers=8),
     ),
     floor(4 * STATIC),
     note="Of one context of 8,192 tokens every step reads the same 64 MiB again, which this processor's caches hold: "
@@ -167,17 +169,71 @@ MEMORY = Count(
     note="Scores are formed in blocks of queries of a fixed size, whatever T · S is; the rest is the result's size.",
 )
 
-COSTS = (
-    *costs("", "", lyra, hugging_face),
-    Sweep(
-        "cost-contexts",
-        "decode step, 16 rows, S = 2,048, over the number of contexts that they read",
-        "contexts",
-        (1, 2, 4, 8, 16),
-        (Line(lyra(batch=16, static=2048)), Line(hugging_face(batch=16, static=2048))),
-        lambda contexts: floor(2048, batch=16, contexts=contexts),
-        rounds=3,
-    ),
+SHARED = Sweep(
+    "cost-contexts",
+    "decode step, 16 rows, S = 2,048, over the number of contexts that they read",
+    "contexts",
+    (1, 2, 4, 8, 16),
+    (Line(lyra(batch=16, static=2048)), Line(hugging_face(batch=16, static=2048))),
+    lambda contexts: floor(2048, batch=16, contexts=contexts),
+    rounds=3,
 )
 
-ROWS = (*DECODE, LONG, COLD, *PREFILL, MEMORY, *COSTS)
+IN_TORCH = (*DECODE, LONG, COLD, *PREFILL, MEMORY, *costs("", "", "torch", hugging_face), SHARED)
+
+PRODUCTS = (
+    "XLA reads keys at the speed of memory for a few queries and multiplies more of them more slowly than PyTorch's "
+    "library does. Values of a context lie as columns, one for each key: that takes a tenth to a fifth less time than "
+    "rows, at every batch, as long as XLA is kept from turning the product about. Live values stay rows, which are "
+    "faster where each row of the batch has its own."
+)
+
+PARTS = (
+    "The products with the context are most of it, and XLA's take longer than MKL's. Tokens attend to live keys in "
+    "four parts, each to those up to its last token, so that three eighths of the scores of the new tokens with each "
+    "other are left out."
+)
+
+IN_JAX = (
+    Race(
+        "jax-decode-batch-1",
+        f"decode step, 12B-shaped global layer, S = {STATIC:,}, {LIVE} live, batch 1, in JAX",
+        lyra("jax"),
+        (Rival(hugging_face(), 2.2), Rival(lyra())),
+        floor(at_most=1.7),
+        quick=True,
+    ),
+    *(
+        Race(
+            f"jax-decode-batch-{batch}",
+            f"the same, batch {batch}",
+            lyra("jax", batch=batch),
+            (Rival(hugging_face(batch=batch)), Rival(lyra(batch=batch), 1 / 1.5), each("jax", batch)),
+            floor(batch=batch),
+            note=PRODUCTS if batch == 16 else "",
+        )
+        for batch in (8, 16)
+    ),
+    Race(
+        "jax-decode-long",
+        LONG.what,
+        lyra("jax", LONGER, static=4 * STATIC),
+        (Rival(hugging_face(LONGER, static=4 * STATIC)), per_token("jax", ", S = 8,192")),
+        floor(4 * STATIC),
+    ),
+    *(
+        Race(
+            f"jax-prefill-{tokens}",
+            f"prefill of {tokens:,} live tokens against S = {STATIC:,}, the same layer in JAX",
+            lyra("jax", live=tokens, tokens=tokens),
+            (Rival(hugging_face(live=tokens, tokens=tokens), 1.4), Rival(lyra(live=tokens, tokens=tokens))),
+            floor(live=tokens, tokens=tokens),
+            rounds=9,
+            note="" if tokens < 1000 else PARTS,
+        )
+        for tokens in (128, 1024)
+    ),
+    *costs("jax-", " in JAX", "jax", lyra),
+)
+
+ROWS = (*IN_TORCH, *IN_JAX)

@@ -1,39 +1,37 @@
-"""Rows of the whole 270M in PyTorch: first token, no context, and PEFT's prefixes at equal length."""
+"""Rows of the whole 270M: first token, no context, PEFT's prefixes at equal length, and JAX without a context."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..row import Contestant, Race, Rival
+from ..row import Contestant, Framework, Race, Rival
 
-MODULE = "lyra.speed.contestants.model_torch"
 STATIC, PROMPT = 4096, 16
 PREFILL = 512
 PREFIX = 512
 """Tokens of a prefix or context beside PEFT's."""
 
+PARTS = {"prefill": f"prefill of {PREFILL} tokens", "decode": f"decode step behind {PREFILL}"}
 
-def contestant(name: str, make: str, **options: Any) -> Contestant:
-    """A contestant of model_torch."""
-    return Contestant(name, "torch", f"{MODULE}:{make}", options)
+
+def contestant(name: str, make: str, framework: Framework = "torch", **options: Any) -> Contestant:
+    """A contestant of model_torch or model_jax."""
+    return Contestant(name, framework, f"lyra.speed.contestants.model_{framework}:{make}", options)
+
+
+def first_token(name: str, make: str, **options: Any) -> Contestant:
+    """A way to the first token of a prompt behind a context."""
+    return contestant(name, f"first_token_{make}", static=STATIC, tokens=PROMPT, **options)
 
 
 FIRST_TOKEN = Race(
     "first-token",
     f"time to the first token of a prompt of {PROMPT} tokens, 270M, a {STATIC:,}-token context loaded from its file",
-    contestant("Lyra", "first_token_lyra", static=STATIC, tokens=PROMPT),
+    first_token("Lyra", "lyra"),
     (
-        Rival(contestant("Hugging Face, prefill of all", "first_token_prefill", static=STATIC, tokens=PROMPT), 60.0),
-        Rival(contestant("Hugging Face, copied cache", "first_token_copied", static=STATIC, tokens=PROMPT), 2.0),
-        Rival(
-            contestant(
-                "Hugging Face, copied cache without windows",
-                "first_token_copied",
-                static=STATIC,
-                tokens=PROMPT,
-                sliding=False,
-            )
-        ),
+        Rival(first_token("Hugging Face, prefill of all", "prefill"), 60.0),
+        Rival(first_token("Hugging Face, copied cache", "copied"), 2.0),
+        Rival(first_token("Hugging Face, copied cache without windows", "copied", sliding=False)),
     ),
     rounds=9,
     note="With a copied cache both contestants prefill the same prompt through the same modules, which is most of the "
@@ -54,7 +52,7 @@ NO_CONTEXT = (
             "(quartiles of 60 decode steps), Lyra against it 0.98 to 1.01: the figure is within what this frame tells "
             "apart. A model of lyra.load without a context has Hugging Face's modules and none of Lyra's.",
         )
-        for part, what in (("prefill", f"prefill of {PREFILL} tokens"), ("decode", f"decode step behind {PREFILL}"))
+        for part, what in PARTS.items()
     ),
     Race(
         "no-context-generate",
@@ -80,4 +78,21 @@ PEFT = tuple(
     for batch in (1, 8)
 )
 
-ROWS = (FIRST_TOKEN, *NO_CONTEXT, *PEFT)
+XLA = (
+    "Most of XLA's time are the products with the weights, which no layout of the operands made faster (as stored, "
+    "transposed, both transposed, gate and up in one). Tokens attend in four parts, each to the keys up to its last "
+    "one."
+)
+
+IN_JAX = tuple(
+    Race(
+        f"jax-no-context-{part}",
+        f"no context, 270M in JAX: {what}; Hugging Face in PyTorch",
+        contestant("Lyra, JAX", "plain", "jax", tokens=PREFILL, part=part),
+        (Rival(contestant("Hugging Face", "plain", tokens=PREFILL, part=part), 1.0),),
+        note=XLA if part == "prefill" else "",
+    )
+    for part, what in PARTS.items()
+)
+
+ROWS = (FIRST_TOKEN, *NO_CONTEXT, *PEFT, *IN_JAX)
