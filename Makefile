@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # The tests of backends and of real models, apart from those of the suite, in parts that two cores finish together.
 REAL_TESTS := tests/test_model.py tests/test_real_model.py
-MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py)
+MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py) tests/test_attention_backends.py
 OTHER_TESTS := $(filter-out $(REAL_TESTS) $(MODEL_TESTS),$(wildcard tests/test_*.py))
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	--config-settings editable_mode=strict --editable
