@@ -97,7 +97,8 @@ class InjectedAttentionBlock(HeadBuffers):
         else:
             self.register_buffer("gate", gate, persistent=False)
         self.place_heads(attention, device)
-        self.uses_live_keys = attention.static.live != "none" or self.lyra is None or not self.lyra.everyone
+        sees = attention.static.sees
+        self.uses_live_keys = sees.earlier or sees.own or self.lyra is None or not self.lyra.everyone
 
     def forward(
         self,

@@ -198,7 +198,7 @@ class Injector(BlockInjector):
             else None
             for layer in specs
         }
-        if lazy and mode.live == "causal":
+        if lazy and mode.sees.earlier and mode.sees.own:
             specs = {layer: spec for layer, spec in specs.items() if prepared[layer] is not None}
         before = self.enabled
         kept = {layer for layer, spec in specs.items() if layer in before and before[layer].spec.split == spec.split}

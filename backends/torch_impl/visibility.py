@@ -22,12 +22,13 @@ class LiveRule(NamedTuple):
 
 def live_rule(spec: AttentionSpec, *, device: torch.device | None = None) -> LiveRule | None:
     """The rule of the spec's live mode; None where every head is causal. Clause LIVE."""
-    if not spec.lyra_q_heads or spec.static.live == "causal":
+    sees = spec.static.sees
+    if not spec.lyra_q_heads or (sees.earlier and sees.own):
         return None
     vanilla = torch.ones(spec.num_attention_heads, dtype=torch.bool, device=device)
     vanilla[list(spec.lyra_q_heads)] = False
     vanilla = vanilla.view(spec.num_key_value_heads, -1)
-    return LiveRule(earlier=vanilla, own=torch.ones_like(vanilla) if spec.static.live == "self" else vanilla)
+    return LiveRule(earlier=vanilla | sees.earlier, own=vanilla | sees.own)
 
 
 def visible_keys(
