@@ -25,13 +25,13 @@ class LiveRule(NamedTuple):
 
 def live_rule(spec: AttentionSpec) -> LiveRule | None:
     """The rule of the spec's live mode; None where every head is causal. Clause LIVE."""
-    if not spec.lyra_q_heads or spec.static.live == "causal":
+    sees = spec.static.sees
+    if not spec.lyra_q_heads or (sees.earlier and sees.own):
         return None
     heads = np.ones(spec.num_attention_heads, dtype=bool)
     heads[list(spec.lyra_q_heads)] = False
     vanilla = heads.reshape(spec.num_key_value_heads, -1)
-    own = np.ones_like(vanilla) if spec.static.live == "self" else vanilla
-    return LiveRule(earlier=constant(vanilla, bool), own=constant(own, bool))
+    return LiveRule(earlier=constant(vanilla | sees.earlier, bool), own=constant(vanilla | sees.own, bool))
 
 
 def visible_keys(
