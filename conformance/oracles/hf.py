@@ -21,6 +21,7 @@ from lyra.spec.attention import AttentionSpec
 from lyra.spec.errors import InputError
 from lyra.spec.inputs import CallInputs, StaticLayer, check_call
 
+from .families.family import normed
 from .hf_modules import ModuleCache, Modules, supports
 
 __all__ = ["HuggingFaceAttention", "HuggingFaceOracle", "supports"]
@@ -213,8 +214,8 @@ def _project(modules: Modules, hidden: torch.Tensor) -> _Live:
     layer = modules.attention
     shape = (*hidden.shape[:-1], -1, layer.head_dim)
     return _Live(
-        layer.q_norm(layer.q_proj(hidden).view(shape).transpose(1, 2)),
-        layer.k_norm(layer.k_proj(hidden).view(shape).transpose(1, 2)),
+        normed(layer, "q_norm", layer.q_proj(hidden).view(shape).transpose(1, 2)),
+        normed(layer, "k_norm", layer.k_proj(hidden).view(shape).transpose(1, 2)),
         layer.v_proj(hidden).view(shape).transpose(1, 2),
     )
 

@@ -25,6 +25,7 @@ from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from . import families
+from .families.family import normed
 from .hf_real import load_model, model_spec
 from .hf_sequential import InjectedLayer
 
@@ -55,12 +56,12 @@ class ModelOracle:
             return self.module(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
 
     def capture(self, ids: np.ndarray, layers: Sequence[int]) -> dict[int, CapturedLayer]:
-        """What k_norm and v_proj of the unmodified layers give for ids [1,S], in one go (clause CAPTURE)."""
+        """What the unmodified layers' projections give for ids [1,S], in one go, keys normed (clause CAPTURE)."""
         seen: dict[tuple[int, str], torch.Tensor] = {}
         handles = []
         for layer in layers:
             attention = self.module.model.layers[layer].self_attn
-            for part in ("k_norm", "v_proj"):
+            for part in ("k_proj", "v_proj"):
 
                 def keep(
                     _module: nn.Module, _args: Any, out: torch.Tensor, key: tuple[int, str] = (layer, part)
@@ -73,14 +74,17 @@ class ModelOracle:
         finally:
             for handle in handles:
                 handle.remove()
-        heads, size = self.spec.num_key_value_heads, self.spec.attention.head_dim
-        return {
-            layer: CapturedLayer(
-                seen[layer, "k_norm"].numpy(),
-                seen[layer, "v_proj"].unflatten(-1, (heads, size)).transpose(1, 2).numpy(),
-            )
-            for layer in layers
-        }
+        captured = {}
+        for layer in layers:
+            k, v = (self._by_head(seen[layer, part]) for part in ("k_proj", "v_proj"))
+            with torch.inference_mode():
+                k = normed(self.module.model.layers[layer].self_attn, "k_norm", k)
+            captured[layer] = CapturedLayer(k.numpy(), v.numpy())
+        return captured
+
+    def _by_head(self, flat: torch.Tensor) -> torch.Tensor:
+        """[B,T,Hkv·D] to [B,Hkv,T,D]."""
+        return flat.unflatten(-1, (self.spec.num_key_value_heads, -1)).transpose(1, 2)
 
     def logits_with(
         self,

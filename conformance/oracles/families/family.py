@@ -41,21 +41,23 @@ class Family(NamedTuple):
     def attention_half(self, layer: Any, x: torch.Tensor, around: Mapping[str, Any]) -> torch.Tensor:
         """A decoder layer's first half: x [B,T,E] and what its attention is given beside it, to h [B,T,E]."""
         attended, _ = layer.self_attn(hidden_states=self.entering(layer, x), **around)
-        return x + self._normed(layer, self.norms.attention_out, attended)
+        return x + normed(layer, self.norms.attention_out, attended)
 
     def entering(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         """What its attention gets of x [B,T,E]."""
-        return self._normed(layer, self.norms.attention_in, x)
+        return normed(layer, self.norms.attention_in, x)
 
     def feed_forward_half(self, layer: Any, h: torch.Tensor) -> torch.Tensor:
         """Its second half: h [B,T,E] to the layer's output [B,T,E]."""
-        fed = layer.mlp(self._normed(layer, self.norms.feed_forward_in, h))
-        return h + self._normed(layer, self.norms.feed_forward_out, fed)
+        fed = layer.mlp(normed(layer, self.norms.feed_forward_in, h))
+        return h + normed(layer, self.norms.feed_forward_out, fed)
 
-    @staticmethod
-    def _normed(layer: Any, name: str | None, x: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = x if name is None else getattr(layer, name)(x)
-        return normed
+
+def normed(module: Any, name: str | None, x: torch.Tensor) -> torch.Tensor:
+    """x through the norm that a module has under a name, or x itself where it has none."""
+    norm = None if name is None else getattr(module, name, None)
+    result: torch.Tensor = x if norm is None else norm(x)
+    return result
 
 
 def rope_table(spec: AttentionSpec) -> dict[str, object]:
