@@ -77,7 +77,7 @@ class InjectedAttentionBlock(HeadBuffers):
     def __init__(self, layer: Any, spec: SequentialSpec, *, trainable: bool = False, slot: int | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.layer_idx = layer.layer_idx
+        self.layer_idx = layer.self_attn.layer_idx
         self.slot = slot
         self.trace: dict[str, torch.Tensor] | None = None
         attention = spec.attention
@@ -227,18 +227,18 @@ def check_place(layer: Any) -> None:
     names = {name for name, _ in layer.named_children()} - {"injected"}
     if type(layer) not in {family.decoder_layer, family.injected_layer} or names != expected:
         raise InputError(
-            f"layer {layer.layer_idx} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block "
+            f"layer {layer.self_attn.layer_idx} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block "
             f"goes into a plain {family.decoder_layer.__name__} with {sorted(expected)}"
         )
     if "forward" in vars(layer) and HOOKED not in vars(layer):
-        raise InputError(f"layer {layer.layer_idx} has a forward of its own, past which no block would be reached")
+        raise InputError(f"layer {layer.self_attn.layer_idx} has a forward of its own, past which no block would be reached")
 
 
 def inject(layer: Any, block: InjectedAttentionBlock) -> None:
     """Put a block into a decoder layer. Raises InputError for one that has a block, or that `check_place` refuses."""
     check_place(layer)
     if isinstance(layer, InjectedLayer):
-        raise InputError(f"layer {layer.layer_idx} has a block; take it out first")
+        raise InputError(f"layer {layer.self_attn.layer_idx} has a block; take it out first")
     layer.injected = block.train(layer.training)
     _become(layer, families.of_layer(layer).injected_layer)
 

@@ -20,7 +20,6 @@ class InjectedLayer:
     """What makes a decoder layer one with a block behind its self-attention. Made by `inject`, undone by `withdraw`."""
 
     norms: ClassVar[LayerNorms]
-    layer_idx: int
     self_attn: Any
     mlp: Any
     injected: Any
