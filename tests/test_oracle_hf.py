@@ -270,7 +270,8 @@ def test_weights_that_must_be_copied_are_never_stale(kind: str) -> None:
 
 
 def test_what_is_out_of_reach_is_refused_with_the_reason() -> None:
-    for changes, reason in (({"qk_norm": None}, "always norms"), ({"rope": None}, "always rotates")):
+    softly = {"qk_norm": None, "softcap": 2.0, "sliding_window": 3}
+    for changes, reason in ((softly, "always norms"), ({"rope": None}, "always rotates")):
         spec = BASE.replace(**changes)
         assert reason in (ORACLE.supports(spec) or "")
         with pytest.raises(SpecError, match=reason):

@@ -224,14 +224,14 @@ def check_place(layer: Any) -> None:
     """Refuse a layer that is not the library's, with or without a block of ours. Raises InputError."""
     family = families.of_layer(layer)
     expected = {"self_attn", "mlp", *(name for name in family.injected_layer.norms if name is not None)}
-    names = {name for name, _ in layer.named_children()} - {"injected"}
+    names, number = {name for name, _ in layer.named_children()} - {"injected"}, layer.self_attn.layer_idx
     if type(layer) not in {family.decoder_layer, family.injected_layer} or names != expected:
         raise InputError(
-            f"layer {layer.self_attn.layer_idx} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block "
+            f"layer {number} is of the class {type(layer).__name__} with the parts {sorted(names)}; a block "
             f"goes into a plain {family.decoder_layer.__name__} with {sorted(expected)}"
         )
     if "forward" in vars(layer) and HOOKED not in vars(layer):
-        raise InputError(f"layer {layer.self_attn.layer_idx} has a forward of its own, past which no block would be reached")
+        raise InputError(f"layer {number} has a forward of its own, past which no block would be reached")
 
 
 def inject(layer: Any, block: InjectedAttentionBlock) -> None:
