@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from lyra.spec.attention import AttentionSpec, StaticSpec
+from lyra.spec.errors import InputError
 from lyra.spec.inputs import StaticLayer
 from lyra.spec.model import ModelSpec
 from lyra.spec.sequential import SequentialSpec
@@ -37,6 +38,8 @@ __all__ = [
     "BackendEnded",
     "BackendNotFound",
     "Bfloat16Backend",
+    "BlendedEngine",
+    "BlendedText",
     "CapturedLayer",
     "DifferentiableAttention",
     "Engine",
@@ -287,32 +290,54 @@ class AttentionsEngine(Engine, Protocol):
         ...
 
 
-class GatedText(Protocol):
-    """A text behind a context, of whose L layers every query head has a gate.
+class BlendedText(Protocol):
+    """A text behind a context, of whose L layers every query head has a blend.
 
-    A gate g blends what the head gives with the context and without it, g·with + (1 − g)·without: 1 is a Lyra head of
+    A blend b mixes what the head gives with the context and without it, b·with + (1 − b)·without: 1 is a Lyra head of
     the default modes (live "causal", positions "continue"), 0 a vanilla head. Layers are in ascending order.
     """
 
-    def nll(self, gates: np.ndarray) -> np.ndarray:
-        """Mean NLL in nats of the scored tokens, float64 [C], for each of C candidates, gates [C,L,Hq]."""
+    def nll(self, blends: np.ndarray, /) -> np.ndarray:
+        """Mean NLL in nats of the scored tokens, float64 [C], for each of C candidates, blends [C,L,Hq]."""
         ...
 
-    def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
-        """The mean NLL under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq]."""
+    def gradient(self, blends: np.ndarray, /) -> tuple[float, np.ndarray]:
+        """The mean NLL under blends [L,Hq], and its gradient with respect to them, float64 [L,Hq]."""
         ...
 
 
 @runtime_checkable
-class GatedEngine(Engine, Protocol):
-    """What an engine is whose backend has the capability "gates"."""
+class BlendedEngine(Engine, Protocol):
+    """What an engine is whose backend has the capability "blends"."""
 
-    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> GatedText:
+    def blended(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> BlendedText:
         """Ids [1,T], of which the last `scored` are scored, behind a context that holds all KV heads of its layers.
 
         Raises InputError while a context is attached, and for what does not fit.
         """
         ...
+
+
+GatedText = BlendedText
+"""Another name of it."""
+
+
+@runtime_checkable
+class GatedEngine(Engine, Protocol):
+    """A BlendedEngine by other names: its backend may call the capability "gates", and it the method `gated`."""
+
+    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> BlendedText:
+        """What `BlendedEngine.blended` says."""
+        ...
+
+
+def blended_text(engine: Engine, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> BlendedText:
+    """The text that an engine makes, by whichever of the two names. Raises InputError for an engine with neither."""
+    if isinstance(engine, BlendedEngine):
+        return engine.blended(ids, scored, static)
+    if isinstance(engine, GatedEngine):
+        return engine.gated(ids, scored, static)
+    raise InputError(f"a {type(engine).__name__} has no method 'blended'; take a backend with the capability 'blends'")
 
 
 @runtime_checkable

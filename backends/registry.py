@@ -29,8 +29,11 @@ CAPABILITIES = {
     "sequential": "SequentialBackend.sequential: an injected attention block after self-attention",
     "mesh": "MeshBackend.load spreads a whole model over the devices of a mesh",
     "inject": "its engines are SequentialEngines: whole models with injected blocks",
-    "gates": "its engines are GatedEngines: a text behind a context, scored under gates of heads",
+    "blends": "its engines are BlendedEngines: a text behind a context, scored under blends of heads",
+    "gates": "another name of blends",
 }
+OTHER_NAMES = {"blends": "gates"}
+"""What a capability may be called too."""
 
 PAIR = "↔"
 """Stands between the names of two backends that are compared, so that no name may have it."""
@@ -47,6 +50,11 @@ class BackendNotFound(LookupError):
 
 class BackendEnded(BackendNotFound):
     """A backend tried to end the process while it was loaded."""
+
+
+def is_able(backend: Backend, capability: str) -> bool:
+    """Whether a backend claims a capability, by any of its names."""
+    return bool({capability, OTHER_NAMES.get(capability, capability)} & set(backend.capabilities))
 
 
 def known_backends() -> dict[str, EntryPoint]:

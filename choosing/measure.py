@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from lyra.backends.protocol import GatedEngine, GatedText
+from lyra.backends.protocol import BlendedEngine, BlendedText, GatedEngine, blended_text
 from lyra.errors import ModelError
 from lyra.model import Model
 from lyra.spec.attaching import static_layers
@@ -30,7 +30,7 @@ class Measure:
     def __init__(self, model: Model, documents: Sequence[Document], memory: Memory, advance: Advance) -> None:
         self._model, self._memory, self._advance = model, memory, advance
         self.documents = tuple(documents)
-        self._texts: dict[str, list[GatedText]] = {}
+        self._texts: dict[str, list[BlendedText]] = {}
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -64,7 +64,7 @@ class Measure:
             for at, passage in enumerate(document.passages):
                 name = f"{_name(document, at, gates)}/gradient"
                 if name not in self._memory:
-                    _, slope = self._gated(document)[at].gradient(gates)
+                    _, slope = self._blended(document)[at].gradient(gates)
                     self._memory.add({name: slope.ravel().tolist()})
                 rows.setdefault(passage.kind, []).append(np.reshape(self._memory[name], gates.shape))
             for kind, slopes in rows.items():
@@ -78,19 +78,18 @@ class Measure:
             for at in range(len(document.passages)):
                 new = {name: gates for gates in some if (name := _name(document, at, gates)) not in self._memory}
                 if new:
-                    values = self._gated(document)[at].nll(np.stack(list(new.values())))
+                    values = self._blended(document)[at].nll(np.stack(list(new.values())))
                     self._memory.add({name: [float(value)] for name, value in zip(new, values, strict=True)})
             self._advance(f"{what}, {document.name}", len(some))
 
-    def _gated(self, document: Document) -> list[GatedText]:
+    def _blended(self, document: Document) -> list[BlendedText]:
         """The passages of a document behind its context, which is captured when it is first needed."""
         if document.digest not in self._texts:
             engine, spec = self._model.engine, self._model.engine.spec
-            assert isinstance(engine, GatedEngine)
             context = self._model.capture(np.array(document.context))
             static = static_layers(context, dict.fromkeys(context.layers, HeadSplit.all(spec)))
             self._texts[document.digest] = [
-                engine.gated(np.array([passage.ids]), passage.scored, static) for passage in document.passages
+                blended_text(engine, np.array([passage.ids]), passage.scored, static) for passage in document.passages
             ]
         return self._texts[document.digest]
 
@@ -110,10 +109,10 @@ def subject_of(model: Model, documents: Iterable[Document]) -> str:
 
 def check_model(model: Model) -> None:
     """Refuse a model whose heads cannot be measured, or that has a context attached. Raises ModelError."""
-    if not isinstance(model.engine, GatedEngine):
+    if not isinstance(model.engine, BlendedEngine | GatedEngine):
         raise ModelError(
-            f"a {type(model.engine).__name__} scores no text under gates of heads (capability 'gates'); load the model "
-            f"with backend='torch' or 'jax'"
+            f"a {type(model.engine).__name__} scores no text under blends of heads (capability 'blends'); load the "
+            f"model with backend='torch' or 'jax'"
         )
     if model.context is not None:
         raise ModelError("choose_split: a context is attached; heads are chosen for the plain model, so detach first")

@@ -11,6 +11,7 @@ import numpy as np
 
 from lyra.backends.protocol import Backend, ModelBackend
 from lyra.backends.raised import interrupted
+from lyra.backends.registry import is_able
 from lyra.spec.uncertain import Uncertain
 
 from .case import Case, Problem
@@ -180,4 +181,4 @@ def lacking(backend: Backend, needs: Sequence[str]) -> list[str]:
 
 def has(backend: Backend, need: str) -> bool:
     """Whether a backend has a capability, or, for "model", loads whole models."""
-    return isinstance(backend, ModelBackend) if need == "model" else need in backend.capabilities
+    return isinstance(backend, ModelBackend) if need == "model" else is_able(backend, need)

@@ -19,6 +19,7 @@ from lyra.backends.protocol import (
     Unsupported,
 )
 from lyra.backends.raised import ends_the_process, interrupted, raised
+from lyra.backends.registry import is_able
 from lyra.spec.reference import reference, stage_from_trace
 from lyra.spec.uncertain import Uncertain, exact
 
@@ -154,7 +155,7 @@ class Subject:
 
     def can(self, capability: str) -> bool:
         """Whether the backend claims a capability."""
-        return capability in self.backend.capabilities
+        return is_able(self.backend, capability)
 
     def layer(self, problem: Problem) -> Attention:
         """The backend's layer, or injected block, for a problem's spec, weights and dtype. Raises BackendError, and

@@ -206,9 +206,9 @@ def check_scored(shape: tuple[int, ...], scored: Any, layers: int) -> int:
     """How many of the last tokens of ids [1,T] are scored under blends of so many layers. Raises InputError."""
     rows, tokens = shape
     if rows != 1:
-        raise InputError(f"gated: ids have {rows} rows; expected one")
+        raise InputError(f"blended: ids have {rows} rows; expected one")
     if not layers:
-        raise InputError("gated: the context has no layer; there is nothing to choose heads for")
+        raise InputError("blended: the context has no layer; there is nothing to choose heads for")
     return check_whole("scored", scored, 1, tokens - 1, "how many of the last tokens are scored")
 
 

@@ -149,7 +149,7 @@ class NullEngine:
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Accepts any gates."""
 
-    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> NullText:
+    def blended(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> NullText:
         """A text that nobody reads."""
         return NullText(self.make)
 

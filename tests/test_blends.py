@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_gemma import GLOBAL, VOCAB, random_ids
 
-from lyra.backends.protocol import GatedEngine, get_backend
+from lyra.backends.protocol import BlendedEngine, get_backend
 from lyra.spec import HeadSplit, InputError, StaticSpec
 from lyra.spec.blends import check_blends, share_rows
 from lyra.spec.inputs import StaticLayer
@@ -39,7 +39,7 @@ def some_gates() -> np.ndarray:
 @pytest.fixture(scope="module")
 def engine(backend: str, gemma_folder: Path) -> Any:
     loaded = get_backend(backend).load(str(gemma_folder))  # type: ignore[attr-defined]
-    assert isinstance(loaded, GatedEngine)
+    assert isinstance(loaded, BlendedEngine)
     return loaded
 
 
@@ -63,19 +63,19 @@ def attached_nll(engine: Any, gates: np.ndarray) -> float:
 
 def test_gates_of_0_and_1_are_the_split_that_is_attached(engine: Any) -> None:
     gates = some_gates()[:6]
-    found = engine.gated(IDS, SCORED, context()).nll(gates)
+    found = engine.blended(IDS, SCORED, context()).nll(gates)
     assert found == pytest.approx([attached_nll(engine, one) for one in gates], abs=2e-6)
     assert len(set(found.round(5))) == len(found)
 
 
 def test_candidates_come_back_in_their_order(engine: Any) -> None:
-    text, gates = engine.gated(IDS, SCORED, context()), some_gates()
+    text, gates = engine.blended(IDS, SCORED, context()), some_gates()
     order = [6, 0, 3, 6, 1, 5, 2]
     assert text.nll(gates[order]) == pytest.approx(text.nll(gates)[order], abs=2e-6)
 
 
 def test_the_gradient_is_that_of_the_mean_nll(engine: Any) -> None:
-    text, at = engine.gated(IDS, SCORED, context()), some_gates()[6] * 0.8 + 0.1
+    text, at = engine.blended(IDS, SCORED, context()), some_gates()[6] * 0.8 + 0.1
     nll, slope = text.gradient(at)
     step = 0.03
     units = step * np.eye(at.size)[[1, 4, 6]].reshape(-1, *at.shape)
@@ -87,36 +87,36 @@ def test_the_gradient_is_that_of_the_mean_nll(engine: Any) -> None:
 
 def test_the_model_is_left_as_it_was(engine: Any) -> None:
     before = engine.log_probs(IDS)
-    text = engine.gated(IDS, SCORED, context())
+    text = engine.blended(IDS, SCORED, context())
     text.nll(some_gates())
     np.testing.assert_array_equal(engine.log_probs(IDS), before)
 
 
 def test_what_does_not_fit_is_refused(engine: Any) -> None:
     with pytest.raises(InputError, match="ids have 2 rows; expected one"):
-        engine.gated(random_ids(2, 21), SCORED, context())
+        engine.blended(random_ids(2, 21), SCORED, context())
     with pytest.raises(InputError, match="are scored"):
-        engine.gated(IDS, IDS.shape[1], context())
+        engine.blended(IDS, IDS.shape[1], context())
     with pytest.raises(InputError, match=f"the vocabulary has ids 0 to {VOCAB - 1}"):
-        engine.gated(IDS + VOCAB, SCORED, context())
+        engine.blended(IDS + VOCAB, SCORED, context())
     with pytest.raises(InputError, match="expected numbers 0 to 1"):
-        engine.gated(IDS, SCORED, context()).nll(some_gates() * 1.5)
+        engine.blended(IDS, SCORED, context()).nll(some_gates() * 1.5)
     with pytest.raises(InputError, match="the split's Lyra heads read 2"):
-        engine.gated(
+        engine.blended(
             IDS,
             SCORED,
             {GLOBAL[0]: context()[GLOBAL[0]]._replace(k=np.zeros((1, 1, 3, 16)), v=np.zeros((1, 1, 3, 16)))},
         )
     engine.attach(context(), dict.fromkeys(GLOBAL, HeadSplit.all(engine.spec)), StaticSpec())
     with pytest.raises(InputError, match="detach first"):
-        engine.gated(IDS, SCORED, context())
+        engine.blended(IDS, SCORED, context())
     engine.detach()
 
 
 def test_both_backends_give_the_same(gemma_folder: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("jax")
-    texts = [get_backend(name).load(str(gemma_folder)).gated(IDS, SCORED, context()) for name in ("torch", "jax")]  # type: ignore[attr-defined]
+    texts = [get_backend(name).load(str(gemma_folder)).blended(IDS, SCORED, context()) for name in ("torch", "jax")]  # type: ignore[attr-defined]
     first, second = (text.nll(some_gates()) for text in texts)
     assert first == pytest.approx(second, abs=3e-6)
     slopes = [text.gradient(some_gates()[6])[1] for text in texts]
@@ -141,3 +141,20 @@ def test_gates_outside_0_to_1_are_refused() -> None:
         check_blends(np.array([[0.5, -0.1]]), (1, 2))
     with pytest.raises(InputError, match=r"blends have shape \(2, 2\)"):
         check_blends(np.zeros((2, 2)), (1, 2))
+
+
+def test_the_old_names_of_blends_keep_working(gemma_folder: Path) -> None:
+    """A backend of somebody else's may say "gates" and `gated`, and what imports the old names finds them."""
+    from lyra.backends.protocol import BlendedEngine, GatedEngine, GatedText, blended_text
+    from lyra.backends.registry import is_able
+
+    engine = get_backend("jax").load(str(gemma_folder))  # type: ignore[attr-defined]
+    assert isinstance(engine, GatedEngine) and isinstance(engine, BlendedEngine) and GatedText is not None  # noqa: PT018
+
+    class Old:
+        capabilities = frozenset({"gates"})
+        spec, gated = engine.spec, engine.gated
+
+    assert is_able(Old, "blends") and not is_able(Old, "mesh")  # type: ignore[arg-type]  # noqa: PT018
+    with pytest.raises(InputError, match="has no method 'blended'"):
+        blended_text(object(), IDS, SCORED, context())  # type: ignore[arg-type]

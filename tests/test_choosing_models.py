@@ -30,13 +30,13 @@ SPEC = ModelSpec.preset("gemma-3-4b")
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An entry for each time that the model itself is asked."""
     asked: list[int] = []
-    plain = Measure._gated
+    plain = Measure._blended
 
     def gated(self: Measure, document: Any) -> Any:
         asked.append(1)
         return plain(self, document)
 
-    monkeypatch.setattr(Measure, "_gated", gated)
+    monkeypatch.setattr(Measure, "_blended", gated)
     return asked
 
 

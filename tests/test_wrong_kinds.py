@@ -230,8 +230,8 @@ def test_what_an_engine_refuses(backend: str, tiny_folder: Path) -> None:
     calls: list[tuple[Callable[[], Any], str]] = [
         (lambda: engine.gated([IDS], 1.5, static), "scored is 1.5; expected how many of the last"),
         (lambda: engine.gated([IDS], 4, static), "scored is 4"),
-        (lambda: engine.gated([IDS, IDS], 1, static), "gated: ids have 2 rows; expected one"),
-        (lambda: engine.gated([IDS], 1, {}), "gated: the context has no layer"),
+        (lambda: engine.gated([IDS, IDS], 1, static), "blended: ids have 2 rows; expected one"),
+        (lambda: engine.gated([IDS], 1, {}), "blended: the context has no layer"),
         (lambda: engine.capture([IDS], 1), "capture: layers is 1; expected a list of whole numbers"),
         (lambda: engine.capture([IDS], [4]), "capture: there are no layers [4]; the model has 4"),
         (lambda: engine.capture([IDS], [1], on_chunk=5), "on_chunk is 5; expected a function, or None"),

@@ -28,7 +28,7 @@ class JaxBackend:
 
     name = "jax"
     capabilities = frozenset(
-        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "mesh", "inject", "gates"}
+        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "mesh", "inject", "blends"}
     )
 
     @property

@@ -24,13 +24,13 @@ from lyra.spec.split import HeadSplit
 
 from . import forward
 from .attentions import look, unpack
+from .blends import BlendedText
 from .capture import capture
 from .decoder import Decoder
 from .device import device_named
 from .dtype import DTYPES
 from .finite import locate
 from .forward import Graph, split_module
-from .gates import GatedText
 from .generate import generate
 from .heads import lyra_heads
 from .injected import Injected, check_blocks, make_block, with_gate
@@ -212,11 +212,13 @@ class JaxEngine:
         """Back to the unmodified model, bit for bit."""
         self._attached, self._slots = {}, {}
 
-    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> GatedText:
-        """Ids [1,T], whose last `scored` are scored, behind a context, under gates of heads. Raises InputError."""
+    def blended(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> BlendedText:
+        """Ids [1,T], whose last `scored` are scored, behind a context, under blends of heads. Raises InputError."""
         if self._attached:
-            raise InputError("gated: a context is attached; gates take the plain model, so detach first")
-        return GatedText(split_module(self.module), self._tokens(ids, None), scored, static)
+            raise InputError("blended: a context is attached; blends take the plain model, so detach first")
+        return BlendedText(split_module(self.module), self._tokens(ids, None), scored, static)
+
+    gated = blended
 
     def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
         """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""

@@ -24,7 +24,7 @@ class TorchBackend:
     name = "torch"
     device = "cpu"
     capabilities = frozenset(
-        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "inject", "gates"}
+        {"static", "cache", "trace", "reorder", "crop", "grad", "sequential", "bfloat16", "inject", "blends"}
     )
 
     @property

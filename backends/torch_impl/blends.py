@@ -31,7 +31,7 @@ from .static import place_static, prepare_static
 
 
 class BlendedText:
-    """Ids [1,T] behind a context, all heads of whose layers have a blend. Implements the protocol's `GatedText`.
+    """Ids [1,T] behind a context, all heads of whose layers have a blend. Implements the protocol's `BlendedText`.
 
     What comes before the first of these layers is computed once, here; the model is left as it was after every call.
     """

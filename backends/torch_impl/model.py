@@ -202,11 +202,13 @@ class TorchEngine:
         self.injector.withdraw()
         self.injector.disable()
 
-    def gated(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> BlendedText:
-        """Ids [1,T], whose last `scored` are scored, behind a context, under gates of heads. Raises InputError."""
+    def blended(self, ids: np.ndarray, scored: int, static: Mapping[int, StaticLayer]) -> BlendedText:
+        """Ids [1,T], whose last `scored` are scored, behind a context, under blends of heads. Raises InputError."""
         if self.injector.enabled or self.injector.injected:
-            raise InputError("gated: a context is attached; gates take the plain model, so detach first")
+            raise InputError("blended: a context is attached; blends take the plain model, so detach first")
         return BlendedText(self.module, self.spec, self._tokens(ids, None).ids, scored, static)
+
+    gated = blended
 
     def attention_weights(self, layer: int) -> dict[str, np.ndarray]:
         """Float32 copies of a layer's attention weights, in Hugging Face names and layout. Raises SpecError."""

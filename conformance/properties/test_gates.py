@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lyra.backends.protocol import GatedEngine
+from lyra.backends.protocol import blended_text
 from lyra.conformance.judge import Judge
 from lyra.conformance.premises import Premise
 from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
@@ -45,7 +45,7 @@ def nll_of_split(judged: ModelOracle, ids: np.ndarray, captured: Any, chosen: np
     return float((np.logaddexp.reduce(scores, axis=1) - scores[np.arange(SCORED), ids[0, -SCORED:]]).mean())
 
 
-@prop("SPLIT-2", "SPLIT-4", "STATIC-1", premise=BOTH_KINDS, needs=("model", "gates"))
+@prop("SPLIT-2", "SPLIT-4", "STATIC-1", premise=BOTH_KINDS, needs=("model", "blends"))
 def test_gates_of_one_and_zero_are_a_split(judge: Judge) -> None:
     """A gate of 1 makes a Lyra head, one of 0 a vanilla head: the NLL of a text is the oracle's for any such heads."""
     judged, ids = oracle(small_folder()), tokens(TEXT, seed=3)
@@ -58,8 +58,7 @@ def test_gates_of_one_and_zero_are_a_split(judge: Judge) -> None:
 
     def check(subject: Subject) -> None:
         loaded = engine(subject, small_folder())
-        subject.expect(None, isinstance(loaded, GatedEngine), "its engine is no GatedEngine")
-        text = subject.attempt(lambda: loaded.gated(ids, SCORED, static))
+        text = subject.attempt(lambda: blended_text(loaded, ids, SCORED, static))
         got = subject.attempt(lambda: text.nll(chosen.astype(np.float32)))
         subject.expect_model(got, wanted, "NLL of a text", "the oracle's model with these heads")
         value, slope = subject.attempt(lambda: text.gradient(chosen[2].astype(np.float32)))

@@ -1,7 +1,7 @@
-"""One text behind one context, scored under gates of heads: many head splits in one pass, and gradients to the gates.
+"""One text behind one context, scored under blends of heads: many head splits in one pass, and gradients to the blends.
 
-A gate g blends a head's output with the context and its output without it, g·with + (1 − g)·without, as in DuoAttention
-(Xiao et al. 2024): 1 is a Lyra head, 0 a vanilla one, exactly.
+A blend b mixes a head's output with the context and its output without it, b·with + (1 − b)·without, as in DuoAttention
+(Xiao et al. 2024, whose word for it is gate): 1 is a Lyra head, 0 a vanilla one, exactly.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ STEP = 16
 """Texts are padded to a multiple of so many tokens, so that those of about one length share compiled functions."""
 
 
-class Gated(NamedTuple):
-    """One layer under gates: its context, its heads, all of which read it, and gates float32 [N,Hq]."""
+class Blended(NamedTuple):
+    """One layer under blends: its context, its heads, all of which read it, and blends float32 [N,Hq]."""
 
     static: StaticKV
     heads: LyraHeads
-    gates: Array
+    blends: Array
 
 
-class GatedText:
-    """Ids [1,T] behind a context, all heads of whose layers have gates. Implements the protocol's `GatedText`.
+class BlendedText:
+    """Ids [1,T] behind a context, all heads of whose layers have a blend. Implements the protocol's `BlendedText`.
 
     What comes before the first of these layers is computed once, here.
     """
@@ -59,43 +59,45 @@ class GatedText:
         self._shape = (len(self._layers), graph.spec.num_attention_heads)
         every = graph.spec.attention.replace(split=HeadSplit.all(graph.spec))
         placed = {layer: place_static(every, check_static(every, static[layer], 1), graph.dtype) for layer in static}
-        empty = [layer for layer, one in placed.items() if one is None]
+        empty = [layer for layer, context in placed.items() if context is None]
         if empty:
-            raise InputError(f"gated: the context has no slots in layers {empty}; there is nothing to choose heads for")
+            raise InputError(
+                f"blended: the context has no slots in layers {empty}; there is nothing to choose heads for"
+            )
         self._static = {
-            layer: prepare_static(one, inverse_frequencies(every), sharding=graph.sharding)
-            for layer, one in placed.items()
-            if one is not None
+            layer: prepare_static(context, inverse_frequencies(every), sharding=graph.sharding)
+            for layer, context in placed.items()
+            if context is not None
         }
         self._heads = lyra_heads(every)
         packed = pack_left(tokens, -(-tokens.ids.shape[1] // STEP) * STEP)
         self._mask = packed.mask
         self._start = _start(graph.structure, graph.state, packed.ids, packed.mask, stop=self._layers[0])
 
-    def nll(self, gates: np.ndarray) -> np.ndarray:
-        """Mean NLL in nats of the scored tokens, float64 [C], under gates [C,L,Hq].
+    def nll(self, blends: np.ndarray) -> np.ndarray:
+        """Mean NLL in nats of the scored tokens, float64 [C], under blends [C,L,Hq].
 
         Raises InputError, and NotFiniteError for NaN or infinity.
         """
-        rows = share_rows(check_blends(gates, self._shape))
+        rows = share_rows(check_blends(blends, self._shape))
         hidden, structure, state = self._start, self._graph.structure, self._graph.state
         stops = [*self._layers[1:], self._graph.spec.num_hidden_layers]
         for layer, stop, row in zip(self._layers, stops, rows.layers, strict=True):
             parents, own = filled(row.parents.astype(np.int32)), filled(row.blends)
-            gated = {layer: self._gated(layer, own)}
-            hidden = _segment(structure, state, hidden, self._mask, parents, gated, start=layer, stop=stop)
+            blended = {layer: self._blended(layer, own)}
+            hidden = _segment(structure, state, hidden, self._mask, parents, blended, start=layer, stop=stop)
         last = np.asarray(hidden[:, -1 - len(self._targets) : -1])
-        return self._finite(np.array([self._nll(one) for one in last[: rows.ends.max() + 1]]))[rows.ends]
+        return self._finite(np.array([self._nll(row) for row in last[: rows.ends.max() + 1]]))[rows.ends]
 
-    def gradient(self, gates: np.ndarray) -> tuple[float, np.ndarray]:
-        """The same under gates [L,Hq], and its gradient with respect to them, float64 [L,Hq].
+    def gradient(self, blends: np.ndarray) -> tuple[float, np.ndarray]:
+        """The same under blends [L,Hq], and its gradient with respect to them, float64 [L,Hq].
 
         Raises what `nll` raises.
         """
-        wanted = check_blends(gates, self._shape).astype(np.float32)
-        gated = {layer: self._gated(layer, row[None]) for layer, row in zip(self._layers, wanted, strict=True)}
+        wanted = check_blends(blends, self._shape).astype(np.float32)
+        blended = {layer: self._blended(layer, row[None]) for layer, row in zip(self._layers, wanted, strict=True)}
         made = _loss_and_gradient(
-            self._graph.structure, self._graph.state, self._start, self._mask, self._targets, gated
+            self._graph.structure, self._graph.state, self._start, self._mask, self._targets, blended
         )
         nll, found = made
         slopes = np.stack([np.asarray(found[layer][0], np.float64) for layer in self._layers])
@@ -107,9 +109,9 @@ class GatedText:
             raise locate(self._graph, self._tokens, {}, "the scores behind the context")
         return values
 
-    def _gated(self, layer: int, gates: np.ndarray) -> Gated:
+    def _blended(self, layer: int, blends: np.ndarray) -> Blended:
         assert self._heads is not None
-        return Gated(self._static[layer], self._heads, jnp.asarray(gates))
+        return Blended(self._static[layer], self._heads, jnp.asarray(blends))
 
     def _nll(self, hidden: np.ndarray) -> float:
         """Mean NLL of the targets after hidden [scored,E]."""
@@ -121,15 +123,15 @@ class GatedText:
         return total / len(self._targets)
 
 
-def run_layers(module: Decoder, x: Array, mask: Array, gated: Mapping[int, Gated], start: int, stop: int) -> Array:
+def run_layers(module: Decoder, x: Array, mask: Array, blended: Mapping[int, Blended], start: int, stop: int) -> Array:
     """x [N,T,E] through the layers from `start` to before `stop`, mask [1,T]; all tokens at once, without a cache."""
     batch, width = x.shape[:2]
     rows = jnp.broadcast_to(mask, (batch, width))
     positions = jnp.maximum(jnp.cumsum(rows, axis=1, dtype=jnp.int32) - 1, 0)
     room = empty_model_cache(module.spec, batch, width, module.norm.weight[...].dtype)
     for index in range(start, stop):
-        one = gated.get(index)
-        attached = None if one is None else Attached(one.static, None, one.heads, one.gates)
+        context = blended.get(index)
+        attached = None if context is None else Attached(context.static, None, context.heads, context.blends)
         x = module.layers[index](x, Call(positions, rows, None, room.layers[index], first=True), attached, None)[0]
     return module.norm(x) if stop == len(module.layers) else x
 
@@ -147,27 +149,29 @@ def _segment(
     x: Array,
     mask: Array,
     parents: Array,
-    gated: Mapping[int, Gated],
+    blended: Mapping[int, Blended],
     *,
     start: int,
     stop: int,
 ) -> Array:
-    """The layers from a gated one to before the next; row n comes from row parents[n] of what x [N,T,E] holds."""
-    return run_layers(structure.merge(state), jnp.take(x, parents, axis=0, mode="clip"), mask, gated, start, stop)
+    """The layers from a blended one to before the next; row n comes from row parents[n] of what x [N,T,E] holds."""
+    return run_layers(structure.merge(state), jnp.take(x, parents, axis=0, mode="clip"), mask, blended, start, stop)
 
 
 @partial(jax.jit, static_argnames="structure")
 def _loss_and_gradient(
-    structure: Structure, state: Sequence[Array], x: Array, mask: Array, targets: Array, gated: dict[int, Gated]
+    structure: Structure, state: Sequence[Array], x: Array, mask: Array, targets: Array, blended: dict[int, Blended]
 ) -> tuple[Array, dict[int, Array]]:
     module = structure.merge(state)
 
-    def loss(gates: dict[int, Array]) -> Array:
-        under = {layer: one._replace(gates=gates[layer]) for layer, one in gated.items()}
-        hidden = run_layers(module, x, mask, under, min(gated), len(module.layers))[0]
+    def loss(blends: dict[int, Array]) -> Array:
+        under = {layer: context._replace(blends=blends[layer]) for layer, context in blended.items()}
+        hidden = run_layers(module, x, mask, under, min(blended), len(module.layers))[0]
         return _mean_nll(module, hidden[-1 - len(targets) : -1], targets)
 
-    made: tuple[Array, dict[int, Array]] = jax.value_and_grad(loss)({layer: one.gates for layer, one in gated.items()})
+    made: tuple[Array, dict[int, Array]] = jax.value_and_grad(loss)(
+        {layer: context.blends for layer, context in blended.items()}
+    )
     return made
 
 
