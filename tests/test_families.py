@@ -58,6 +58,15 @@ def test_presets_say_whether_lyra_runs_them(name: str) -> None:
     assert family("gemma3").hub_id.format("gemma-3-1b") == "google/gemma-3-1b-pt"
 
 
+def test_the_documentation_lists_every_family() -> None:
+    table = (ROOT / "docs" / "spec.md").read_text(encoding="utf-8").partition("## Families of models")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", table.partition("\n## ")[0], re.MULTILINE))
+    assert list(rows) == list(FAMILIES)
+    for name, known in FAMILIES.items():
+        written = [*known.model_types, *([] if known.gguf is None else [known.gguf.architecture])]
+        assert set(re.findall(r"`(\w+)`", rows[name])) == set(written), name
+
+
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(SpecError, match=r"'rwkv' is no family; known: gemma3.*, or 'none' for a model that is only"):
         ModelSpec.from_dict({**SMALL, "family": "rwkv"})
