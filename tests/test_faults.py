@@ -305,3 +305,18 @@ def test_a_fault_that_cannot_be_made_ends_the_other_processes_too() -> None:
     work = [(a_fault("no_such_line"), "torch"), (catalogue()["weight-without-one"], "torch")]
     with pytest.raises(FaultError, match="is dead"):
         list(kill_all(work, workers=2))
+
+
+def test_a_fault_in_the_wiring_is_put_under_the_subject_that_shows_it() -> None:
+    """The subject is copied too, and drives the copy of the backend; the real ones stay as they are."""
+    edit = Edit(where="merge", find="$A.total * $WEIGHT_A + $B.total * $WEIGHT_B", replace="$A.total * $WEIGHT_A")
+    fault = Fault(id="made-up", breaks=("STATIC-1",), does="x", backends={"torch-module": (edit,)})
+    problem = a_problem()
+    with injected(fault, "torch-module") as faulty:
+        assert faulty.name == "torch-module"
+        assert type(faulty).__module__.startswith("lyra.conformance.subjects__made_up_")
+        layer = faulty.attention(problem.spec, problem.weights)
+        assert type(layer).__module__ == type(faulty).__module__
+    real = get_backend("torch-module")
+    assert type(real).__module__ == "lyra.conformance.subjects.torch_module"
+    assert kill(fault, "torch-module", only="static::one_softmax").status == "killed"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class FaultyBackend(StrEnum):
-    """The backends that the catalogue has faults for."""
+    """The backends that the catalogue has faults for, and the subjects that show those in the wiring of modules."""
 
     torch = "torch"
     jax = "jax"
@@ -43,7 +43,8 @@ COLOURS = {"killed": "green", "survived": "bold red", "broken": "bold yellow"}
 
 def faults(
     backend: Annotated[
-        list[FaultyBackend] | None, typer.Option(help="Backend to put faults into; may be repeated (default: both).")
+        list[FaultyBackend] | None,
+        typer.Option(help="Backend or subject to put faults into; may be repeated (default: all)."),
     ] = None,
     profile: Annotated[ProfileName, typer.Option(help="How much the suite generates.")] = ProfileName.smoke,
     only: Annotated[
@@ -76,20 +77,20 @@ def faults(
     if list_only:
         printer.print(_list(chosen))
         return
-    names = [one.value for one in backend or FaultyBackend]
+    names = [name.value for name in backend or FaultyBackend]
     work = [(fault, name) for name in names for fault in chosen if name in fault.backends]
     if chosen and not work:
-        raise InputError(f"none of these faults can be made in {', '.join(names)}: it lacks the capability they need")
-    found: dict[int, Verdict] = {}
+        raise InputError(f"none of these faults can be made in {', '.join(names)}: it lacks what they need")
+    settled: dict[int, Verdict] = {}
     started = time.perf_counter()
     with steps(f"Faults, profile {profile.value}") as move:
         move("", 0, len(work))
         for place, verdict in kill_all(
             work, profile.value, seed, workers or max(1, min(os.cpu_count() or 1, len(work)))
         ):
-            found[place] = verdict
-            move(f"{verdict.backend}: {verdict.fault} {verdict.status}", len(found), len(work))
-    verdicts = [found[place] for place in sorted(found)]
+            settled[place] = verdict
+            move(f"{verdict.backend}: {verdict.fault} {verdict.status}", len(settled), len(work))
+    verdicts = [settled[place] for place in sorted(settled)]
     _report(printer, chosen, verdicts, names)
     printer.print(f"{len(work)} faults in {time.perf_counter() - started:.0f} s, profile {profile.value}")
     tame = [] if only else tame_everywhere(names, profile.value, seed)
@@ -99,14 +100,14 @@ def faults(
             "format": 1,
             "profile": profile.value,
             "seed": seed,
-            "faults": [one.to_dict() for one in verdicts],
-            "generators": [one.to_dict() for one in tame],
+            "faults": [verdict.to_dict() for verdict in verdicts],
+            "generators": [tamed.to_dict() for tamed in tame],
         }
         write_atomically(json_path, json.dumps(data, indent=2, ensure_ascii=False).encode())
-    if any(one.status == "broken" for one in verdicts):
+    if any(verdict.status == "broken" for verdict in verdicts):
         raise typer.Exit(2)
-    unnoticed = any(one.status != "vacuous" for one in tame)
-    raise typer.Exit(1 if unnoticed or any(one.status == "survived" for one in verdicts) else 0)
+    unnoticed = any(tamed.status != "vacuous" for tamed in tame)
+    raise typer.Exit(1 if unnoticed or any(verdict.status == "survived" for verdict in verdicts) else 0)
 
 
 def _list(chosen: list[Fault]) -> Table:
@@ -123,41 +124,54 @@ def _list(chosen: list[Fault]) -> Table:
 
 
 def _report(printer: Console, chosen: list[Fault], verdicts: list[Verdict], names: list[str]) -> None:
-    """The kill table, clause by clause, then what survived, then one line per backend."""
-    found = {(one.fault, one.backend): one for one in verdicts}
-    table = new_table("Faults by clause")
+    """The kill tables, clause by clause, then what survived, then one line per backend."""
+    modules = [name for name in names if name.endswith("-module")]
+    for title, some in (
+        ("Faults by clause", [name for name in names if name not in modules]),
+        ("Faults in the wiring of modules", modules),
+    ):
+        if listed := [fault for fault in chosen if set(some) & set(fault.backends)]:
+            printer.print(_table(title, listed, verdicts, some))
+    does = {fault.id: fault.does for fault in chosen}
+    for verdict in verdicts:
+        if verdict.status != "killed":
+            said = f" {verdict.backend}: {verdict.fault}: {does[verdict.fault]}"
+            printer.print(Text.assemble((verdict.status, COLOURS[verdict.status]), said))
+            if verdict.message:
+                printer.print(f"  {verdict.message}")
+    for name in names:
+        mine = [verdict for verdict in verdicts if verdict.backend == name]
+        killed = sum(verdict.status == "killed" for verdict in mine)
+        if mine:
+            seconds = sum(verdict.seconds for verdict in mine)
+            printer.print(f"{name}: {killed} of {len(mine)} killed in {seconds:.0f} s")
+
+
+def _table(title: str, faults: list[Fault], verdicts: list[Verdict], names: list[str]) -> Table:
+    """What became of faults, in a column for each backend."""
+    settled = {(verdict.fault, verdict.backend): verdict for verdict in verdicts}
+    table = new_table(title)
     table.add_column("fault", overflow="fold")
     for name in names:
         table.add_column(name, overflow="fold")
     clause = ""
-    for fault in chosen:
+    for fault in faults:
         if fault.clause != clause:
             table.add_section()
             table.add_row(Text(fault.clause, style="bold"))
             clause = fault.clause
-        table.add_row(fault.id, *(_cell(found.get((fault.id, name))) for name in names))
-    printer.print(table)
-    does = {fault.id: fault.does for fault in chosen}
-    for one in verdicts:
-        if one.status != "killed":
-            said = f" {one.backend}: {one.fault}: {does[one.fault]}"
-            printer.print(Text.assemble((one.status, COLOURS[one.status]), said))
-            if one.message:
-                printer.print(f"  {one.message}")
-    for name in names:
-        mine = [one for one in verdicts if one.backend == name]
-        killed = sum(one.status == "killed" for one in mine)
-        printer.print(f"{name}: {killed} of {len(mine)} killed in {sum(one.seconds for one in mine):.0f} s")
+        table.add_row(fault.id, *(_cell(settled.get((fault.id, name))) for name in names))
+    return table
 
 
 def _report_tame(printer: Console, tame: list[Tamed]) -> None:
     """How many premises were missed where tame generators never met them, and which were not."""
-    for one in tame:
-        if one.status != "vacuous":
-            said = f" {one.property}, without any case of: {one.premise}"
-            printer.print(Text.assemble((one.status, COLOURS["survived"]), said))
+    for tamed in tame:
+        if tamed.status != "vacuous":
+            said = f" {tamed.property}, without any case of: {tamed.premise}"
+            printer.print(Text.assemble((tamed.status, COLOURS["survived"]), said))
     if tame:
-        noticed = sum(one.status == "vacuous" for one in tame)
+        noticed = sum(tamed.status == "vacuous" for tamed in tame)
         printer.print(f"generators made tame: {noticed} of {len(tame)} properties and premises vacuous")
 
 

@@ -40,7 +40,7 @@ STRICT = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class FaultError(InputError):
-    """A fault that cannot be made: an unknown name, a malformed entry, or an anchor that the source has not once."""
+    """A fault that cannot be made: an unknown name, a malformed entry, or a pattern that does not match once."""
 
 
 class Edit(BaseModel):
@@ -59,27 +59,6 @@ class Edit(BaseModel):
         return self
 
 
-class TextEdit(BaseModel):
-    """Replace the one place where `find` stands."""
-
-    model_config = STRICT
-
-    find: str = Field(min_length=1)
-    replace: str
-
-
-class Patch(BaseModel):
-    """Edits of the text of one file of a backend; `file` is relative to the backend's folder."""
-
-    model_config = STRICT
-
-    file: str
-    edits: tuple[TextEdit, ...] = Field(min_length=1)
-
-
-Edits = Annotated[tuple[Edit, ...], Field(min_length=1)]
-
-
 class Fault(BaseModel):
     """One fault. `breaks` are statements of SPEC.md, the one it is listed under first; `does` says what goes wrong.
 
@@ -92,14 +71,14 @@ class Fault(BaseModel):
     breaks: tuple[str, ...] = Field(min_length=1)
     does: str
     needs: str | None = None
-    backends: dict[str, Edits | Patch] = Field(min_length=1)
+    backends: dict[str, Annotated[tuple[Edit, ...], Field(min_length=1)]] = Field(min_length=1)
 
     @property
     def clause(self) -> str:
         """The clause of its first statement."""
         return statements()[self.breaks[0]].clause
 
-    def edits(self, backend: str) -> tuple[Edit, ...] | Patch:
+    def edits(self, backend: str) -> tuple[Edit, ...]:
         """How it is made in a backend. Raises FaultError where the catalogue does not say."""
         if backend not in self.backends:
             raise FaultError(f"fault {self.id!r} has no edit for backend {backend!r}; it has {sorted(self.backends)}")
@@ -112,7 +91,7 @@ def catalogue() -> dict[str, Fault]:
 
     A file with a clause's name holds that clause's faults only, `wiring_*.toml` those of the wiring of modules.
     """
-    found: dict[str, tuple[Fault, str]] = {}
+    faults: dict[str, tuple[Fault, str]] = {}
     for file in sorted(files("lyra.conformance.faults").iterdir(), key=lambda file: file.name):
         name, _, kind = file.name.partition(".")
         if kind != "toml":
@@ -120,11 +99,11 @@ def catalogue() -> dict[str, Fault]:
         for fault in parse(file.read_text(encoding="utf-8"), file.name):
             if name.upper() != fault.clause and not name.startswith("wiring"):
                 raise FaultError(f"{file.name}: fault {fault.id!r} breaks {fault.breaks[0]}, so it belongs elsewhere")
-            if fault.id in found:
-                raise FaultError(f"{file.name}: fault {fault.id!r} stands in {found[fault.id][1]} too")
-            found[fault.id] = fault, file.name
+            if fault.id in faults:
+                raise FaultError(f"{file.name}: fault {fault.id!r} stands in {faults[fault.id][1]} too")
+            faults[fault.id] = fault, file.name
     order = list(clauses())
-    return {id: fault for id, (fault, _) in sorted(found.items(), key=lambda item: order.index(item[1][0].clause))}
+    return {id: fault for id, (fault, _) in sorted(faults.items(), key=lambda item: order.index(item[1][0].clause))}
 
 
 def parse(text: str, source: str) -> list[Fault]:
@@ -133,14 +112,14 @@ def parse(text: str, source: str) -> list[Fault]:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FaultError(f"{source}: not TOML ({error})") from None
-    found = [_fault(name, table, source) for name, table in tables.items()]
-    for fault in found:
-        unknown = [one for one in fault.breaks if one not in statements()]
+    faults = [_fault(name, table, source) for name, table in tables.items()]
+    for fault in faults:
+        unknown = [statement for statement in fault.breaks if statement not in statements()]
         if unknown:
             raise FaultError(f"{source}: fault {fault.id!r} breaks {unknown}, which SPEC.md does not have")
         if fault.needs is not None and fault.needs not in CAPABILITIES:
             raise FaultError(f"{source}: fault {fault.id!r} needs {fault.needs!r}, which is no capability")
-    return found
+    return faults
 
 
 def _fault(name: str, table: Any, source: str) -> Fault:
@@ -155,10 +134,10 @@ def _fault(name: str, table: Any, source: str) -> Fault:
 def select(only: list[str]) -> list[Fault]:
     """The faults with these ids or of these clauses or statements; all without a selection. Raises FaultError."""
     known = catalogue().values()
-    for one in only:
-        if not any(_matches(fault, one) for fault in known):
-            raise FaultError(f"{one!r} is no fault and no clause or statement with faults; see `lyra faults --list`")
-    return [fault for fault in known if not only or any(_matches(fault, one) for one in only)]
+    for wanted in only:
+        if not any(_matches(fault, wanted) for fault in known):
+            raise FaultError(f"{wanted!r} is no fault and no clause or statement with faults; see `lyra faults --list`")
+    return [fault for fault in known if not only or any(_matches(fault, wanted) for wanted in only)]
 
 
 def _matches(fault: Fault, wanted: str) -> bool:
@@ -185,18 +164,15 @@ def with_fault(fault: Fault, backend: str, sources: Mapping[str, str]) -> dict[s
     Raises FaultError, naming fault, backend, file and function, where a function is missing or not the only one of its
     name, and where a pattern matches nothing in it or more than once.
     """
-    edits = fault.edits(backend)
-    made = f"fault {fault.id!r}, backend {backend!r}"
+    about = f"fault {fault.id!r}, backend {backend!r}"
     after = dict(sources)
-    if isinstance(edits, Patch):
-        return after | {edits.file: _with_text(edits, after, f"{made}, file {edits.file!r}")}
-    for edit in edits:
-        file, definition = place_of(edit.where, after, made)
+    for edit in fault.edits(backend):
+        file, definition = place_of(edit.where, after, about)
         try:
             after[file] = edited(after[file], definition, edit.find, edit.replace, edit.given)
         except PatternError as error:
             within = f", {definition!r}" if definition else ""
-            raise FaultError(f"{made}, file {file!r}{within}: {error}") from None
+            raise FaultError(f"{about}, file {file!r}{within}: {error}") from None
     return after
 
 
@@ -226,35 +202,21 @@ def _definitions(source: str) -> tuple[str, ...]:
     return tuple(definitions(source))
 
 
-def place_of(where: str, sources: Mapping[str, str], made: str) -> tuple[str, str]:
-    """The file and the definition in it that `in` means, nothing for all of a file. Raises FaultError about `made`."""
+def place_of(where: str, sources: Mapping[str, str], about: str) -> tuple[str, str]:
+    """The file and the definition in it that `in` means, nothing for all of a file. Raises FaultError."""
     if where.endswith(".py"):
         if where not in sources:
-            raise FaultError(f"{made}: there is no file {where!r}")
+            raise FaultError(f"{about}: there is no file {where!r}")
         return where, ""
-    found = [
+    places = [
         (file, name)
         for file, source in sources.items()
         for name in _definitions(source)
         if f"{module_name('', file)}.{name}".endswith(f".{where}")
     ]
-    if not found:
-        raise FaultError(f"{made}: there is no function or class {where!r}")
-    if len(found) > 1:
-        places = ", ".join(f"{module_name('', file)}.{name}".strip(".") for file, name in found)
-        raise FaultError(f"{made}: {where!r} is ambiguous, it may be {places}")
-    return found[0]
-
-
-def _with_text(patch: Patch, sources: Mapping[str, str], where: str) -> str:
-    """A file's source with edits of its text. Raises FaultError unless each anchor stands exactly once."""
-    source = sources.get(patch.file)
-    if source is None:
-        raise FaultError(f"{where}: there is no such file")
-    for edit in patch.edits:
-        count = source.count(edit.find)
-        if count != 1:
-            problem = "is dead: the source does not have it" if count == 0 else f"is ambiguous: it stands {count} times"
-            raise FaultError(f"{where}: the anchor {edit.find!r} {problem}")
-        source = source.replace(edit.find, edit.replace)
-    return source
+    if not places:
+        raise FaultError(f"{about}: there is no function or class {where!r}")
+    if len(places) > 1:
+        named = ", ".join(f"{module_name('', file)}.{name}".strip(".") for file, name in places)
+        raise FaultError(f"{about}: {where!r} is ambiguous, it may be {named}")
+    return places[0]

@@ -85,28 +85,28 @@ def premises_of(item: pytest.Item) -> tuple[Premise, ...]:
 @contextmanager
 def tamed(premise: Premise, declaration: Declaration) -> Iterator[None]:
     """Keep a premise of a property from coming up: in cases as they are drawn, and again as arrays are made of them."""
-    tame, drawn, made = premise.tame, Case.with_other_data, Case.problem
+    tame, drawn, problem_of = premise.tame, Case.with_other_data, Case.problem
     with ExitStack() as stack:
         if premise.names:
             stack.enter_context(patch.dict(declaration.check.__globals__, premise.names))
         if tame is not None:
             stack.enter_context(patch.object(Case, "with_other_data", lambda case, index: tame(drawn(case, index))))
-            stack.enter_context(patch.object(Case, "problem", lambda case: made(tame(case))))
+            stack.enter_context(patch.object(Case, "problem", lambda case: problem_of(tame(case))))
         yield
 
 
 def tame_everywhere(backends: Sequence[str], profile: str = "smoke", seed: int = 0) -> list[Tamed]:
     """The same for every property that one of the backends can do: by the first that can. Raises as `tame_all` does."""
-    found: list[Tamed] = []
+    settled: list[Tamed] = []
     known = all_properties()
     left = list(known)
     for backend in backends:
-        made = get_backend(backend)
-        able = [name for name in left if all(has(made, need) for need in known[name].needs)]
+        asked = get_backend(backend)
+        able = [name for name in left if all(has(asked, need) for need in known[name].needs)]
         if able:
-            found += tame_all(backend, profile, seed, "test" if len(left) == len(known) else " or ".join(able))
+            settled += tame_all(backend, profile, seed, "test" if len(left) == len(known) else " or ".join(able))
         left = [name for name in left if name not in able]
-    return found
+    return settled
 
 
 def tame_all(backend: str = "torch", profile: str = "smoke", seed: int = 0, only: str = "test") -> list[Tamed]:
@@ -116,7 +116,7 @@ def tame_all(backend: str = "torch", profile: str = "smoke", seed: int = 0, only
     FaultError where the suite cannot run.
     """
     prepare_environment()
-    found: list[Tamed] = []
+    settled: list[Tamed] = []
     few = Profile(PROFILES[profile].name, EXAMPLES, PROFILES[profile].sizes, data=1)
     turn = 0
     while True:
@@ -124,7 +124,7 @@ def tame_all(backend: str = "torch", profile: str = "smoke", seed: int = 0, only
         session = Session([get_backend(backend)], few, seed, database=None, record=record, shrink=False)
         outcome = run(session, only=only, plugins=[Tamer(turn)])
         if outcome.found_nothing:
-            return found
+            return settled
         if outcome.could_not_run:
             raise FaultError(f"backend {backend!r}: the suite cannot run on tame cases\n{outcome.log}")
         for name, prop in record.properties.items():
@@ -133,5 +133,5 @@ def tame_all(backend: str = "torch", profile: str = "smoke", seed: int = 0, only
                 continue
             premise = prop.premises[turn]
             missed = tally.status != "vacuous" or premise in tally.unmet
-            found.append(Tamed(name, premise, backend, tally.status if missed else "passed"))
+            settled.append(Tamed(name, premise, backend, tally.status if missed else "passed"))
         turn += 1

@@ -40,16 +40,16 @@ class Copy(importlib.abc.MetaPathFinder):
         """The spec of a module of the copy; None for any other module."""
         for original, copy in self.names.items():
             if fullname == copy:
-                found = importlib.util.find_spec(original)
+                spec = importlib.util.find_spec(original)
             elif fullname.startswith(f"{copy}."):
-                found = importlib.machinery.PathFinder.find_spec(original + fullname.removeprefix(copy), path)
+                spec = importlib.machinery.PathFinder.find_spec(original + fullname.removeprefix(copy), path)
             else:
                 continue
-            if found is None or found.origin is None:
+            if spec is None or spec.origin is None:
                 return None
-            loader = CopyLoader(fullname, found.origin, self)
+            loader = CopyLoader(fullname, spec.origin, self)
             return importlib.util.spec_from_file_location(
-                fullname, found.origin, loader=loader, submodule_search_locations=found.submodule_search_locations
+                fullname, spec.origin, loader=loader, submodule_search_locations=spec.submodule_search_locations
             )
         return None
 
@@ -110,10 +110,8 @@ def injected(fault: Fault, backend: str) -> Iterator[Backend]:
 
     Raises FaultError for a dead or ambiguous pattern and for a fault that keeps the backend from being imported.
     """
-    package, (module, _, made) = (
-        backend_package(backend),
-        (known_backends() | known_subjects())[backend].value.partition(":"),
-    )
+    package, point = backend_package(backend), (known_backends() | known_subjects())[backend]
+    module, _, attribute = point.value.partition(":")
     home = package if f"{module}.".startswith(f"{package}.") else module.rpartition(".")[0]
     suffix = f"__{fault.id.replace('-', '_')}_{len(_faults)}"
     names = {original: original + suffix for original in (package, home)}
@@ -123,7 +121,7 @@ def injected(fault: Fault, backend: str) -> Iterator[Backend]:
     sys.meta_path.insert(0, copy)
     try:
         try:
-            faulty = get_backend(f"{copy.named(module)}:{made}")
+            faulty = get_backend(f"{copy.named(module)}:{attribute}")
             for file in patched:
                 importlib.import_module(copy.named(module_name(package, file)))
         except Exception as error:

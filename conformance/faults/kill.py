@@ -114,20 +114,20 @@ def stages_of(fault: Fault) -> list[str]:
 
     The properties of the fault's own clause that cite a statement it breaks, others that cite one, all others.
     """
-    citing = sorted(name for name, one in declarations().items() if set(one.statements) & set(fault.breaks))
+    citing = sorted(name for name, said in declarations().items() if set(said.statements) & set(fault.breaks))
     home = f"{fault.clause.lower()}::"
     first = [name for name in citing if name.startswith(home)]
     then = [name for name in citing if not name.startswith(home)]
-    found: list[str] = []
+    stages: list[str] = []
     for names in (first, then):
         if names:
-            found.append(_but(" or ".join(names), found))
-    return [*found, _but("test", found)]
+            stages.append(_but(" or ".join(names), stages))
+    return [*stages, _but("test", stages)]
 
 
 def _but(wanted: str, without: list[str]) -> str:
     """An expression of what `wanted` matches and none of the others does."""
-    return " and ".join([f"({wanted})", *(f"not ({one})" for one in without)])
+    return " and ".join([f"({wanted})", *(f"not ({other})" for other in without)])
 
 
 declarations = cache(all_properties)
@@ -144,7 +144,7 @@ def _verdict(fault: Fault, backend: str, cases: int, failure: Failure | None, se
     }
     if failure is None:
         return Verdict(status="survived", **common)
-    cited = [one for one in failure.statements if one in fault.breaks] or list(failure.statements)
+    cited = [statement for statement in failure.statements if statement in fault.breaks] or list(failure.statements)
     return Verdict(
         status="killed" if failure.kind == "failed" else "broken",
         property=failure.property,

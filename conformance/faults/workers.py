@@ -32,7 +32,7 @@ def kill_all(
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             except BrokenProcessPool:
-                ended = [work[place] for one, place in futures.items() if lost(one)][: 2 * workers]
+                ended = [work[place] for future, place in futures.items() if lost(future)][: 2 * workers]
                 named = ", ".join(f"{fault.id} in {name}" for fault, name in ended)
                 raise FaultError(f"a process ended within a fault, one of {named}; try each with --only") from None
             except BaseException:
