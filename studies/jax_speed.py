@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lyra.backends.jax_impl.cache import LiveCache, bucket, live_keys
-from lyra.backends.jax_impl.layer import Call, attend_to, layer_of, numbers_of, output, project, rope, shape_of
+from lyra.backends.jax_impl.cache import LiveCache, bucket
 from lyra.spec.attention import AttentionSpec
 from lyra.speed.row import Work
 
 from .jax_lm import OPERATIONS, arrays
 from .training import Arrays
 
-__all__ = ["OPERATIONS", "full_cache", "repeating_attention", "work"]
+__all__ = ["OPERATIONS", "full_cache", "repeat", "work"]
 
 Step = Callable[[Any, Any, Any], tuple[Array, Any]]
 """weights, x, caches -> output, and the caches with what the step added."""
@@ -61,20 +60,6 @@ def full_cache(spec: AttentionSpec, batch: int, tokens: int) -> LiveCache:
     )
 
 
-def repeating_attention(
-    spec: AttentionSpec, weights: Mapping[str, Array], x: Array, cache: LiveCache
-) -> tuple[Array, LiveCache]:
-    """A step whose keys and values are repeated for every query head before it attends."""
-    wide = shape_of(spec.replace(num_key_value_heads=spec.num_attention_heads))
-    times = spec.num_attention_heads // spec.num_key_value_heads
-    positions, mask = jnp.broadcast_to(cache.length, (len(x), 1)), jnp.ones((len(x), 1), bool)
-    narrow, call = layer_of(weights, numbers_of(spec), shape_of(spec)), Call(positions, mask, None, cache)
-    q, k, v = project(x, narrow)
-    q, k = rope(q, k, narrow, call)
-    assert k is not None
-    assert v is not None
-    live, grown = cache.append(live_keys(k, v, mask, positions))
-    keys, values = (jnp.repeat(part, times, axis=1) for part in (live.keys, live.values))
-    many = narrow._replace(shape=wide)
-    heads = attend_to(q, live._replace(keys=keys, values=values), many, call)
-    return output(heads, many), grown
+def repeat(part: Array, times: int) -> Array:
+    """Keys or values [B,Hkv,...], each head so many times."""
+    return jnp.repeat(part, times, axis=1)

@@ -5,7 +5,8 @@ Each is a contestant of the benchmark, in the framework that it is told.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -28,12 +29,37 @@ def prefill(framework: str, spec: Mapping[str, Any], batch: int, tokens: int) ->
 
 def decode(framework: str, spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
     """A layer over one token more, which with those in the cache makes `tokens`."""
-    return _decode(framework, spec, batch, tokens, lambda timing: timing.OPERATIONS.attention)
+    timing, layer = _timing(framework), AttentionSpec.from_dict(spec)
+    return _step(timing, layer, batch, tokens, partial(timing.OPERATIONS.attention, layer))
 
 
 def repeated_decode(framework: str, spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
     """The step of `decode` with the keys and values of the cache repeated for every query head, as repeat_kv does."""
-    return _decode(framework, spec, batch, tokens, lambda timing: timing.repeating_attention)
+    timing, layer = _timing(framework), AttentionSpec.from_dict(spec)
+    wide = layer.replace(num_key_value_heads=layer.num_attention_heads)
+
+    def step(weights: Any, x: Any, cache: Any) -> Any:
+        return timing.OPERATIONS.attention(wide, weights, x, Repeating(cache, timing.repeat, layer.group_size))
+
+    return _step(timing, layer, batch, tokens, step)
+
+
+@dataclass(frozen=True)
+class Repeating:
+    """A cache whose keys and values are read once for each query head of their group."""
+
+    cache: Any
+    repeat: Callable[[Any, int], Any]
+    times: int
+
+    def append(self, new: Any) -> tuple[Any, Any]:
+        """The live keys and values, repeated, and the cache with the new ones."""
+        live, cache = self.cache.append(new)
+        keys, values = (self.repeat(part, self.times) for part in (live.keys, live.values))
+        return live._replace(keys=keys, values=values), cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
 
 
 def model_decode(framework: str, spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
@@ -45,10 +71,9 @@ def model_decode(framework: str, spec: Mapping[str, Any], batch: int, tokens: in
     return work
 
 
-def _decode(framework: str, spec: Mapping[str, Any], batch: int, tokens: int, attention: Any) -> Work:
-    timing, layer = _timing(framework), AttentionSpec.from_dict(spec)
+def _step(timing: Any, layer: AttentionSpec, batch: int, tokens: int, step: Any) -> Work:
     x, cache = _random(batch, 1, layer.hidden_size), timing.full_cache(layer, batch, tokens)
-    work: Work = timing.work(partial(attention(timing), layer), _weights(layer), x, cache)
+    work: Work = timing.work(step, _weights(layer), x, cache)
     return work
 
 

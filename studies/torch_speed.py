@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from lyra.backends.torch_impl.cache import LiveCache, Room, crop, live_keys
-from lyra.backends.torch_impl.layer import Call, attend_to, layer_of, numbers_of, output, project, rope, shape_of
+from lyra.backends.torch_impl.cache import LiveCache, Room, crop
 from lyra.spec.attention import AttentionSpec
 from lyra.speed.row import Work
 
 from .torch_lm import OPERATIONS, arrays
 from .training import Arrays
 
-__all__ = ["OPERATIONS", "full_cache", "repeating_attention", "work"]
+__all__ = ["OPERATIONS", "full_cache", "repeat", "work"]
 
 Step = Callable[[Any, Any, Any], tuple[torch.Tensor, Any]]
 """weights, x, caches -> output, and the caches with what the step added."""
@@ -44,18 +43,6 @@ def full_cache(spec: AttentionSpec, batch: int, tokens: int) -> LiveCache:
     return crop(slots, tokens - 1)._replace(room=Room(slots, tokens - 1))
 
 
-def repeating_attention(
-    spec: AttentionSpec, weights: Mapping[str, torch.Tensor], x: torch.Tensor, cache: LiveCache
-) -> tuple[torch.Tensor, LiveCache]:
-    """A step whose keys and values are repeated for every query head before it attends."""
-    batch, layer = len(x), layer_of(weights, numbers_of(spec), shape_of(spec))
-    wide, times = layer._replace(shape=layer.shape._replace(kv_heads=layer.shape.query_heads)), spec.group_size
-    positions, mask = torch.full((batch, 1), cache.mask.shape[1]), torch.ones(batch, 1, dtype=torch.bool)
-    call = Call(positions, mask, None, cache)
-    q, k, v = project(x, layer)
-    q, k = rope(q, k, layer, call)
-    assert k is not None
-    assert v is not None
-    live, after = cache.append(live_keys(k, v, mask, positions))
-    keys, values = (part.repeat_interleave(times, dim=1) for part in (live.keys, live.values))
-    return output(attend_to(q, live._replace(keys=keys, values=values), wide, call), layer), after
+def repeat(part: torch.Tensor, times: int) -> torch.Tensor:
+    """Keys or values [B,Hkv,...], each head so many times."""
+    return part.repeat_interleave(times, dim=1)
