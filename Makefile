@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # The tests of backends and of real models, apart from those of the suite, in parts that two cores finish together.
 REAL_TESTS := tests/test_model.py tests/test_real_model.py
-MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py) tests/test_attention_backends.py
+MODEL_TESTS := $(wildcard tests/test_jax_*.py tests/test_torch_*.py) tests/test_attention_backends.py tests/test_engines.py
 OTHER_TESTS := $(filter-out $(REAL_TESTS) $(MODEL_TESTS),$(wildcard tests/test_*.py))
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	--config-settings editable_mode=strict --editable
@@ -28,7 +28,7 @@ QUICK_XLA := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=fa
 
 # What depends on transformers, for the oldest version that is supported and the newest that there is. The tests above
 # run with that of constraints.txt.
-TRANSFORMERS_TESTS := $(filter-out %_backend.py %_partial.py,$(wildcard tests/test_torch_*.py)) $(wildcard tests/test_oracle_hf*.py)
+TRANSFORMERS_TESTS := $(filter-out %_partial.py,$(wildcard tests/test_torch_*.py)) tests/test_engines.py $(wildcard tests/test_oracle_hf*.py)
 TARGET := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target
 
 .PHONY: demo test test-suite test-harness test-models test-real test-oldest test-newest lint format schema faults bench performance heads clean

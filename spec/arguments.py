@@ -180,7 +180,7 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     found = found[None] if found.ndim == 1 and shape[0] == 1 else found
     if found.shape != shape or found.dtype != np.bool_:
         raise InputError(f"mask has shape {found.shape} and dtype {found.dtype}; expected bool {shape}")
-    return found
+    return forwards(found)
 
 
 def check_new_tokens(count: Any, tokens: int) -> int:
@@ -269,6 +269,11 @@ def as_array(name: str, values: Any, what: str) -> np.ndarray:
         return np.asarray(values)
     except Exception:  # NumPy raises ValueError, and what other libraries' arrays raise: a tensor elsewhere, TypeError
         raise InputError(f"{name} {'are' if name == 'ids' else 'is'} {shown(values)}; expected {what}") from None
+
+
+def forwards(array: np.ndarray) -> np.ndarray:
+    """The same values in an array that runs forwards in memory: torch takes no view that runs backwards, x[:, ::-1]."""
+    return np.ascontiguousarray(array) if min(array.strides, default=0) < 0 else array
 
 
 def _described(values: Any, found: np.ndarray) -> str:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 
-from .arguments import is_whole, listed, shown
+from .arguments import forwards, is_whole, listed, shown
 from .array_types import Bool, Float, Int
 from .attention import AttentionSpec
 from .errors import InputError
@@ -70,8 +70,8 @@ def check_call(
         static = check_static(spec, static, batch)
     return CallInputs(
         np.ascontiguousarray(x, dtype=np.float32),
-        positions.astype(np.int64, copy=False),
-        mask,
+        forwards(positions.astype(np.int64, copy=False)),
+        forwards(mask),
         static if spec.lyra_q_heads else None,
     )
 
@@ -144,7 +144,7 @@ def check_length(length: int, tokens: int) -> int:
 
 def check_static(spec: AttentionSpec, static: StaticLayer, batch: int) -> StaticLayer:
     """Check one layer's static K/V against the spec and the batch. Raises InputError."""
-    k, v, mask, positions = (np.asarray(part) for part in static)
+    k, v, mask, positions = (forwards(np.asarray(part)) for part in static)
     kv_heads = len(spec.lyra_kv_heads)
     if k.ndim != 4 or v.shape != k.shape:
         raise InputError(f"static k {k.shape} and v {v.shape} must both be [1 or batch, kv_heads, tokens, head_dim]")
@@ -223,4 +223,4 @@ def check_weights(spec: HasWeights, weights: Mapping[str, np.ndarray]) -> dict[s
     for name, shape in shapes.items():
         if tuple(weights[name].shape) != shape:
             raise InputError(f"weights[{name!r}] has shape {tuple(weights[name].shape)}; the spec says {shape}")
-    return {name: np.asarray(weights[name], dtype=np.float32) for name in shapes}
+    return {name: forwards(np.asarray(weights[name], dtype=np.float32)) for name in shapes}

@@ -258,6 +258,20 @@ def test_masked_slots_change_no_bit(backend: str, static_rows: int) -> None:
         np.testing.assert_array_equal(run(layer, clean, cuts)[case.mask], run(layer, case, cuts)[case.mask])
 
 
+def test_arrays_may_run_backwards_in_memory(backend: str) -> None:
+    """Views that run backwards, as x[:, ::-1] is one, give what their copies give."""
+    spec = make_spec(split=SPLITS["cut"])
+    weights, case = make_weights(spec), make_case(spec, padding="left", static_rows=2)
+    assert case.static is not None
+
+    def backwards(array: np.ndarray) -> np.ndarray:
+        return np.flip(np.ascontiguousarray(np.flip(array)))
+
+    views = Case(*map(backwards, case[:3]), StaticLayer(*map(backwards, case.static)))
+    layer = get_backend(backend).attention(spec, {name: backwards(value) for name, value in weights.items()})
+    np.testing.assert_array_equal(run(layer, views)[case.mask], run(layer_of(backend, spec), case)[case.mask])
+
+
 def test_later_tokens_have_no_influence(backend: str) -> None:
     spec = make_spec(split=SPLITS["cut"])
     layer, case = layer_of(backend, spec), make_case(spec)
