@@ -14,9 +14,7 @@ from .checkpoint import HUB_ID, resolve
 import_extra("torch", "torch")
 import_extra("lyra.backends.torch_impl.versions", "torch").check_transformers()
 
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig  # noqa: E402  # only what has been checked
-
-from lyra.backends.torch_impl.families.gemma3 import LyraForCausalLM  # noqa: E402
+from lyra.backends.torch_impl import LyraForCausalLM  # noqa: E402  # only what has been checked
 
 
 class Lyra(LyraForCausalLM):
@@ -30,7 +28,7 @@ class Lyra(LyraForCausalLM):
     `Lyra(config)` has random weights, as in transformers. Raises CheckpointError where there is no such model.
     """
 
-    def __init__(self, config: Gemma3TextConfig | None = None) -> None:
+    def __init__(self, config: Any = None) -> None:
         if config is None:
             self.__dict__.update(type(self).from_pretrained().__dict__)
         else:
@@ -61,4 +59,4 @@ def _is_transformers_own(name: str | os.PathLike[str] | None) -> TypeGuard[str |
     return Path(name).is_dir() or HUB_ID.fullmatch(os.fspath(name)) is not None
 
 
-Lyra.__name__ = Gemma3ForCausalLM.__name__  # as for its parent
+Lyra.__name__ = LyraForCausalLM.__name__  # as for its parent
