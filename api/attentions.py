@@ -33,7 +33,7 @@ def looked_at(
     chosen = sorted(set(requested))
     found = engine.attentions(ids, mask, layers=chosen)
     slots = 0 if context is None else context.mask.shape[1]
-    return {layer: _with_slots(one, slots if layer in readers else 0) for layer, one in found.items()}
+    return {layer: _with_slots(weights, slots if layer in readers else 0) for layer, weights in found.items()}
 
 
 def _with_slots(weights: np.ndarray, slots: int) -> np.ndarray:

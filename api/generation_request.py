@@ -43,7 +43,7 @@ def _prompts(prompt: Any) -> tuple[str, ...]:
     prompts = several(prompt)
     if prompts is None:
         raise InputError(f"prompt is {shown(prompt)}; expected a text (str) or a list of texts")
-    return tuple(check_text(f"prompt {number}", one) for number, one in enumerate(prompts))
+    return tuple(check_text(f"prompt {number}", text) for number, text in enumerate(prompts))
 
 
 def _sampling(temperature: Any, options: Mapping[str, Any]) -> Sampling | None:

@@ -75,7 +75,7 @@ def parts_of(path: Path) -> tuple[Path, ...]:
     if not 1 <= number <= count:
         raise CheckpointError(f"{path.name} is called part {number} of {count}; expected 1 to {count}")
     there = {item.name for item in path.parent.glob("*.gguf") if item.is_file()}
-    names = [f"{found['stem']}-{one:05}-of-{count:05}.gguf" for one in range(1, count + 1)]
+    names = [f"{found['stem']}-{index:05}-of-{count:05}.gguf" for index in range(1, count + 1)]
     missing = [name for name in names if name not in there]
     if missing:
         raise CheckpointError(

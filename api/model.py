@@ -135,7 +135,7 @@ class Model:
         """
         ids = self._ids(text)
         found = looked_at(self.engine, self._rows(ids), mask, layers, self.context, self._splits, self.blocks)
-        return found if ids.ndim == 2 else {layer: one[0] for layer, one in found.items()}
+        return found if ids.ndim == 2 else {layer: weights[0] for layer, weights in found.items()}
 
     @overload
     def generate(
@@ -340,7 +340,7 @@ class Model:
             return []
         if on_text is not None and len(prompts) > 1:
             raise ModelError(f"generate: on_text serves one prompt, got {len(prompts)}; generate them one by one")
-        ids, mask = texts.left_padded([texts.encode(one) for one in prompts])
+        ids, mask = texts.left_padded([texts.encode(prompt) for prompt in prompts])
         stream = TextStream(texts)
 
         def on_token(tokens: np.ndarray) -> None:

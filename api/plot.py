@@ -50,7 +50,7 @@ def reads(
     ModelError where no head reads one, IndexError for a token that is not there.
     """
     context, live = _texts(model, text)
-    found = {layer: one[:, token, :] for layer, one in model.attentions(text, layers=layers).items()}
+    found = {layer: attention[:, token, :] for layer, attention in model.attentions(text, layers=layers).items()}
     rows = [
         (f"layer {layer} · head {head}", found[layer][head])
         for layer in found
@@ -129,8 +129,8 @@ def _texts(model: Model, text: str | Ids) -> tuple[list[str], list[str]]:
 def _written(model: Model, ids: Sequence[int] | np.ndarray) -> list[str]:
     """Each token by itself; a space in front of it begins a word."""
     if model.text is None:
-        return [f" {int(one)}" for one in ids]
-    names = (model.text.tokenizer.id_to_token(int(one)) or f" {int(one)}" for one in ids)
+        return [f" {int(token)}" for token in ids]
+    names = (model.text.tokenizer.id_to_token(int(token)) or f" {int(token)}" for token in ids)
     return [name.replace("▁", " ").replace("\n", "↵").replace("$", r"\$") for name in names]
 
 

@@ -43,13 +43,13 @@ def special_ids(folder: Path, tokenizer: Tokenizer) -> SpecialIds:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         check_ids(folder / GENERATION, name, generation.get(name), config.spec.vocab_size)
     named = [owner["eos_token_id"] for owner in (config.special, generation) if owner.get("eos_token_id") is not None]
-    stops = {one for ids in named for one in (ids if isinstance(ids, list) else [ids])}
+    stops = {stop for ids in named for stop in (ids if isinstance(ids, list) else [ids])}
     spelled = set(_end_tokens(folder)) | _special_ends(tokenizer)
     stops |= {index for text in spelled if (index := tokenizer.token_to_id(text)) is not None}
     bos = generation.get("bos_token_id")
     return SpecialIds(
         bos=config.special["bos_token_id"] if bos is None else bos,
-        stops=tuple(sorted(one for one in stops if one < config.spec.vocab_size)),
+        stops=tuple(sorted(stop for stop in stops if stop < config.spec.vocab_size)),
         pad=generation.get("pad_token_id") or config.special["pad_token_id"] or 0,
     )
 

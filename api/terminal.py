@@ -137,7 +137,7 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     wanted = error.object[error.start : error.end]
-    return "".join(PLAIN.get(one) or _escape(one) for one in wanted), error.end
+    return "".join(PLAIN.get(character) or _escape(character) for character in wanted), error.end
 
 
 def _shown(found: re.Match[str]) -> str:

@@ -22,7 +22,7 @@ AXES = {
     "D": "the elements of a head",
     "E": "the elements of a token",
     "Bc": "contexts",
-    "G": "heads",
+    "Hs": "heads",
     "S": "slots",
     "out": "what comes out",
     "in": "what goes in",
@@ -128,11 +128,11 @@ def check_values(what: str, value: Any, wanted: np.ndarray) -> np.ndarray:
 def _why(got: tuple[int, ...], axes: Axes, sizes: Mapping[str, int], past: int) -> str:
     """The likeliest reason for a shape, where there is one: `: heads and tokens are exchanged`."""
     wanted = tuple(sizes[axis] for axis in axes)
-    for one, other in sorted(combinations(range(len(axes)), 2), key=lambda pair: pair != (1, 2)):
+    for first, other in sorted(combinations(range(len(axes)), 2), key=lambda pair: pair != (1, 2)):
         swapped = list(wanted)
-        swapped[one], swapped[other] = wanted[other], wanted[one]
+        swapped[first], swapped[other] = wanted[other], wanted[first]
         if got == tuple(swapped):
-            return f": {AXES[axes[other]]} and {AXES[axes[one]]} are exchanged"
+            return f": {AXES[axes[other]]} and {AXES[axes[first]]} are exchanged"
     if got == wanted[1:]:
         return f": the axis of {AXES[axes[0]]} is missing"
     if len(wanted) == 4 and got == (*wanted[:2], wanted[2] * wanted[3]):

@@ -268,9 +268,11 @@ class Problem:
         return self.mask
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
+def _same(first: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays hold the same bits: NaN equals itself, and the zeros of either sign differ."""
-    return one is other or (one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes())
+    return first is other or (
+        first.dtype == other.dtype and first.shape == other.shape and first.tobytes() == other.tobytes()
+    )
 
 
 def make_problem(case: Case) -> Problem:

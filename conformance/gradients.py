@@ -86,7 +86,7 @@ def check_gradients(found: Any, problem: Problem) -> dict[str, np.ndarray]:
 
 def axes_of(name: str, shape: tuple[int, ...]) -> tuple[Axes, dict[str, int]]:
     """The axes of what a gradient belongs to, and how long each is."""
-    axes = {3: OUTPUT, 4: ("Bc", "G", "S", "D")}.get(len(shape), ("out", "in")[: len(shape)])
+    axes = {3: OUTPUT, 4: ("Bc", "Hs", "S", "D")}.get(len(shape), ("out", "in")[: len(shape)])
     return axes, dict(zip(axes, shape, strict=True))
 
 

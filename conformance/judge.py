@@ -109,7 +109,7 @@ class Judge:
         if found is None:
             tally.mark("passed")
             for premise in self.premises:
-                tally.met[premise.name] += any(premise.met_by(one) for one in subject.recorded)
+                tally.met[premise.name] += any(premise.met_by(recorded) for recorded in subject.recorded)
         else:
             self._keep(text, subject, found)
         return found
@@ -138,12 +138,12 @@ class Judge:
 
         The one farther from the oracle is blamed. Raises Divergence.
         """
-        for one, other in combinations(values, 2):
-            far = distance(values[one], Uncertain(values[other].astype(float), wanted.variance), where)
-            self.record.observe(f"{one} ↔ {other}", label(problem, what), far.ratio)
+        for first, other in combinations(values, 2):
+            far = distance(values[first], Uncertain(values[other].astype(float), wanted.variance), where)
+            self.record.observe(f"{first} ↔ {other}", label(problem, what), far.ratio)
             if far.ratio > K_PAIR:
-                blamed = max((one, other), key=lambda name: distance(values[name], wanted, where).ratio)
-                error = Divergence(blamed, f"{far.describe(what, K_PAIR)} between {one} and {other}", problem)
+                blamed = max((first, other), key=lambda name: distance(values[name], wanted, where).ratio)
+                error = Divergence(blamed, f"{far.describe(what, K_PAIR)} between {first} and {other}", problem)
                 self._keep(lambda: text_of(case), next(s for s in self.subjects if s.name == blamed), error)
                 raise error
 

@@ -147,23 +147,31 @@ def _context_at(positions: str) -> Callable[[Problem], bool]:
     return holds
 
 
+def _sees_live(problem: Problem) -> bool:
+    """Whether Lyra heads see live tokens, their own or others."""
+    sees = problem.spec.static.sees
+    return sees.earlier or sees.own
+
+
 def _nothing_seen(problem: Problem) -> bool:
     """Whether Lyra heads see no key at a real token."""
     spec = problem.spec
-    if spec.static.live != "none" or not spec.lyra_q_heads or not _real(problem):
+    if _sees_live(problem) or not spec.lyra_q_heads or not _real(problem):
         return False
     return problem.static is None or not problem.static.mask.any(axis=1).all()
 
 
 def _spread(problem: Problem) -> float:
     """How far apart two scores are that one query sees."""
-    far = [np.where(one.seen.any(axis=-1), one.top - one.low, 0.0).max(initial=0) for one in scored(problem)]
+    far = [np.where(heads.seen.any(axis=-1), heads.top - heads.low, 0.0).max(initial=0) for heads in scored(problem)]
     return float(max(far, default=0.0))
 
 
 def _beyond_softcap(problem: Problem) -> bool:
     cap = problem.spec.softcap
-    return cap is not None and any(float(np.abs(one.score[one.seen]).max(initial=0)) > cap for one in scored(problem))
+    return cap is not None and any(
+        float(np.abs(heads.score[heads.seen]).max(initial=0)) > cap for heads in scored(problem)
+    )
 
 
 def _of_mode(live: str) -> Callable[[Problem], bool]:
@@ -190,8 +198,8 @@ MANY_TOKENS = Premise(
     lambda case: case.replace(calls=(3, 1), padding=()),
     of_calls=lambda calls: len(calls) > 1 and sum(calls) > 16,
 )
-PADDING = Premise("a padding token", lambda one: not one.mask.all() and _real(one), tame.bare)
-ROWS = Premise("several rows", lambda one: len(one.x) > 1, tame.one_row)
+PADDING = Premise("a padding token", lambda problem: not problem.mask.all() and _real(problem), tame.bare)
+ROWS = Premise("several rows", lambda problem: len(problem.x) > 1, tame.one_row)
 OF_MODE = {
     live: Premise(f'Lyra heads with live="{live}" behind another token', _of_mode(live), tame.one_token)
     for live in get_args(Live)
@@ -199,7 +207,7 @@ OF_MODE = {
 CAUSAL, SELF, NONE = (OF_MODE[live] for live in ("causal", "self", "none"))
 FAR_TOKENS = Premise(
     "a live token beyond position 131,000",
-    lambda one: one.spec.rope is not None and bool((one.positions[one.mask] > 131_000).any()),
+    lambda problem: problem.spec.rope is not None and bool((problem.positions[problem.mask] > 131_000).any()),
     tame.from_zero,
 )
 ROTATED = Premise("a rotation by a position other than 0", _rotates, lambda case: tame.one_token(tame.from_zero(case)))
@@ -207,45 +215,52 @@ BEHIND_WINDOW = Premise("a key behind the window", _behind_window, tame.one_toke
 
 # heads
 
-LYRA_HEADS = Premise("a head goes to Lyra", lambda one: bool(_of_own(one).spec.lyra_q_heads), tame.no_split)
-BOTH_STREAMS = Premise("Lyra heads beside vanilla ones", lambda one: _both(one.spec), tame.no_split)
+LYRA_HEADS = Premise("a head goes to Lyra", lambda problem: bool(_of_own(problem).spec.lyra_q_heads), tame.no_split)
+BOTH_STREAMS = Premise("Lyra heads beside vanilla ones", lambda problem: _both(problem.spec), tame.no_split)
 CUT_GROUP = Premise("a group is cut", _cut, tame.aligned)
 SCATTERED = Premise(
     "Lyra heads that are not next to each other",
-    lambda one: bool((np.diff(one.spec.lyra_q_heads) > 1).any()),
+    lambda problem: bool((np.diff(problem.spec.lyra_q_heads) > 1).any()),
     tame.first_heads,
 )
-SHARED_KV_HEAD = Premise("query heads that share a KV head", lambda one: one.spec.group_size > 1, tame.no_groups)
-SEVERAL_GROUPS = Premise("several KV heads", lambda one: one.spec.num_key_value_heads > 1, tame.one_group)
+SHARED_KV_HEAD = Premise(
+    "query heads that share a KV head", lambda problem: problem.spec.group_size > 1, tame.no_groups
+)
+SEVERAL_GROUPS = Premise("several KV heads", lambda problem: problem.spec.num_key_value_heads > 1, tame.one_group)
 TILED_GROUPS = Premise(
     "several groups of several query heads",
-    lambda one: one.spec.group_size > 1 and one.spec.num_key_value_heads > 1,
+    lambda problem: problem.spec.group_size > 1 and problem.spec.num_key_value_heads > 1,
     tame.no_groups,
 )
 SEVERAL_KV_HEADS = Premise(
     "Lyra heads that read several KV heads of a context",
-    lambda one: len(one.spec.lyra_kv_heads) > 1 and _sees_context(one),
+    lambda problem: len(problem.spec.lyra_kv_heads) > 1 and _sees_context(problem),
     tame.one_kv_head,
 )
 
 # contexts
 
 CONTEXT = Premise("a context that is seen", _sees_context, tame.all_hidden)
-HIDDEN = Premise("a hidden slot of a context", lambda one: _hides_slots(_of_own(one)), tame.all_shown)
+HIDDEN = Premise("a hidden slot of a context", lambda problem: _hides_slots(_of_own(problem)), tame.all_shown)
 EMPTY = Premise(
     "a Lyra head over an empty context",
-    lambda one: one.static is not None and not one.static.mask.any() and bool(one.spec.lyra_q_heads) and _real(one),
+    lambda problem: (
+        problem.static is not None
+        and not problem.static.mask.any()
+        and bool(problem.spec.lyra_q_heads)
+        and _real(problem)
+    ),
     tame.no_split,
 )
 ONE_SLOT = Premise(
     "one visible slot beside hidden ones",
-    lambda one: _hides_slots(one) and bool((one.static.mask.sum(axis=1) == 1).any()),  # type: ignore[union-attr]
+    lambda problem: _hides_slots(problem) and bool((problem.static.mask.sum(axis=1) == 1).any()),  # type: ignore[union-attr]
     lambda case: case if case.context is None else case.replace(context=case.context.replace(tokens=1)),
 )
-SEVERAL_SLOTS = Premise("several visible slots", lambda one: visible_slots(one) > 1, tame.no_token)
+SEVERAL_SLOTS = Premise("several visible slots", lambda problem: visible_slots(problem) > 1, tame.no_token)
 ONE_SOFTMAX = Premise(
     "static and live keys in one softmax",
-    lambda one: visible_slots(one) > 0 and one.spec.static.live != "none",
+    lambda problem: visible_slots(problem) > 0 and _sees_live(problem),
     tame.all_hidden,
 )
 CONTINUE = Premise("a context that the live tokens follow", _context_at("continue"), tame.all_hidden)
@@ -253,16 +268,18 @@ OVERLAY = Premise("a context that live tokens lie over", _context_at("overlay"),
 NOTHING_SEEN = Premise("a Lyra head that sees no key", _nothing_seen, tame.no_split)
 SHARED_CONTEXT = Premise(
     "one context for several rows",
-    lambda one: visible_slots(one) > 0 and len(one.static.k) < len(one.x),  # type: ignore[union-attr]
+    lambda problem: visible_slots(problem) > 0 and len(problem.static.k) < len(problem.x),  # type: ignore[union-attr]
     tame.one_row,
 )
 LENGTHS = Premise(
     "rows whose contexts differ in length",
-    lambda one: one.static is not None and len(set(one.static.mask.sum(axis=1).tolist())) > 1,
+    lambda problem: problem.static is not None and len(set(problem.static.mask.sum(axis=1).tolist())) > 1,
     tame.all_shown,
 )
 TEXT_LENGTHS = Premise(
-    "rows that differ in their number of tokens", lambda one: len(set(one.mask.sum(axis=1).tolist())) > 1, tame.bare
+    "rows that differ in their number of tokens",
+    lambda problem: len(set(problem.mask.sum(axis=1).tolist())) > 1,
+    tame.bare,
 )
 
 # numbers
@@ -272,35 +289,39 @@ BLOCK_EPS = Premise("a block's norm that eps decides", _block_eps_decides, tame.
 UNCENTRED = Premise("inputs far larger than 1 or with a mean far from 0", _uncentred, tame.normal)
 GARBAGE = Premise("hidden values of 10,000 and more", _garbage, tame.normal)
 BIAS = Premise(
-    "a bias that is not 0", lambda one: bool(np.any(one.weights.get("q_proj.bias", 0))), lambda c: c.respec(bias=False)
+    "a bias that is not 0",
+    lambda problem: bool(np.any(problem.weights.get("q_proj.bias", 0))),
+    lambda c: c.respec(bias=False),
 )
 BARE = Premise(
     "a layer without norm or without rotation",
-    lambda one: one.spec.qk_norm is None or one.spec.rope is None,
+    lambda problem: problem.spec.qk_norm is None or problem.spec.rope is None,
     tame.usual_stages,
 )
 SOFTCAP = Premise("a score beyond the softcap", _beyond_softcap, lambda case: case.respec(softcap=None))
 ODD_SCALE = Premise(
     "a scale that is not head_dim^(-1/2)",
-    lambda one: not np.isclose(one.spec.scale, one.spec.head_dim**-0.5) and several_tokens(one),
+    lambda problem: not np.isclose(problem.spec.scale, problem.spec.head_dim**-0.5) and several_tokens(problem),
     lambda case: case.respec(scale=case.spec.head_dim**-0.5),
 )
 PEAKED = Premise(
-    "scores a hundred apart", lambda one: _spread(one) > 100, lambda case: tame.normal(case.respec(scale=0.01))
+    "scores a hundred apart", lambda problem: _spread(problem) > 100, lambda case: tame.normal(case.respec(scale=0.01))
 )
 BFLOAT16 = Premise(
     "stages in bfloat16",
-    lambda one: one.dtype == "bfloat16" and _real(one),
+    lambda problem: problem.dtype == "bfloat16" and _real(problem),
     lambda case: case.replace(dtype="float32"),
 )
 FINE_DATA = Premise(
     "data that are no bfloat16 values",
-    lambda one: one.dtype == "bfloat16" and bool((one.x != to_bfloat16(one.x)).any()),
+    lambda problem: problem.dtype == "bfloat16" and bool((problem.x != to_bfloat16(problem.x)).any()),
     lambda case: case.replace(dtype="bfloat16"),
 )
 
 # blocks
 
 OPEN_GATE = Premise(
-    "a gate other than 0 and 1", lambda one: one.block is not None and one.block.gate not in (0, 1), tame.shut
+    "a gate other than 0 and 1",
+    lambda problem: problem.block is not None and problem.block.gate not in (0, 1),
+    tame.shut,
 )

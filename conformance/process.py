@@ -125,8 +125,8 @@ class Keys:
 
 
 def took_too_long(limit: float) -> str:
-    """What is said of a case that has not come to an end."""
-    return f"the case took longer than {limit:g} s (--case-limit), so its process was ended"
+    """The end in words of a process that was at one thing for too long."""
+    return f"the process was ended after {limit:g} s (--case-limit)"
 
 
 def how_it_ended(status: int) -> str:

@@ -171,7 +171,9 @@ class Record:
         A shard may hold nothing that a backend has the capabilities for: the others have, or the merged report says so.
         """
         backends = {backend for prop in self.properties.values() for backend in prop.tallies}
-        compared = bool(backends) and (self.shard is not None or all(self.count("passed", one) for one in backends))
+        compared = bool(backends) and (
+            self.shard is not None or all(self.count("passed", backend) for backend in backends)
+        )
         return not self.failures and compared and self.complete
 
     def count(self, status: Status, backend: str | None = None) -> int:

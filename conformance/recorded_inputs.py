@@ -32,14 +32,14 @@ class RecordedInputs:
     def note(self, problem: Problem, calls: tuple[int, ...]) -> RecordedInput:
         """The input that a backend is asked; what is remembered of the same arrays, the oracle's values, is shared."""
         found = None
-        for one in self._inputs:
-            if problem.same_as(one.problem):
-                problem.memo.update(one.problem.memo)
-                found = found or (one if one.calls == calls else None)
+        for recorded in self._inputs:
+            if problem.same_as(recorded.problem):
+                problem.memo.update(recorded.problem.memo)
+                found = found or (recorded if recorded.calls == calls else None)
         if found is None:
             self._inputs.append(found := RecordedInput(problem, calls))
         return found
 
     def compared(self, backends: list[str]) -> list[RecordedInput]:
         """Those that all of these backends were asked and held to the oracle for."""
-        return [one for one in self._inputs if one.held.issuperset(backends)]
+        return [recorded for recorded in self._inputs if recorded.held.issuperset(backends)]

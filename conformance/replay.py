@@ -55,7 +55,9 @@ def possible(case: Case) -> Case:
     context = case.context
     counts = [*case.calls, *case.padding, case.batch, case.start, case.seed]
     counts += [context.tokens, context.batch, context.start, *context.hidden] if context is not None else []
-    odd = [one for one in counts if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < LARGEST]
+    odd = [
+        count for count in counts if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < LARGEST
+    ]
     if odd or not case.calls:
         raise ValueError(f"a count, a position or a seed is {odd[0]!r:.60}" if odd else "it has no calls")
     spec, slots = case.spec, context.tokens * context.batch if context is not None else 0

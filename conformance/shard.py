@@ -52,7 +52,7 @@ def places(weights: Mapping[str, float], count: int) -> dict[str, int]:
     """
     loads = [0.0] * count
     found = {}
-    for name in sorted(weights, key=lambda one: (-weights[one], one)):
+    for name in sorted(weights, key=lambda name: (-weights[name], name)):
         place = loads.index(min(loads))
         loads[place] += weights[name] + FIXED_COST
         found[name] = place + 1

@@ -369,7 +369,7 @@ class Subject:
             found[name] = far = alone_distance(problem, trace[name], wanted)
             if name == "heads" and problem.dtype != "float32" and far.ratio > K:
                 other = alone_distance(problem, trace[name], stage_alone(problem, name, trace, moved=False))
-                found[name] = min(far, other, key=lambda one: one.ratio)
+                found[name] = min(far, other, key=lambda form: form.ratio)
         return found
 
     def first_diverging_stage(self, problem: Problem) -> tuple[str | None, str]:

@@ -151,12 +151,12 @@ class Supervisor:
 
     def _plan(self, properties: list[dict[str, Any]]) -> None:
         """What is to be judged: the first process that comes so far says it; others say what further backends lack."""
-        for one in properties:
-            name = one["name"]
+        for prop in properties:
+            name = prop["name"]
             self.course.planned.setdefault(
-                name, Property(name, tuple(one["statements"]), one["summary"], tuple(one["premises"]))
+                name, Property(name, tuple(prop["statements"]), prop["summary"], tuple(prop["premises"]))
             )
-            self.course.lacking.setdefault(name, {}).update(one["lacking"])
+            self.course.lacking.setdefault(name, {}).update(prop["lacking"])
         self.session.record.planned = len(self.course.planned)
         self._tell("", len(self.course.done), len(self.course.planned))
 

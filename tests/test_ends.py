@@ -99,6 +99,12 @@ class Loading(NumpyBackend):
     def __init__(self):
         os._exit(0)
 
+class Hangs(NumpyBackend):
+    name = "never there"
+
+    def __init__(self):
+        time.sleep(1000)
+
 class Quits(NumpyBackend):
     def __init__(self):
         sys.exit(0)
@@ -154,7 +160,7 @@ ENDED = {
     "fault": "the process was killed by SIGSEGV while the backend was asked",
     "forks": "the process ended by itself (exit status 0) while the backend was asked",
     "group": "the process was killed by SIGKILL (as the system does where memory runs out) while the backend was asked",
-    "loop": "the case took longer than 3 s (--case-limit), so its process was ended while the backend was asked",
+    "loop": "the process was ended after 3 s (--case-limit) while the backend was asked",
 }
 
 
@@ -188,7 +194,7 @@ def test_without_isolation_the_run_ends_and_its_message_names_the_option() -> No
     done = conform("--only", TWO, "--backend=ends:Loop", "--no-isolate", "--case-limit", "2")
     assert done.exit_code == 1
     (failure,) = report()["failures"]
-    assert "longer than 2 s (--case-limit)" in failure["message"]
+    assert failure["message"].startswith("the process was ended after 2 s (--case-limit) while the backend was asked")
     assert "with --isolate another process would go on" in failure["message"]
     assert not report()["complete"]
     assert report()["isolated"] is False
@@ -213,11 +219,13 @@ def test_a_backend_that_ends_every_process_is_given_up(monkeypatch: pytest.Monke
 
 
 def test_a_backend_that_ends_the_process_while_it_is_loaded_has_erred_in_everything() -> None:
-    done = conform("--only", TWO, "--backend", "ends:Loading", "--backend", "ends:Quits")
+    mine = [f"--backend=ends:{name}" for name in ("Loading", "Quits", "Hangs")]
+    done = conform("--only", TWO, *mine, "--case-limit", "2")
     assert done.exit_code == 1, done.output
     for backend, words in (
         ("ends:Loading", "the process ended by itself (exit status 0) while the backend was loaded"),
         ("ends:Quits", "cannot be made: SystemExit: 0 (ends.py, line "),
+        ("ends:Hangs", "the process was ended after 2 s (--case-limit) while the backend was loaded"),
     ):
         assert set(status(backend).values()) == {"errored"}
         assert all(words in one["message"] for one in report()["failures"] if one["backend"] == backend)

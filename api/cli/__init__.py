@@ -23,8 +23,8 @@ def application() -> typer.Typer:
         if command is None or command is app or command in commands or command in groups:
             continue
         if isinstance(command, typer.Typer):
-            for one in command.registered_commands:
-                one.cls = Command
+            for registered in command.registered_commands:
+                registered.cls = Command
             app.add_typer(command, name=found.name)
         else:
             app.command(cls=Command)(command)

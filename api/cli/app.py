@@ -126,10 +126,14 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments. Raises typer.BadParameter for an option whose first value would have no effect."""
         given = self.make_parser(ctx).parse_args(args=list(args))[-1]
-        for one in given:
-            if one.param_type_name == "option" and not getattr(one, "multiple", False) and given.count(one) > 1:
+        for parameter in given:
+            if (
+                parameter.param_type_name == "option"
+                and not getattr(parameter, "multiple", False)
+                and given.count(parameter) > 1
+            ):
                 raise typer.BadParameter(
-                    "it is given twice; give it once", ctx=ctx, param_hint=" / ".join(map(repr, one.opts))
+                    "it is given twice; give it once", ctx=ctx, param_hint=" / ".join(map(repr, parameter.opts))
                 )
         return super().parse_args(ctx, args)
 

@@ -95,7 +95,7 @@ def bench(
     if data.get("failed") or not results:
         raise typer.Exit(1)
     if margin is not None:
-        beyond = [one.what for result in results for one in result.findings if not one.within(margin)]
+        beyond = [finding.what for result in results for finding in result.findings if not finding.within(margin)]
         if beyond:
             typer.echo(f"more than {margin:g} times off the target: {'; '.join(beyond)}", err=True)
             raise typer.Exit(1)

@@ -50,14 +50,17 @@ def capture(
     check_files(json_path=json_path, contexts=(output,), inputs=(text_source(text), model_source(model), split))
     if split is not None and (layers, kv_heads) != (None, None):
         raise InputError("--split says which layers and KV heads are kept; leave out --layers and --kv-heads")
-    requested = [None if one is None else ranges(one) for one in (layers, kv_heads)]
+    requested = [None if words is None else ranges(words) for words in (layers, kv_heads)]
     if [] in requested:
         option = "--layers" if requested[0] == [] else "--kv-heads"
         raise InputError(f"{option} names none; leave it out for all of them")
     words = read_text(text)
     loaded = load_model(model, backend, dtype)
     known = ((loaded.spec.num_hidden_layers, "layers"), (loaded.spec.num_key_value_heads, "KV heads"))
-    kept = [None if one is None else counted_out(one, *limit) for one, limit in zip(requested, known, strict=True)]
+    kept = [
+        None if numbers is None else counted_out(numbers, *limit)
+        for numbers, limit in zip(requested, known, strict=True)
+    ]
     with steps("Capturing") as move:
         context = loaded.capture(
             words,

@@ -84,7 +84,7 @@ def choose(
         raise InputError(
             f"cannot write {wrong or str(output)}: pictures end in {' or '.join(FORMATS)}, splits in .toml"
         )
-    given, apart = (None if side is None else {str(one): read_text(str(one)) for one in side} for side in sides)
+    given, apart = (None if side is None else {str(file): read_text(str(file)) for file in side} for side in sides)
     loaded = load_model(model, backend, dtype)
     with steps("Choosing heads") as move:
         chosen = choose_split(
@@ -113,7 +113,7 @@ def text_files(paths: Sequence[Path]) -> list[Path]:
     """The files that are named, and those of folders that end in .txt, .md or .rst. Raises InputError."""
     files: list[Path] = []
     for path in paths:
-        found = sorted(one for one in path.iterdir() if one.suffix in SUFFIXES) if path.is_dir() else [path]
+        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found:
             raise InputError(f"the folder {str(path)!r} has no file that ends in {', '.join(SUFFIXES)}")
         files += found
@@ -165,9 +165,12 @@ def heat_map(report: Report) -> Text:
 
 def _added(point: Point, before: Point | None) -> str:
     """The heads that a point has and the one before it has not, as layer.head."""
-    old = {(layer, head) for layer, one in before.splits.items() for head in one.lyra_q_heads} if before else set()
+    old = {(layer, head) for layer, split in before.splits.items() for head in split.lyra_q_heads} if before else set()
     new = [
-        (layer, head) for layer, one in point.splits.items() for head in one.lyra_q_heads if (layer, head) not in old
+        (layer, head)
+        for layer, split in point.splits.items()
+        for head in split.lyra_q_heads
+        if (layer, head) not in old
     ]
     return ", ".join(f"{layer}.{head}" for layer, head in new) or "none"
 
@@ -181,5 +184,5 @@ def _caption(report: Report) -> str:
 
 
 def _notes(report: Report) -> Text:
-    lines = [f"layer {layer}: heads {head_list(one.lyra_q_heads)}" for layer, one in report.point.splits.items()]
+    lines = [f"layer {layer}: heads {head_list(split.lyra_q_heads)}" for layer, split in report.point.splits.items()]
     return Text(f"Chosen on {', '.join(report.documents['choosing'])}: {'; '.join(lines)}.\n")

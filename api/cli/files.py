@@ -36,7 +36,7 @@ def check_files(
     Raises InputError for a folder in the place of a file, a folder that is not there or may not be written to, a file
     that is write-protected, an input, and a file that is named twice.
     """
-    read = [file for one in inputs if one for file in _files_read(Path(one))]
+    read = [file for source in inputs if source for file in _files_read(Path(source))]
     written: list[Path] = []
     for path in (*contexts, *outputs, None if json_path == STANDARD else json_path):
         if path is None:
@@ -44,9 +44,9 @@ def check_files(
         _guarded(_check_file, path)
         if path in contexts and is_stream(path):
             raise InputError(f"cannot write {str(path)!r}: a context is a file, and that is none; name one")
-        if found := next((one for one in read if _same(path, one)), None):
+        if found := next((file for file in read if _same(path, file)), None):
             raise InputError(f"cannot write {_named(path, found)}: the command reads it; name another file")
-        if found := next((one for one in written if _same(path, one)), None):
+        if found := next((file for file in written if _same(path, file)), None):
             raise InputError(f"cannot write {_named(path, found)}: two outputs would be one file; name another one")
         written.append(path)
     for folder in folders:
@@ -65,11 +65,11 @@ def _files_read(path: Path) -> list[Path]:
     return []
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same(first: Path, other: Path) -> bool:
     """Whether two names are of one file, which need not be there yet; some systems see no capitals in names."""
-    if one.exists() and other.exists():
-        return os.path.samefile(one, other)
-    return os.path.realpath(one).casefold() == os.path.realpath(other).casefold()
+    if first.exists() and other.exists():
+        return os.path.samefile(first, other)
+    return os.path.realpath(first).casefold() == os.path.realpath(other).casefold()
 
 
 def _guarded(check: Callable[[Path], str | None], path: Path) -> None:
@@ -102,7 +102,7 @@ def _check_file(path: Path) -> str | None:
 
 def _check_folder(folder: Path) -> str | None:
     """What forbids to write files into a folder, which is made where it is not there; None if nothing does."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         return f"{str(there)!r} is a file and no folder"
     if not os.access(there, os.W_OK | os.X_OK):

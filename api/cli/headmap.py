@@ -140,8 +140,8 @@ def _title(name: str, attention: AttentionSpec) -> str:
 def _subtitle(attention: AttentionSpec) -> str:
     split = attention.split
     assert split is not None
-    one = attention.group_size == 1
-    groups = "a KV head for each query head" if one else f"{attention.group_size} query heads read each KV head"
+    alone = attention.group_size == 1
+    groups = "a KV head for each query head" if alone else f"{attention.group_size} query heads read each KV head"
     if cut := split.cut_kv_heads:
         serve = f"head {cut[0]} serves" if len(cut) == 1 else f"heads {head_list(cut)} serve"
         return f"{groups}; KV {serve} both streams"

@@ -95,10 +95,14 @@ def ranges(text: str) -> list[range]:
 def counted_out(found: Iterable[range], below: int, of: str) -> tuple[int, ...]:
     """Every number of some ranges, all of which are to be less than `below`. Raises SpecError."""
     found = list(found)
-    beyond = [f"{one[0]}-{one[-1]}" if len(one) > 1 else str(one[0]) for one in found if one[-1] >= below]
+    beyond = [
+        f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+        for numbers in found
+        if numbers[-1] >= below
+    ]
     if beyond:
         raise SpecError(f"there are no {of} {', '.join(beyond)}; expected 0 to {below - 1}")
-    return tuple(number for one in found for number in one)
+    return tuple(number for numbers in found for number in numbers)
 
 
 def numbers(text: str, below: int, of: str = "numbers") -> tuple[int, ...]:
@@ -129,7 +133,7 @@ def chosen_split(
 
 def check_split_options(lyra_kv: int | None, lyra_q: str | None, share_kv: bool, file: str | None) -> None:
     """Refuse options that contradict each other or have no effect, before a model is there. Raises SpecError."""
-    if sum(one is not None for one in (lyra_kv, lyra_q, file)) > 1:
+    if sum(way is not None for way in (lyra_kv, lyra_q, file)) > 1:
         raise SpecError("--lyra-kv, --lyra-q and --split are ways to say one thing; give one of them")
     if share_kv and lyra_q is None:
         raise SpecError("--share-kv would have no effect: it lets the heads of --lyra-q cut a group; leave it out")

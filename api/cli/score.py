@@ -75,12 +75,12 @@ def score(
             found["with context"] = loaded.score(words)
     data = {
         name: {
-            "tokens": one.num_tokens,
-            "total_nll": one.total,
-            "mean_nll": one.mean_nll,
-            "perplexity": one.perplexity,
+            "tokens": score.num_tokens,
+            "total_nll": score.total,
+            "mean_nll": score.mean_nll,
+            "perplexity": score.perplexity,
         }
-        for name, one in found.items()
+        for name, score in found.items()
     }
     show({"text": text} | data, json_path, _table(found))
 
@@ -89,6 +89,6 @@ def _table(found: dict[str, Score]) -> Table:
     table = new_table()
     for name in ("", "tokens", "mean NLL (nats)", "perplexity"):
         table.add_column(name, justify="right")
-    for name, one in found.items():
-        table.add_row(name, f"{one.num_tokens:,}", f"{one.mean_nll:.4f}", f"{one.perplexity:,.3f}")
+    for name, score in found.items():
+        table.add_row(name, f"{score.num_tokens:,}", f"{score.mean_nll:.4f}", f"{score.perplexity:,.3f}")
     return table

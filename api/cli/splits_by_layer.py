@@ -40,16 +40,16 @@ def explain_by_layer(spec: ModelSpec) -> dict[str, Any]:
         "layers": [
             {
                 "layer": layer,
-                "lyra_q_heads": list(one.lyra_q_heads),
-                "lyra_kv_heads": list(one.lyra_kv_heads),
-                "cut_kv_heads": list(one.cut_kv_heads),
+                "lyra_q_heads": list(split.lyra_q_heads),
+                "lyra_kv_heads": list(split.lyra_kv_heads),
+                "cut_kv_heads": list(split.cut_kv_heads),
             }
-            for layer, one in splits.items()
+            for layer, split in splits.items()
         ],
-        "lyra_q_heads": sum(len(one.lyra_q_heads) for one in splits.values()),
+        "lyra_q_heads": sum(len(split.lyra_q_heads) for split in splits.values()),
         "q_heads": spec.num_attention_heads * len(splits),
         "static_cache_bytes_per_1000_tokens": context_size(spec, TOKENS, "float32"),
-        "kv_aligned": all(one.is_kv_aligned for one in splits.values()),
+        "kv_aligned": all(split.is_kv_aligned for split in splits.values()),
     }
 
 

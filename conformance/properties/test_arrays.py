@@ -84,15 +84,15 @@ def others(case: Case) -> tuple[Problem, Problem]:
         back = 11 if context.start < FAR // 2 else -11
         context = context.replace(start=max(0, context.start + back), hidden=(context.tokens // 2,) * context.batch)
     other = case.with_other_data(1).replace(start=max(0, case.start + step), context=context, padding=())
-    one = case.problem()
-    return one, other.problem().replace(weights=one.weights)
+    first = case.problem()
+    return first, other.problem().replace(weights=first.weights)
 
 
-def differ(one: Problem, other: Problem) -> bool:
+def differ(first: Problem, other: Problem) -> bool:
     """Whether a row's context is another one in the other problem."""
-    if one.static is None or other.static is None:
+    if first.static is None or other.static is None:
         return False
-    return not np.array_equal(one.static.v, other.static.v)
+    return not np.array_equal(first.static.v, other.static.v)
 
 
 OTHER_VALUES = Premise(
@@ -126,13 +126,13 @@ def held(subject: Subject, layer: Attention, problem: Problem, mine: Problem) ->
 
 def hold_refilled(case: Case, judge: Judge) -> None:
     """One layer, one set of arrays, filled with one input, with another and with the first again."""
-    one, other = others(in_one_call(case))
-    judge.meet(OTHER_VALUES, differ(one, other))
+    first, other = others(in_one_call(case))
+    judge.meet(OTHER_VALUES, differ(first, other))
 
     def check(subject: Subject) -> None:
-        mine = handed(one)
+        mine = handed(first)
         layer = made(subject, mine)
-        for problem in (one, other, one):
+        for problem in (first, other, first):
             held(subject, layer, problem, mine)
 
     judge.each(case, check)
@@ -176,16 +176,16 @@ def test_blocks_read_their_arrays_anew(case: Case, judge: Judge) -> None:
 )
 def test_decoding_with_one_array(case: Case, judge: Judge) -> None:
     """Token after token in one array, the context exchanged in its own half way: each output is right, and stays."""
-    one, other = others(case)
-    other = one.replace(static=other.static)
-    judge.meet(OTHER_VALUES, differ(one, other))
+    first, other = others(case)
+    other = first.replace(static=other.static)
+    judge.meet(OTHER_VALUES, differ(first, other))
 
     def check(subject: Subject) -> None:
-        mine = handed(one.part([0], (1,)))
+        mine = handed(first.part([0], (1,)))
         layer, cache = made(subject, mine), None
         kept, copies = [], []
         for token in range(case.tokens):
-            whole = (one, other)[token >= case.tokens // 2]
+            whole = (first, other)[token >= case.tokens // 2]
             fill(mine, part := whole.part([token], (1,)))
             outcome = subject.call(layer, part, mine, cache=cache)
             cache = outcome.cache
@@ -193,7 +193,7 @@ def test_decoding_with_one_array(case: Case, judge: Judge) -> None:
             kept.append(outcome.output)
             copies.append(outcome.output.copy())
         same = all(map(np.array_equal, kept, copies))
-        subject.expect(one, same, "a call changed an output that an earlier one had returned")
+        subject.expect(first, same, "a call changed an output that an earlier one had returned")
 
     judge.each(case, check)
 
@@ -207,22 +207,22 @@ def test_decoding_with_one_array(case: Case, judge: Judge) -> None:
 )
 def test_what_is_returned_is_the_callers(case: Case, judge: Judge) -> None:
     """Output and trace stay as they are in later calls, and writing to them changes none of these."""
-    one, other = others(case)
-    judge.meet(OTHER_VALUES, differ(one, other))
+    former, other = others(case)
+    judge.meet(OTHER_VALUES, differ(former, other))
     head, last = slice(0, case.tokens - 1), slice(case.tokens - 1, None)
-    prompts = [problem.part(head, (case.tokens - 1,)) for problem in (one, other)]
+    prompts = [problem.part(head, (case.tokens - 1,)) for problem in (former, other)]
 
     def check(subject: Subject) -> None:
-        layer = subject.layer(one)
+        layer = subject.layer(former)
         first = subject.call(layer, prompts[0], prompts[0], trace=True)
         before = {name: array.copy() for name, array in returned(first).items()}
         second = subject.call(layer, prompts[1], prompts[1], trace=True)
         for name, array in returned(first).items():
             same = np.array_equal(array, before[name])
-            subject.expect(one, same, f"a call changed {name}, which an earlier one had returned")
+            subject.expect(former, same, f"a call changed {name}, which an earlier one had returned")
         subject.expect_oracle(prompts[0], first)
         subject.expect_oracle(prompts[1], second)
-        for problem, outcome in ((one, first), (other, second)):
+        for problem, outcome in ((former, first), (other, second)):
             spoil(returned(outcome))
             token = problem.part(last, (1,))
             subject.expect_last(problem, subject.call(layer, token, token, cache=outcome.cache).output)
@@ -248,22 +248,22 @@ def returned(outcome: Outcome) -> dict[str, np.ndarray]:
 def test_gradients_of_arrays_filled_anew(case: Case, judge: Judge) -> None:
     """Gradients in arrays filled anew are those of what the arrays hold now; those returned before stay."""
     case = in_one_call(case)
-    one, other = others(case)
-    judge.meet(OTHER_VALUES, differ(one, other))
+    first, other = others(case)
+    judge.meet(OTHER_VALUES, differ(first, other))
     cotangents = [cotangent_of(case), cotangent_of(case.with_other_data(1))]
-    wanted = [wanted_gradients(problem, given) for problem, given in zip((one, other), cotangents, strict=True)]
+    wanted = [wanted_gradients(problem, given) for problem, given in zip((first, other), cotangents, strict=True)]
 
     def check(subject: Subject) -> None:
-        mine, given = handed(one), own(cotangents[0])
+        mine, given = handed(first), own(cotangents[0])
         layer = made(subject, mine)
         kept = []
-        for problem, cotangent in zip((one, other), cotangents, strict=True):
+        for problem, cotangent in zip((first, other), cotangents, strict=True):
             fill(mine, problem)
             given[...] = cotangent
             kept.append(ask(subject, problem, given, layer, mine))
             same = all(np.array_equal(named(mine)[name], array) for name, array in named(problem).items())
             subject.expect(problem, same and np.array_equal(given, cotangent), "vjp wrote to an array it was given")
-        for problem, got, expected in zip((one, other), kept, wanted, strict=True):
+        for problem, got, expected in zip((first, other), kept, wanted, strict=True):
             hold(subject, problem, got, expected)
 
     judge.each(case, check)

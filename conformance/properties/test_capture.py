@@ -9,6 +9,7 @@ from lyra.conformance.judge import Judge
 from lyra.conformance.premises import Premise
 from lyra.conformance.properties.models import engine, oracle, small_folder, static_of, tokens
 from lyra.conformance.registry import prop
+from lyra.conformance.strategies import LIVE
 from lyra.conformance.subject import BackendError, Subject
 from lyra.spec.attention import StaticSpec
 from lyra.spec.split import HeadSplit
@@ -77,7 +78,7 @@ def test_chosen_layers_only(judge: Judge) -> None:
     judge.each(f"layers {last}", check)
 
 
-@pytest.mark.parametrize("live", ["causal", "self", "none"])
+@pytest.mark.parametrize("live", LIVE)
 @pytest.mark.parametrize("positions", ["continue", "overlay"])
 @prop("CAPTURE-3", "STATIC-1", "SPLIT-2", premise=(LONG_CONTEXT, CUT_LAYER), needs=("model",))
 def test_attached_context_equals_oracle(judge: Judge, live: str, positions: str) -> None:
@@ -104,7 +105,7 @@ def test_attached_context_equals_oracle(judge: Judge, live: str, positions: str)
                 if maker is subject:
                     raise
                 continue  # its own turn says so; the others are not to blame
-            static = {layer: static_of(captured, layer, one.lyra_kv_heads) for layer, one in splits.items()}
+            static = {layer: static_of(captured, layer, split.lyra_kv_heads) for layer, split in splits.items()}
             subject.attempt(lambda static=static: loaded.attach(static, splits, mode))
             got = subject.attempt(lambda: loaded.logits(ids))
             subject.attempt(loaded.detach)

@@ -52,7 +52,7 @@ UNKNOWN = ("float16", "float64", "")
 UNKNOWN_DTYPE = Premise("a dtype that there is not", names={"UNKNOWN": ()})
 WIDE_TOO = Premise(
     "a real token, in bfloat16 and in float32",
-    lambda one: one.dtype == "bfloat16" and bool(one.mask.any()),
+    lambda problem: problem.dtype == "bfloat16" and bool(problem.mask.any()),
     lambda case: case.replace(padding=(case.tokens,) * case.batch),
 )
 

@@ -32,7 +32,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 OPEN = Premise(
-    "a gate that is open", names={"KINDS": {kind: one | {"gate": 0.0, "residual": True} for kind, one in KINDS.items()}}
+    "a gate that is open",
+    names={"KINDS": {kind: options | {"gate": 0.0, "residual": True} for kind, options in KINDS.items()}},
 )
 
 
@@ -58,9 +59,9 @@ def blocks_for(
     }
     captured = judged.capture(tokens(SLOTS), layers)
     static = {layer: static_of(captured, layer, block.attention.lyra_kv_heads) for layer, block in blocks.items()}
-    for one in static.values():
-        one.mask[:, 4] = False
-        one.k[:, :, 4] = one.v[:, :, 4] = POISON
+    for context in static.values():
+        context.mask[:, 4] = False
+        context.k[:, :, 4] = context.v[:, :, 4] = POISON
     return static, blocks
 
 

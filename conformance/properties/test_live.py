@@ -106,12 +106,12 @@ def test_vanilla_heads_see_all_live_tokens(case: Case, judge: Judge) -> None:
     problem = case.problem()
     causal = problem.respec(static=problem.spec.static.replace(live="causal"))
     vanilla = np.isin(np.arange(problem.spec.num_attention_heads), problem.spec.lyra_q_heads, invert=True)
-    wanted, other = (expected(one)["heads"].value[:, :, vanilla] for one in (problem, causal))
+    wanted, other = (expected(either)["heads"].value[:, :, vanilla] for either in (problem, causal))
 
     def check(subject: Subject) -> None:
         subject.expect(problem, bool((wanted == other).all()), "the oracle's vanilla heads depend on the live mode")
-        for one in (problem, causal):
-            subject.expect_oracle(one, subject.run(one, trace=True), "heads")
+        for either in (problem, causal):
+            subject.expect_oracle(either, subject.run(either, trace=True), "heads")
 
     judge.each(case, check)
 
@@ -175,13 +175,15 @@ def test_every_live_key_and_value_counts(case: Case, judge: Judge) -> None:
         return of.replace(mask=of.mask & (np.arange(case.tokens) >= first))
 
     def check(subject: Subject) -> None:
-        one = subject.run(problem)
+        first = subject.run(problem)
         earlier = problem.replace(mask=problem.mask & (np.arange(case.tokens) < token))
         for what, part in (("key", score), ("value", ~score)):
             other = changed(part)
-            two = subject.run(other).output
-            subject.expect_different(rows(problem, token + 1), two, one.output, f"the {what} of live token {token}")
-            subject.expect_equal(earlier, two, one.output, f"the rows before token {token} as they were")
-        subject.expect_oracle(problem, one)
+            second = subject.run(other).output
+            subject.expect_different(
+                rows(problem, token + 1), second, first.output, f"the {what} of live token {token}"
+            )
+            subject.expect_equal(earlier, second, first.output, f"the rows before token {token} as they were")
+        subject.expect_oracle(problem, first)
 
     judge.each(case, check)

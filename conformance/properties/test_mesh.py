@@ -37,9 +37,9 @@ def the_job(judged: ModelOracle) -> Job:
     split = HeadSplit.from_q_heads(judged.spec.attention, (0, 2, 3), share_kv=True)
     captured = judged.capture(tokens(SLOTS), layers)
     static = {layer: static_of(captured, layer, split.lyra_kv_heads) for layer in layers}
-    for one in static.values():
-        one.mask[:, [2, SLOTS - 3]] = False
-        one.k[:, :, PEAK] *= 8.0
+    for context in static.values():
+        context.mask[:, [2, SLOTS - 3]] = False
+        context.k[:, :, PEAK] *= 8.0
     return Job(
         folder=small_folder(),
         axes=AXES,
@@ -66,8 +66,8 @@ def test_a_model_over_devices_equals_the_oracle(judge: Judge) -> None:
     judge.meet(SEVERAL_DEVICES, all(count > 1 for count in job.axes.values()))
     mode = StaticSpec()
     wanted = {"logits": judged.logits_with(job.ids, job.static, job.splits, mode)}
-    for layer, one in judged.capture(job.captured, tuple(job.static)).items():
-        wanted |= {f"keys of layer {layer}": one.k, f"values of layer {layer}": one.v}
+    for layer, kv in judged.capture(job.captured, tuple(job.static)).items():
+        wanted |= {f"keys of layer {layer}": kv.k, f"values of layer {layer}": kv.v}
 
     def check(subject: Subject) -> None:
         got = answers(subject, job)

@@ -86,9 +86,9 @@ def test_overlay_does_not_follow(case: Case, judge: Judge) -> None:
     moved = problem.replace(static=problem.static._replace(positions=problem.static.positions + 7))
 
     def check(subject: Subject) -> None:
-        one, two = subject.run(problem), subject.run(moved).output
-        subject.expect_different(problem, two, one.output, "moving an overlaid context by 7 positions")
-        subject.expect_oracle(problem, one)
+        first, second = subject.run(problem), subject.run(moved).output
+        subject.expect_different(problem, second, first.output, "moving an overlaid context by 7 positions")
+        subject.expect_oracle(problem, first)
 
     judge.each(case, check)
 

@@ -38,7 +38,7 @@ CASES = {
 
 REAL_SIZE = Premise(
     "a layer of a real model's size",
-    lambda one: one.spec.hidden_size >= 3840 and one.spec.head_dim >= 256,
+    lambda problem: problem.spec.hidden_size >= 3840 and problem.spec.head_dim >= 256,
     lambda case: case.respec(hidden_size=48, head_dim=16),
 )
 

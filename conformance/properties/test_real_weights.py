@@ -16,6 +16,7 @@ from lyra.conformance.premises import Premise
 from lyra.conformance.properties.models import real_folder
 from lyra.conformance.properties.test_identity import hugging_face
 from lyra.conformance.registry import prop
+from lyra.conformance.strategies import LIVE
 from lyra.conformance.subject import Subject
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
@@ -32,7 +33,7 @@ SPLITS = {"none": (), "last two": (2, 3), "0 and 3": (0, 3), "all": (0, 1, 2, 3)
 
 REAL_CONTEXT = Premise(
     "a hundred tokens of a real text in the context",
-    lambda one: one.static is not None and int(one.static.mask.sum()) >= 100,
+    lambda problem: problem.static is not None and int(problem.static.mask.sum()) >= 100,
     names={"CONTEXT_TOKENS": 8, "TEXT_TOKENS": 12},
 )
 
@@ -68,7 +69,7 @@ def problem_of(layer: RealLayer, spec: AttentionSpec) -> Problem:
     )
 
 
-@pytest.mark.parametrize("live", ["causal", "self", "none"])
+@pytest.mark.parametrize("live", LIVE)
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("index", GLOBAL_LAYERS)
 @prop(

@@ -32,12 +32,12 @@ def at_the_last(problem: Problem) -> Problem:
 
 LAST_TOKEN = Premise(
     "a live token at position 131,072",
-    lambda one: bool((one.positions[one.mask] == FAR).any()),
+    lambda problem: bool((problem.positions[problem.mask] == FAR).any()),
     names={"at_the_last": lambda problem: problem},
 )
 LAST_SLOT = Premise(
     "a static token at position 131,072",
-    lambda one: visible_slots(one) > 0 and FAR in one.static.positions[one.static.mask],
+    lambda problem: visible_slots(problem) > 0 and FAR in problem.static.positions[problem.static.mask],
     names={"at_the_last": lambda problem: problem},
 )
 

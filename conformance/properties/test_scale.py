@@ -67,17 +67,18 @@ SIZE = LIMIT
 """What is drawn: with a few units more or less it is exact in float32, so that no rounding chooses the key."""
 
 
-def both_signs(one: Problem) -> bool:
+def both_signs(problem: Problem) -> bool:
     """Whether queries see scores of LIMIT and more, and of -LIMIT and less."""
-    parts = scored(one)
+    parts = scored(problem)
     high = any((part.top >= LIMIT).any() for part in parts)
     return high and any((part.low <= -LIMIT).any() for part in parts)
 
 
-def hidden_far_above(one: Problem) -> bool:
+def hidden_far_above(problem: Problem) -> bool:
     """Whether a query sees scores of -LIMIT and less only, while one of LIMIT and more is hidden from it."""
     return any(
-        bool((part.seen.any(axis=-1) & (part.top <= -LIMIT) & (part.hidden_top >= LIMIT)).any()) for part in scored(one)
+        bool((part.seen.any(axis=-1) & (part.top <= -LIMIT) & (part.hidden_top >= LIMIT)).any())
+        for part in scored(problem)
     )
 
 

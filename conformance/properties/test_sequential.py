@@ -48,7 +48,7 @@ NEEDS = ("sequential", "static", "cache")
 
 NO_OUTER_NORM = Premise(
     "a block without an outer norm",
-    lambda one: one.block is not None and not one.block.output_norm,
+    lambda problem: problem.block is not None and not problem.block.output_norm,
     lambda case: case if case.block is None else case.replace(block=case.block.replace(output_norm=True)),
 )
 REFUSED = ("no cache", "a static context", "the cache of other tokens")

@@ -36,7 +36,9 @@ def large(spec: AttentionSpec, rows: int, tokens: int, slots: int) -> bool:
 
 LARGE_SHAPE = Premise(
     "a shape at an end of what the suite covers",
-    lambda one: large(one.spec, *one.mask.shape, slots=0 if one.static is None else one.static.mask.shape[1]),
+    lambda problem: large(
+        problem.spec, *problem.mask.shape, slots=0 if problem.static is None else problem.static.mask.shape[1]
+    ),
     lambda case: case_of(SMALLEST.replace(head_dim=16), np.random.default_rng(case.seed)),
 )
 

@@ -17,7 +17,7 @@ from lyra.spec.split import HeadSplit
 
 NARROWEST = Premise(
     "a window of one token among several",
-    lambda one: one.spec.sliding_window == 1 and several_tokens(one),
+    lambda problem: problem.spec.sliding_window == 1 and several_tokens(problem),
     SEVERAL_TOKENS.tame,
 )
 

@@ -113,10 +113,12 @@ def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> Non
     heads = sorted(set(range(problem.spec.num_attention_heads)) - set(problem.spec.lyra_q_heads))
 
     def check(subject: Subject) -> None:
-        one, two = subject.run(problem, trace=True), subject.run(other, trace=True)
-        same = np.array_equal(one.trace["heads"][problem.real][:, heads], two.trace["heads"][problem.real][:, heads])
+        first, second = subject.run(problem, trace=True), subject.run(other, trace=True)
+        same = np.array_equal(
+            first.trace["heads"][problem.real][:, heads], second.trace["heads"][problem.real][:, heads]
+        )
         subject.expect(problem, same, f"vanilla heads {heads} changed with the context")
-        subject.expect_oracle(problem, one, "heads")
+        subject.expect_oracle(problem, first, "heads")
 
     judge.each(case, check)
 

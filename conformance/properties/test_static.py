@@ -28,7 +28,7 @@ from lyra.spec.split import HeadSplit
 
 STATIC_ALONE = Premise(
     "Lyra heads that see static keys only",
-    lambda one: visible_slots(one) > 0 and one.spec.static.live == "none",
+    lambda problem: visible_slots(problem) > 0 and problem.spec.static.live == "none",
     lambda case: case.respec(static=case.spec.static.replace(live="causal")),
 )
 
@@ -136,11 +136,11 @@ def test_every_static_token_counts(case: Case, judge: Judge) -> None:
     turned = changed.replace(static=with_score_added(changed, slot, 1.0))
 
     def check(subject: Subject) -> None:
-        one, two = subject.run(problem), subject.run(changed).output
-        subject.expect_different(problem, two, one.output, f"the value of static token {slot}")
+        first, second = subject.run(problem), subject.run(changed).output
+        subject.expect_different(problem, second, first.output, f"the value of static token {slot}")
         if slots > 1:
-            subject.expect_different(changed, subject.run(turned).output, two, f"the key of static token {slot}")
-        subject.expect_oracle(problem, one)
+            subject.expect_different(changed, subject.run(turned).output, second, f"the key of static token {slot}")
+        subject.expect_oracle(problem, first)
 
     judge.each(case, check)
 
@@ -173,9 +173,9 @@ def test_a_context_may_be_permuted_and_padded(case: Case, judge: Judge) -> None:
     judge.each(case, check)
 
 
-def joined(one: StaticLayer, other: StaticLayer) -> StaticLayer:
+def joined(first: StaticLayer, other: StaticLayer) -> StaticLayer:
     """The slots of one context and then those of another; positions stay."""
-    parts = zip(one, other, SLOT_AXES, strict=True)
+    parts = zip(first, other, SLOT_AXES, strict=True)
     return StaticLayer(*(np.concatenate([a, b], axis=axis) for a, b, axis in parts))
 
 

@@ -121,7 +121,7 @@ def in_file(path: Path, part: str) -> np.ndarray:
     if f"layers.{LAYER}.{part}.scales" not in tensors:
         return values
     scales, blocks = (tensors[f"layers.{LAYER}.{part}.{name}"].numpy() for name in ("scales", "blocks"))
-    return values * np.stack([one[:, block] for one, block in zip(scales, blocks, strict=True)])
+    return values * np.stack([scale[:, block] for scale, block in zip(scales, blocks, strict=True)])
 
 
 def half_step(values: np.ndarray, mask: np.ndarray, storage: str, part: str) -> np.ndarray:
@@ -238,13 +238,13 @@ def test_composition_rounds_nothing(case: Case, judge: Judge, storage: str) -> N
     first, second = part(slice(cut)), part(slice(cut, None))
     composed = with_context(problem, first + second)
     assert composed.static is not None
-    layers = [one.static_layer(LAYER, problem.spec.lyra_kv_heads) for one in (first, second)]
+    layers = [context.static_layer(LAYER, problem.spec.lyra_kv_heads) for context in (first, second)]
     k, v = (np.concatenate([layer[index] for layer in layers], axis=2) for index in (0, 1))
     joined = problem.replace(static=StaticLayer(k, v, composed.static.mask, composed.static.positions))
 
     def check(subject: Subject) -> None:
-        one, other = subject.run(composed), subject.run(joined)
-        subject.expect_equal(problem, one.output, other.output, "the values of both, one behind the other")
+        first, other = subject.run(composed), subject.run(joined)
+        subject.expect_equal(problem, first.output, other.output, "the values of both, one behind the other")
         subject.expect_oracle(joined, other)
 
     judge.each(case, check)
@@ -306,7 +306,7 @@ def test_a_context_knows_its_model(case: Case, judge: Judge) -> None:
             context.compose(context_of(other))
     assert problem.spec.rope is not None
     stranger = problem.respec(rope=problem.spec.rope.replace(theta=problem.spec.rope.theta * 2))
-    assert any("rope" in one for one in context.fingerprint.differences(context_of(stranger).fingerprint))
+    assert any("rope" in difference for difference in context.fingerprint.differences(context_of(stranger).fingerprint))
     judge.each(case, lambda subject: subject.expect_oracle(problem, subject.run(problem)))
 
 
@@ -340,7 +340,7 @@ def test_a_context_of_another_model_is_refused(judge: Judge, stranger: str) -> N
         subject.attempt(lambda: model.attach(context, splits, override=True))
         got = subject.attempt(lambda: model.logits(ids))
         model.detach()
-        static = {layer: context.static_layer(layer, one.lyra_kv_heads) for layer, one in splits.items()}
+        static = {layer: context.static_layer(layer, split.lyra_kv_heads) for layer, split in splits.items()}
         wanted = judged.logits_with(ids, static, splits, StaticSpec())
         subject.expect_model(got, wanted, "logits with a stranger's context", "the oracle's model")
 

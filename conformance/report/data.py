@@ -192,8 +192,10 @@ def report_data(session: Session, seconds: float) -> Report:
         case_limit=session.case_limit,
         tolerance=K,
         backends=[
-            backend_part(one.name, one.hardware, one.capabilities, parts, complete=record.complete, whole=shard is None)
-            for one in cards
+            backend_part(
+                card.name, card.hardware, card.capabilities, parts, complete=record.complete, whole=shard is None
+            )
+            for card in cards
         ],
         cases=record.cases,
         calls=record.calls,
@@ -249,7 +251,11 @@ def by_clause(properties: Sequence[PropertyPart], backends: Sequence[str]) -> li
     """Clauses that properties of the run cite, in the order of SPEC.md. A property counts for every clause it cites."""
     parts = []
     for clause in clauses().values():
-        citing = [prop for prop in properties if any(one.rpartition("-")[0] == clause.name for one in prop.statements)]
+        citing = [
+            prop
+            for prop in properties
+            if any(statement.rpartition("-")[0] == clause.name for statement in prop.statements)
+        ]
         if not citing:
             continue
         found = {name: [prop.backends[name] for prop in citing if name in prop.backends] for name in backends}
@@ -259,14 +265,14 @@ def by_clause(properties: Sequence[PropertyPart], backends: Sequence[str]) -> li
                 title=clause.title,
                 properties=len(citing),
                 status={
-                    name: max((one.status for one in tallies), key=SEVERITY.index, default="unsupported")
+                    name: max((tally.status for tally in tallies), key=SEVERITY.index, default="unsupported")
                     for name, tallies in found.items()
                 },
                 counts={
-                    name: {status: sum(one.status == status for one in tallies) for status in STATUSES}
+                    name: {status: sum(tally.status == status for tally in tallies) for status in STATUSES}
                     for name, tallies in found.items()
                 },
-                cases={name: sum(one.cases for one in tallies) for name, tallies in found.items()},
+                cases={name: sum(tally.cases for tally in tallies) for name, tallies in found.items()},
             )
         )
     return parts
@@ -332,12 +338,12 @@ def percentiles(values: Mapping[str, int], largest: float) -> dict[str, float]:
 def alike(failures: Iterable[FailurePart]) -> list[tuple[FailurePart, list[str]]]:
     """Failures, each with the properties of others that say the same: a backend that was given up has one in each."""
     found: dict[tuple[str, str, int], tuple[FailurePart, list[str]]] = {}
-    for place, one in enumerate(failures):
-        key = one.backend, one.message, place if one.case is not None else -1
+    for place, failure in enumerate(failures):
+        key = failure.backend, failure.message, place if failure.case is not None else -1
         if key in found:
-            found[key][1].append(one.property)
+            found[key][1].append(failure.property)
         else:
-            found[key] = (one, [])
+            found[key] = (failure, [])
     return list(found.values())
 
 

@@ -42,7 +42,7 @@ def junit(report: Report, seconds: Mapping[str, float]) -> bytes:
 def _kind(prop: PropertyPart) -> str:
     """What became of a property: of what several backends did the gravest counts."""
     found = {tally.status for tally in prop.backends.values()}
-    return next((one for one in ("errored", "failed", "passed") if one in found), "skipped")
+    return next((status for status in ("errored", "failed", "passed") if status in found), "skipped")
 
 
 def _why(tally: TallyPart) -> str:
@@ -62,4 +62,4 @@ def _failure(case: Xml.Element, failure: FailurePart) -> None:
 
 def _text(text: str) -> str:
     """What XML allows: it has no control characters, and neither have those who read it."""
-    return "".join("\ufffd" if one in "\ufffe\uffff" else one for one in paragraphs(text))
+    return "".join("\ufffd" if paragraph in "\ufffe\uffff" else paragraph for paragraph in paragraphs(text))

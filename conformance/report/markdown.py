@@ -24,9 +24,9 @@ SHOWN = 20
 def markdown(report: Report) -> str:
     """Verdicts, clause × backend table and the first failures."""
     lines = ["### Lyra conformance", ""]
-    for one in report.backends:
-        lines.append(f"- **{inline(one.name)}: {one.verdict}.** {counted(one.counts)}")
-        if empty := vacuous(report, one.name):
+    for backend in report.backends:
+        lines.append(f"- **{inline(backend.name)}: {backend.verdict}.** {counted(backend.counts)}")
+        if empty := vacuous(report, backend.name):
             lines.append(f"  {inline(empty)}")
     lines += [""]
     if lacking := shortfall(report):

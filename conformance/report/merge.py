@@ -26,36 +26,44 @@ def merged(reports: Mapping[str, Report]) -> Report:
     shards = _together(reports)
     found = list(reports.values())
     first = found[0]
-    names = [one.name for one in first.backends]
-    properties = sorted((prop for one in found for prop in one.properties), key=lambda prop: prop.name)
-    complete = all(one.complete for one in found) and len(shards.present) == shards.count
+    names = [backend.name for backend in first.backends]
+    properties = sorted((prop for report in found for prop in report.properties), key=lambda prop: prop.name)
+    complete = all(report.complete for report in found) and len(shards.present) == shards.count
     backends = [
-        backend_part(one.name, _hardware(one.name, found), one.capabilities, properties, complete=complete, whole=True)
-        for one in first.backends
+        backend_part(
+            backend.name,
+            _hardware(backend.name, found),
+            backend.capabilities,
+            properties,
+            complete=complete,
+            whole=True,
+        )
+        for backend in first.backends
     ]
-    cases, calls = sum(one.cases for one in found), sum(one.calls for one in found)
-    within = sum(one.property_seconds for one in found)
+    cases, calls = sum(report.cases for report in found), sum(report.calls for report in found)
+    within = sum(report.property_seconds for report in found)
     whole = first.model_copy(
         update={
-            "ok": all(one.verdict == "conforms" for one in backends),
+            "ok": all(backend.verdict == "conforms" for backend in backends),
             "complete": complete,
             "shards": shards,
-            "planned": sum(one.planned for one in found),
-            "finished": sum(one.finished for one in found),
+            "planned": sum(report.planned for report in found),
+            "finished": sum(report.finished for report in found),
             "backends": backends,
             "cases": cases,
             "calls": calls,
-            "started": min(one.started for one in found),
-            "seconds": round(sum(one.seconds for one in found), 3),
+            "started": min(report.started for report in found),
+            "seconds": round(sum(report.seconds for report in found), 3),
             "property_seconds": round(within, 3),
             "cases_per_second": rate(cases, within),
             "calls_per_second": rate(calls, within),
-            "machine": _joined([one.machine for one in found]),
+            "machine": _joined([report.machine for report in found]),
             "clauses": by_clause(properties, names),
             "properties": properties,
-            "distances": _distances([part for one in found for part in one.distances]),
+            "distances": _distances([part for report in found for part in report.distances]),
             "failures": sorted(
-                (failure for one in found for failure in one.failures), key=lambda one: (one.property, one.backend)
+                (failure for report in found for failure in report.failures),
+                key=lambda failure: (failure.property, failure.backend),
             ),
         }
     )
@@ -70,8 +78,8 @@ def _together(reports: Mapping[str, Report]) -> ShardsPart:
         if report.shards is None:
             raise InputError(f"{name!r} is the report of a whole run; merge reports of `lyra conform --shard i/n`")
         differing = [field for field in SAME if getattr(report, field) != getattr(first, field)]
-        if [(one.name, one.capabilities) for one in report.backends] != [
-            (one.name, one.capabilities) for one in first.backends
+        if [(backend.name, backend.capabilities) for backend in report.backends] != [
+            (backend.name, backend.capabilities) for backend in first.backends
         ]:
             differing.append("backends")
         if first.shards is not None and report.shards.count != first.shards.count:
@@ -103,22 +111,22 @@ def _distances(parts: Sequence[DistancePart]) -> list[DistancePart]:
     return [part for _, part in sorted(found.items())]
 
 
-def _add(one: DistancePart, other: DistancePart) -> DistancePart:
-    values = Counter(one.values) + Counter(other.values)
-    largest = max((part.percentiles["100"] for part in (one, other) if part.percentiles), default=0.0)
+def _add(first: DistancePart, other: DistancePart) -> DistancePart:
+    values = Counter(first.values) + Counter(other.values)
+    largest = max((part.percentiles["100"] for part in (first, other) if part.percentiles), default=0.0)
     changes: dict[str, Any] = {
-        "count": one.count + other.count,
-        "not_finite": one.not_finite + other.not_finite,
+        "count": first.count + other.count,
+        "not_finite": first.not_finite + other.not_finite,
         "percentiles": percentiles(values, largest) if values else {},
         "values": dict(sorted(values.items(), key=lambda item: float(item[0]))),
-        "histogram": [a + b for a, b in zip(one.histogram, other.histogram, strict=True)],
+        "histogram": [a + b for a, b in zip(first.histogram, other.histogram, strict=True)],
     }
-    return one.model_copy(update=changes)
+    return first.model_copy(update=changes)
 
 
 def _hardware(name: str, reports: Sequence[Report]) -> str | None:
     """What a backend computed on in any of the shards, each thing once."""
-    said = (one.hardware for report in reports for one in report.backends if one.name == name)
+    said = (backend.hardware for report in reports for backend in report.backends if backend.name == name)
     return _once(filter(None, said)) or None
 
 

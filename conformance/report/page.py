@@ -76,7 +76,11 @@ def html(report: Report) -> str:
 
 def said(counts: dict[Status, int]) -> str:
     """The counts that are not 0, each with its sign, number and word, in its colour."""
-    shown = [f'<span class="{one}">{SIGN[one]} {counts[one]:,} {one}</span>' for one in STATUSES if counts[one]]
+    shown = [
+        f'<span class="{status}">{SIGN[status]} {counts[status]:,} {status}</span>'
+        for status in STATUSES
+        if counts[status]
+    ]
     return f'<span class="counts">{" ".join(shown) or "nothing"}</span>'
 
 
@@ -134,7 +138,7 @@ def _cases(count: int) -> str:
 def _failures(report: Report) -> str:
     if not report.failures:
         return ""
-    return "<h2>Failures and errors</h2>\n" + "\n".join(_failure(*one) for one in alike(report.failures))
+    return "<h2>Failures and errors</h2>\n" + "\n".join(_failure(*part) for part in alike(report.failures))
 
 
 def _failure(failure: FailurePart, others: list[str]) -> str:
@@ -200,7 +204,9 @@ def _distances(report: Report) -> str:
             caption = f"{found.backend}: {found.count:,} outputs against the oracle, the largest |Δ|/σ {largest:.3g}"
             chart = histogram_chart(found.histogram, report.histogram_edges, found.limit, caption)
             parts.append(f"<h3>{escape(caption)}</h3>\n{chart}")
-    rows = [_distance_row(one, report) for one in sorted(report.distances, key=lambda one: (one.backend, one.compared))]
+    rows = [
+        _distance_row(part, report) for part in sorted(report.distances, key=lambda part: (part.backend, part.compared))
+    ]
     columns = ("backend", "compared", "comparisons", "median", "99%", "largest", "distribution, limit dashed")
     head = "".join(f'<th scope="col"{_align(2 <= i < 6)}>{name}</th>' for i, name in enumerate(columns))
     parts.append(
@@ -270,10 +276,10 @@ def _run(report: Report) -> str:
         ("duration", f"{report.seconds:,.1f} s, {rates} a second within properties"),
         ("machine", f"{report.machine['platform']}, {report.machine['processor']}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in report.versions.items())),
-        *((f"{one.name} ran on", one.hardware) for one in report.backends if one.hardware),
+        *((f"{backend.name} ran on", backend.hardware) for backend in report.backends if backend.hardware),
         *(
-            (f"{one.name} can", ", ".join(one.capabilities) or "nothing beyond the plain layer")
-            for one in report.backends
+            (f"{backend.name} can", ", ".join(backend.capabilities) or "nothing beyond the plain layer")
+            for backend in report.backends
         ),
     ]
     return f"<h2>The run</h2>\n{_list(rows)}"

@@ -69,7 +69,7 @@ def _numbers(report: Report) -> Iterator[Contradiction]:
     if not report.tolerance > 0:
         yield "tolerance", f"{report.tolerance} is no limit"
     edges = report.histogram_edges
-    if not edges or edges[0] <= 0 or any(one >= other for one, other in pairwise(edges)):
+    if not edges or edges[0] <= 0 or any(edge >= other for edge, other in pairwise(edges)):
         yield "histogram_edges", "they do not ascend from above 0"
     try:
         datetime.fromisoformat(report.started)
@@ -104,10 +104,10 @@ def _names(report: Report) -> Iterator[Contradiction]:
     if not report.backends:
         yield "backends", "there is none"
     for field, names in (
-        ("backends", [one.name for one in report.backends]),
-        ("properties", [one.name for one in report.properties]),
-        ("failures", [f"{one.property} on {one.backend}" for one in report.failures]),
-        ("distances", [f"{one.backend}, {one.compared}" for one in report.distances]),
+        ("backends", [backend.name for backend in report.backends]),
+        ("properties", [prop.name for prop in report.properties]),
+        ("failures", [f"{failure.property} on {failure.backend}" for failure in report.failures]),
+        ("distances", [f"{part.backend}, {part.compared}" for part in report.distances]),
     ):
         for name, count in Counter(names).items():
             if count > 1:
@@ -115,7 +115,7 @@ def _names(report: Report) -> Iterator[Contradiction]:
 
 
 def _properties(report: Report) -> Iterator[Contradiction]:
-    names = {one.name for one in report.backends}
+    names = {backend.name for backend in report.backends}
     if not report.finished <= len(report.properties) <= report.planned:
         yield "properties", f"{len(report.properties)}, where {report.finished} of {report.planned} were finished"
     for prop in report.properties:
@@ -151,13 +151,13 @@ def _failures(report: Report) -> Iterator[Contradiction]:
 
 
 def _cited(field: str, cited: list[str]) -> Iterator[Contradiction]:
-    unknown = [one for one in cited if one not in statements()]
+    unknown = [statement for statement in cited if statement not in statements()]
     if unknown or not cited:
         yield f"{field}.statements", f"{_few(unknown)} are no statements of this SPEC.md" if unknown else "none"
 
 
 def _distances(report: Report) -> Iterator[Contradiction]:
-    names = {one.name for one in report.backends}
+    names = {backend.name for backend in report.backends}
     for part in report.distances:
         field = f"distances.{part.backend}, {part.compared}"
         if not set(part.backend.split(PAIR)) <= names:
@@ -174,7 +174,7 @@ def _distribution(field: str, part: DistancePart, bins: int) -> Iterator[Contrad
         yield f"{field}.values", "they are not counts of numbers"
     elif part.not_finite < 0 or sum(part.values.values()) + part.not_finite != part.count:
         yield f"{field}.values", f"they and {part.not_finite} that are not finite are not {part.count} comparisons"
-    if set(part.percentiles) != ({str(one) for one in PERCENTILES} if part.values else set()):
+    if set(part.percentiles) != ({str(percentile) for percentile in PERCENTILES} if part.values else set()):
         yield f"{field}.percentiles", f"{_few(part.percentiles)}; expected {_few(map(str, PERCENTILES))}, if any value"
 
 
@@ -196,9 +196,9 @@ def _sums(report: Report) -> Iterator[Contradiction]:
             yield f"backends.{said.name}.counts", f"the properties give {found.counts}"
         if said.verdict != found.verdict:
             yield f"backends.{said.name}.verdict", f"{said.verdict!r}, where the properties say {found.verdict!r}"
-    for one, other in zip(report.clauses, (clauses := _clauses(report)), strict=False):
-        if one.model_copy(update={"counts": other.counts}) != other:
-            yield f"clauses.{one.name}", "the properties that cite it say otherwise"
+    for clause, other in zip(report.clauses, (clauses := _clauses(report)), strict=False):
+        if clause.model_copy(update={"counts": other.counts}) != other:
+            yield f"clauses.{clause.name}", "the properties that cite it say otherwise"
     if len(report.clauses) != len(clauses):
         yield "clauses", f"{len(report.clauses)}, where the properties cite {len(clauses)}"
     if report.ok != passes(report):
@@ -211,23 +211,32 @@ def passes(report: Report) -> bool:
     """
     judged = {name for prop in report.properties for name in prop.backends}
     part = report.shards is not None and not report.shards.merged
-    compared = {name for prop in report.properties for name, one in prop.backends.items() if one.status == "passed"}
-    names = {one.name for one in report.backends}
+    compared = {
+        name for prop in report.properties for name, backend in prop.backends.items() if backend.status == "passed"
+    }
+    names = {backend.name for backend in report.backends}
     return not report.failures and report.complete and bool(judged) and (part or names <= compared)
 
 
 def _backends(report: Report) -> list[Any]:
     whole = report.shards is None or report.shards.merged
     return [
-        backend_part(one.name, one.hardware, one.capabilities, report.properties, complete=report.complete, whole=whole)
-        for one in report.backends
+        backend_part(
+            backend.name,
+            backend.hardware,
+            backend.capabilities,
+            report.properties,
+            complete=report.complete,
+            whole=whole,
+        )
+        for backend in report.backends
     ]
 
 
 def _clauses(report: Report) -> list[Any]:
-    return by_clause(report.properties, [one.name for one in report.backends])
+    return by_clause(report.properties, [backend.name for backend in report.backends])
 
 
 def _few(items: Iterable[object]) -> str:
-    shown = [f"{one!r:.40}" if isinstance(one, str) else str(one) for one in items]
+    shown = [f"{item!r:.40}" if isinstance(item, str) else str(item) for item in items]
     return ", ".join(shown[:6]) + (" …" if len(shown) > 6 else "")

@@ -30,7 +30,7 @@ def conformance_table(report: Report, width: int = 100) -> Table:
     `width` is the screen's; the titles are cut so that the figures keep their lines.
     """
     table = Table(title="Conformance by clause", title_justify="left")
-    rows, backends = report.clauses, [one.name for one in report.backends]
+    rows, backends = report.clauses, [backend.name for backend in report.backends]
     columns = {name: [_cell(row.status[name], row.cases[name]) for row in rows] for name in backends}
     figures = [max([len(visible(name)), *map(len, cells)]) for name, cells in columns.items()]
     names = max([len("clause"), *(len(row.name) for row in rows)])
@@ -102,9 +102,9 @@ def closing(report: Report) -> RenderableType:
         lines.append(Text(f"Cut short: {lacking}", style="bold yellow"))
     if part_name := part_of(report):
         lines.append(Text(f"Of {part_name}: the others are needed for a verdict"))
-    for one in report.backends:
-        style = "bold green" if one.verdict in ("conforms", "passed in this shard") else "bold red"
-        lines.append(Text(f"{one.name}: {one.verdict}. {counted(one.counts)}", style=style))
-        if empty := vacuous(report, one.name):
+    for backend in report.backends:
+        style = "bold green" if backend.verdict in ("conforms", "passed in this shard") else "bold red"
+        lines.append(Text(f"{backend.name}: {backend.verdict}. {counted(backend.counts)}", style=style))
+        if empty := vacuous(report, backend.name):
             lines.append(Text(f"  {empty}", style=STYLE["vacuous"]))
     return Group(*lines)

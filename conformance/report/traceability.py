@@ -107,14 +107,14 @@ def listing() -> Listing:
             title=clause.title,
             statements=[
                 StatementPart(
-                    id=one.id,
-                    level=one.level,
-                    text=one.text,
-                    properties=holding.get(one.id, []),
-                    faults=breaking.get(one.id, []),
-                    not_held=NOT_HELD.get(one.id),
+                    id=statement.id,
+                    level=statement.level,
+                    text=statement.text,
+                    properties=holding.get(statement.id, []),
+                    faults=breaking.get(statement.id, []),
+                    not_held=NOT_HELD.get(statement.id),
                 )
-                for one in clause.statements
+                for statement in clause.statements
             ],
         )
         for clause in clauses().values()
@@ -130,13 +130,13 @@ def listing_table(found: Listing) -> Table:
     table.add_column("properties", overflow="fold")
     table.add_column("faults", overflow="fold")
     for clause in found.clauses:
-        for one in clause.statements:
-            name = Text(f"{one.id}\n", style="bold").append(one.level, style="not bold dim")
+        for statement in clause.statements:
+            name = Text(f"{statement.id}\n", style="bold").append(statement.level, style="not bold dim")
             held = Text()
-            for part in one.properties:
+            for part in statement.properties:
                 held.append("\n" if held else "").append(part.name)
                 held.append(f"\n  premise: {'; '.join(part.premises)}" if part.premises else "", style="dim")
-            if not one.properties:
-                held = Text(f"none: {one.not_held}", style="yellow")
-            table.add_row(name, Text(one.text), held, Text("\n".join(part.id for part in one.faults)))
+            if not statement.properties:
+                held = Text(f"none: {statement.not_held}", style="yellow")
+            table.add_row(name, Text(statement.text), held, Text("\n".join(part.id for part in statement.faults)))
     return table
