@@ -16,7 +16,14 @@ import pytest
 from jaxtyping import install_import_hook
 from tokenizers import Tokenizer
 
-CORE = ("lyra.spec.uncertain", "lyra.spec.reference", "lyra.spec.reference_sequential", "lyra.spec.gradients")
+TORCH = ("attentions", "cache", "heads", "layer", "norm", "partial", "rope", "sequential", "static", "visibility")
+CORE = (
+    "lyra.spec.uncertain",
+    "lyra.spec.reference",
+    "lyra.spec.reference_sequential",
+    "lyra.spec.gradients",
+    *(f"lyra.backends.torch_impl.{module}" for module in TORCH),
+)
 """The numeric core: modules whose every call is held to the axes in its signature while these tests run."""
 
 install_import_hook(CORE, "beartype.beartype")
@@ -241,6 +248,8 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
                 for key, value in list(vars(owner).items()):
                     if is_checked(value):
                         monkeypatch.setattr(owner, key, value.__wrapped__)
+                    elif isinstance(value, property) and is_checked(value.fget):
+                        monkeypatch.setattr(owner, key, property(value.fget.__wrapped__))
 
 
 def is_checked(value: object) -> bool:

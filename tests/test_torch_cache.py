@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from lyra.backends.torch_impl.cache import LiveCache, LiveKeys, crop, live_keys, reorder
@@ -68,7 +69,7 @@ def test_going_on_from_a_shorter_one_leaves_the_longer_one() -> None:
 def test_other_rows_are_another_cache() -> None:
     with torch.inference_mode():
         cache = appended(tokens(3), tokens(1, seed=1))
-        turned = reorder(cache, [1, 0])
+        turned = reorder(cache, np.array([1, 0]))
         end = appended(tokens(1, seed=2), to=cache)
         after = copied(end)
         turned.append(tokens(1, seed=3))

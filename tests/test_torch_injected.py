@@ -143,6 +143,7 @@ def test_hugging_faces_own_generation_works_with_blocks(torch_engine, name):
             assert (made[:, 11:].numpy() == expected).all(), options
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", ["causal", "own"])
 def test_a_compiled_decode_step_is_one_graph(torch_engine, name):
     ids = some_ids(1, 9)

@@ -64,6 +64,7 @@ def test_what_all_queries_see_alike_serves_every_tile(masked: bool, monkeypatch:
     torch.testing.assert_close(finish(partial_attention(q, k, v, visible, scale=0.4)), at_once)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_tiles_are_compiled_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which keys a tile sees is not asked in compiled code: an answer would end the graph."""
     at_once = finish(causal_attention())

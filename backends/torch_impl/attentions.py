@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from lyra.spec.array_types import Bool, Float
 
 from .cache import Keys
 from .heads import LyraHeads, fold, fold_batch, select, unfold_batch
@@ -14,7 +17,7 @@ from .partial import masked_scores
 from .static import StaticKV
 
 
-def attentions(q: torch.Tensor, live: Keys, layer: Layer, call: Call) -> torch.Tensor:
+def attentions(q: Float[Tensor, "B T Hq D"], live: Keys, layer: Layer, call: Call) -> Float[Tensor, "B Hq T K"]:
     """The softmax weights of every head, float32 [B,Hq,T,S+L], static keys first. Clauses STATIC-1, MASKED.
 
     The arguments are those of `attend_to`, whose softmax this is. A head that does not read the context has 0 in its
@@ -36,7 +39,7 @@ def attentions(q: torch.Tensor, live: Keys, layer: Layer, call: Call) -> torch.T
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), 0.0).flatten(1, 2)
 
 
-def show_slots(weights: torch.Tensor, shown: np.ndarray) -> torch.Tensor:
+def show_slots(weights: Float[Tensor, "*rows K"], shown: Bool[np.ndarray, " S"]) -> Float[Tensor, "*rows all"]:
     """Weights [...,K+L] over the K visible slots of a context, bool [S], and live keys, as [...,S+L]: 0 if hidden."""
     slots = torch.tensor(shown, device=weights.device)
     visible, live = weights.split((int(shown.sum()), weights.shape[-1] - int(shown.sum())), dim=-1)
@@ -45,9 +48,7 @@ def show_slots(weights: torch.Tensor, shown: np.ndarray) -> torch.Tensor:
     return torch.cat((columns, live), dim=-1)
 
 
-def _static_scores(
-    queries: torch.Tensor, static: StaticKV, heads: LyraHeads, scale: float, softcap: float | None
-) -> torch.Tensor:
+def _static_scores(queries: Tensor, static: StaticKV, heads: LyraHeads, scale: float, softcap: float | None) -> Tensor:
     """The scores of folded queries [B,Hkv,R,T,D] over static keys, [B,Hkv,R,T,S]; -inf for vanilla heads."""
     visible = None if static.visible is None else static.visible[:, None, None, None, :]
     folded = fold_batch(select(queries, heads), len(static.keys))

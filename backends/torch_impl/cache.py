@@ -7,10 +7,12 @@ What a cache shows is never written again.
 from __future__ import annotations
 
 from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+
+from lyra.spec.array_types import Bool, Float, Int
 
 from .visibility import LiveRule, visible_keys
 
@@ -22,16 +24,17 @@ SLOT_AXES = (2, 2, 1, 1)
 class LiveKeys(NamedTuple):
     """The live keys that a call attends to: keys (rotated at t), values [B,Hkv,L,D]; mask bool, positions int [B,L]."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
+    keys: Float[torch.Tensor, "B Hkv L D"]
+    values: Float[torch.Tensor, "B Hkv L D"]
+    mask: Bool[torch.Tensor, "B L"]
+    positions: Int[torch.Tensor, "B L"]
 
     def visible(self, positions: torch.Tensor, window: int | None, rule: LiveRule | None) -> torch.Tensor | None:
         """Which of them queries at `positions` [B,T] see, as `visible_keys` says it. Clauses LIVE, SLIDING, MASKED."""
         return visible_keys(positions, self.positions, self.mask, window, rule)
 
 
+@runtime_checkable
 class Keys(Protocol):
     """What a call attends to, wherever it is kept: LiveKeys, or those in the slots of a model's cache."""
 
@@ -50,6 +53,7 @@ class Keys(Protocol):
         ...
 
 
+@runtime_checkable
 class Cache(Protocol):
     """What a layer's keys and values go into: LiveCache, or a place in a model's cache."""
 
@@ -64,10 +68,10 @@ class LiveCache(NamedTuple):
     room       whose first L slots these are, if there may be free ones
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
+    keys: Float[torch.Tensor, "B Hkv L D"]
+    values: Float[torch.Tensor, "B Hkv L D"]
+    mask: Bool[torch.Tensor, "B L"]
+    positions: Int[torch.Tensor, "B L"]
     room: Room | None = None
 
     def used(self) -> LiveKeys:
@@ -128,7 +132,9 @@ class Room:
         return crop(self.slots, end)._replace(room=self)
 
 
-def live_keys(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> LiveKeys:
+def live_keys(
+    k: Float[torch.Tensor, "B T Hkv D"], v: Float[torch.Tensor, "B T Hkv D"], mask: Any, positions: Any
+) -> LiveKeys:
     """The tokens of a call as live keys: k, v [B,T,Hkv,D], k rotated; mask and positions [B,T]."""
     return LiveKeys(k.transpose(1, 2), v.transpose(1, 2), mask, positions)
 

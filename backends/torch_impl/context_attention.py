@@ -30,7 +30,6 @@ from .cache import Keys
 from .hf_cache import ModelCache, SlotKeys
 from .layer import Call, Layer, Numbers, Parts, norm, note, output, project, rope, run_layer, shape_of
 from .offload import device_of
-from .projections import NAMES
 from .rope import cos_sin, inverse_frequencies, rotate
 from .split_projections import TUNED, SplitProjections
 from .static import StaticKV
@@ -76,6 +75,7 @@ class ContextAttention(SplitProjections):
         self.trace: dict[str, torch.Tensor] | None = None
         self.blend: torch.Tensor | None = None
         self.static_group: ProcessGroup | None = None
+        self.static_rows = 0
         self.given: StaticContext | None = None  # the whole context, of which static_k and static_v are this layer's
         self.shown: np.ndarray | None = None  # which of its slots, bool [S], static_k and static_v are of; None for all
         for name in ("static_k", "static_v", "static_visible", "static_positions"):
@@ -109,6 +109,7 @@ class ContextAttention(SplitProjections):
         self.spec = self.spec.replace(static=mode)
         self.place_heads(self.spec, device)
         self.static_trainable = trainable and static is not None
+        self.static_rows = 0 if static is None else len(static.keys)
         k, v, visible, positions, self.static_group = static or (None,) * 5
         for name, value in zip(TUNED, (k, v), strict=True):
             delattr(self, name)
@@ -177,11 +178,11 @@ class ContextAttention(SplitProjections):
     @property
     def layer(self) -> Layer:
         """What it computes with now: its submodules, whatever has been wrapped, and the numbers of its spec."""
-        spec, whole = self.spec, self.whole
-        k_proj, v_proj = (getattr(self, name) if whole else partial(self._project, name) for name in NAMES)
-        q_norm, k_norm = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
+        spec, modules = self.spec, self._modules  # where __getattr__ would look, at a microsecond each
+        k_proj = modules.get("k_proj") or partial(self._project, "k_proj")
+        v_proj = modules.get("v_proj") or partial(self._project, "v_proj")
         return Layer(
-            Parts(self.q_proj, k_proj, v_proj, self.o_proj, q_norm, k_norm),
+            Parts(self.q_proj, k_proj, v_proj, self.o_proj, modules.get("q_norm"), modules.get("k_norm")),
             Numbers(self.scaling, None, spec.softcap, None, None, self.rule, self.lyra),
             shape_of(spec),
         )
@@ -190,7 +191,8 @@ class ContextAttention(SplitProjections):
         """A call at the positions of Hugging Face's tables of cosines and sines [B,T,D], whose halves are equal."""
         half = self.head_dim // 2
         cos, sin = position_embeddings
-        return Call(None, None, self.static, cache, self.blend, (cos[..., :half], sin[..., :half]))
+        turn = cos.narrow(-1, 0, half), sin.narrow(-1, 0, half)
+        return Call(None, None, self.static, cache, self.blend, turn)
 
     def extra_repr(self) -> str:
         """The Lyra heads and the size of the context, for print(model)."""
@@ -200,9 +202,12 @@ class ContextAttention(SplitProjections):
     @property
     def static(self) -> StaticKV | None:
         """The prepared context, or None."""
-        k, v, positions = self.static_k, self.static_v, self.static_positions
-        if k is None or v is None or positions is None:
+        if not self.static_rows:
             return None
+        k, v, positions = self.static_k, self.static_v, self.static_positions
+        assert k is not None
+        assert v is not None
+        assert positions is not None
         if self.static_trainable and (turn := self._turn(positions)) is not None:
             k = rotate(k, *(part[:, None] for part in turn))
         return StaticKV(k, v, self.static_visible, positions, self.static_group)
@@ -273,7 +278,8 @@ class ContextAttention(SplitProjections):
 
         Without a mask it takes several queries behind other keys for the first ones.
         """
-        if self.static_k is not None or self.spec.static.live != "causal":
+        sees = self.spec.static.sees
+        if self.static_rows or not (sees.earlier and sees.own):
             return False
         if mask is not None or tokens == 1 or cache is None:
             return True
@@ -281,9 +287,9 @@ class ContextAttention(SplitProjections):
         return tokens == keys
 
     def _check_batch(self, batch: int) -> None:
-        if self.static_k is not None and batch % len(self.static_k):
+        if self.static_rows and batch % self.static_rows:
             raise InputError(
-                f"layer {self.layer_idx}: the context holds {len(self.static_k)} rows and the call {batch}; "
+                f"layer {self.layer_idx}: the context holds {self.static_rows} rows and the call {batch}; "
                 f"attach a context of one row (shared by all), of {batch}, or of one row a prompt where each prompt "
                 f"stands in several rows side by side (beams)"
             )

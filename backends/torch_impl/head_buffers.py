@@ -35,7 +35,8 @@ class HeadBuffers(nn.Module):
     @property
     def lyra(self) -> LyraHeads | None:
         """Which heads go to Lyra; None where none does."""
-        queries, kv_heads, places = self.lyra_queries, self.lyra_kv_heads, self.lyra_places
+        buffers = self._buffers  # where __getattr__ would look, at a microsecond each
+        queries, kv_heads, places = buffers["lyra_queries"], buffers["lyra_kv_heads"], buffers["lyra_places"]
         if queries is None or kv_heads is None or places is None:
             return None
         return LyraHeads(queries, kv_heads, places, self._everyone)
@@ -43,5 +44,5 @@ class HeadBuffers(nn.Module):
     @property
     def rule(self) -> LiveRule | None:
         """What the heads see of live tokens; None where every head is causal."""
-        earlier, own = self.live_earlier, self.live_own
+        earlier, own = self._buffers["live_earlier"], self._buffers["live_own"]
         return None if earlier is None or own is None else LiveRule(earlier, own)

@@ -10,22 +10,25 @@ from typing import NamedTuple
 
 import torch
 
+from lyra.spec.array_types import Bool, Float, Int
 from lyra.spec.attention import AttentionSpec
 
 from .partial import Partial, keep
 
 
-def fold(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def fold(q: Float[torch.Tensor, "B T Hq D"], kv_heads: int) -> Float[torch.Tensor, "B {kv_heads} R T D"]:
     """[B,T,Hq,D] -> [B,Hkv,R,T,D]; query head h stands at (h // R, h % R). Clause SPLIT-1."""
     return q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
-def unfold(heads: torch.Tensor) -> torch.Tensor:
+def unfold(heads: Float[torch.Tensor, "B Hkv R T D"]) -> Float[torch.Tensor, "B T Hkv*R D"]:
     """[B,Hkv,R,T,D] -> [B,T,Hq,D], heads in their original order."""
     return heads.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def fold_batch(q: torch.Tensor, contexts: int) -> torch.Tensor:
+def fold_batch(
+    q: Float[torch.Tensor, "B Hs R T D"], contexts: int
+) -> Float[torch.Tensor, "{contexts} Hs (B//{contexts})*R T D"]:
     """[B,Hs,R,T,D] -> [Bc,Hs,B/Bc·R,T,D]: the rows that share a context become queries of it. Clause BATCH-4.
 
     Of Bc contexts, row b reads number b // (B/Bc): the rows of one stand together.
@@ -33,7 +36,9 @@ def fold_batch(q: torch.Tensor, contexts: int) -> torch.Tensor:
     return q.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def unfold_batch(x: torch.Tensor, group: int) -> torch.Tensor:
+def unfold_batch(
+    x: Float[torch.Tensor, "Bc Hs Q T *rest"], group: int
+) -> Float[torch.Tensor, "Bc*Q//{group} Hs {group} T *rest"]:
     """[Bc,Hs,B/Bc·R,T,...] -> [B,Hs,R,T,...], the inverse of `fold_batch`; R is `group`."""
     return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(0, 1)
 
@@ -47,9 +52,9 @@ class LyraHeads(NamedTuple):
     everyone   whether every query head is one, so that none has to be left out
     """
 
-    queries: torch.Tensor
-    kv_heads: torch.Tensor
-    places: torch.Tensor
+    queries: Bool[torch.Tensor, "Hkv R"]
+    kv_heads: Int[torch.Tensor, " Hs"]
+    places: Int[torch.Tensor, " Hkv"]
     everyone: bool
 
     @property
@@ -71,7 +76,7 @@ def lyra_heads(spec: AttentionSpec, *, device: torch.device | None = None) -> Ly
     return LyraHeads(queries, kv_heads, places, bool(queries.all()))
 
 
-def select(queries: torch.Tensor, heads: LyraHeads) -> torch.Tensor:
+def select(queries: Float[torch.Tensor, "B Hkv R T D"], heads: LyraHeads) -> Float[torch.Tensor, "B Hs R T D"]:
     """The folded queries of the KV heads that hold static keys: [B,Hkv,R,T,D] to [B,Hs,R,T,D]."""
     return queries if heads.everywhere else queries.index_select(1, heads.kv_heads)
 
@@ -83,9 +88,13 @@ def spread(partial: Partial, heads: LyraHeads) -> Partial:
     """
     if not heads.everywhere:
         partial = Partial(*(field.index_select(1, heads.places) for field in partial))
-    return partial if heads.everyone else keep(partial, heads.queries[:, :, None, None])
+    return partial if heads.everyone else keep(partial, heads.queries.unsqueeze(-1).unsqueeze(-1))
 
 
-def blend(without: torch.Tensor, with_context: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def blend(
+    without: Float[torch.Tensor, "B Hkv R T D"],
+    with_context: Float[torch.Tensor, "B Hkv R T D"],
+    share: Float[torch.Tensor, "B Hkv*R"],
+) -> Float[torch.Tensor, "B Hkv R T D"]:
     """Folded heads [B,Hkv,R,T,D] without and with a context, by share [B,Hq] from 0 to 1, both ends exactly."""
     return torch.lerp(without, with_context, share.unflatten(1, without.shape[1:3])[..., None, None])

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from lyra.spec.errors import InputError
 
 from .cache import LiveKeys
-from .visibility import LiveRule, by_head
+from .visibility import LiveRule, by_rule
 
 
 class SlotKeys(NamedTuple):
@@ -85,7 +85,7 @@ def visible_slots(
         keys = torch.arange(slots, device=device)[None, :]
         own = keys == queries
     seen = (keys <= queries)[None] if mask is None else seen_by_mask(mask)[..., :slots]
-    return by_head(seen, own, rule)
+    return by_rule(seen, own, rule)
 
 
 def seen_by_mask(mask: torch.Tensor) -> torch.Tensor:

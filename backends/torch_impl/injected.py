@@ -123,7 +123,8 @@ class InjectedAttentionBlock(HeadBuffers):
             )
         cache = self._cache(past_key_values, attention_mask, tokens)
         cos, sin = position_embeddings
-        call = Call(None, None, external, cache, turn=(cos[..., :half], sin[..., :half]))
+        turn = cos.narrow(-1, 0, half), sin.narrow(-1, 0, half)
+        call = Call(None, None, external, cache, turn=turn)
         output, _ = run_block(hidden_states, self.block, call, self.trace)
         return output
 

@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
+from lyra.spec.array_types import Float
 from lyra.spec.attention import TRACES, AttentionSpec
 
 from .cache import Cache, Keys, live_keys
@@ -24,7 +26,7 @@ from .rope import cos_sin, inverse_frequencies, rotate
 from .static import StaticKV, static_attention
 from .visibility import LiveRule, live_rule
 
-Map = Callable[[torch.Tensor], torch.Tensor]
+Map = Callable[[Tensor], Tensor]
 """A framework's module, or a closure over weights."""
 
 
@@ -53,7 +55,7 @@ class Numbers(NamedTuple):
     eps: float | None
     softcap: float | None
     window: int | None
-    frequencies: torch.Tensor | None
+    frequencies: Float[Tensor, " half"] | None
     rule: LiveRule | None
     heads: LyraHeads | None
 
@@ -87,11 +89,11 @@ class Call(NamedTuple):
     mask: Any
     static: StaticKV | None
     cache: Cache | None
-    blend: torch.Tensor | None = None
-    turn: tuple[torch.Tensor, torch.Tensor] | None = None
+    blend: Float[Tensor, "B Hq"] | None = None
+    turn: tuple[Tensor, Tensor] | None = None
 
 
-def parts_of(weights: Mapping[str, torch.Tensor], eps: float | None) -> Parts:
+def parts_of(weights: Mapping[str, Tensor], eps: float | None) -> Parts:
     """The parts of a layer with these weights, by Hugging Face's names; eps None without norms. ORDER-1, NORM.
 
     A product of bfloat16 matrices is summed in float32, its bias added, and rounded once (DTYPE-2).
@@ -125,43 +127,56 @@ def shape_of(spec: AttentionSpec) -> Shape:
     return Shape(spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, spec.order)
 
 
-def layer_of(weights: Mapping[str, torch.Tensor], numbers: Numbers, shape: Shape) -> Layer:
+def layer_of(weights: Mapping[str, Tensor], numbers: Numbers, shape: Shape) -> Layer:
     """The layer of these weights and numbers."""
     return Layer(parts_of(weights, numbers.eps), numbers, shape)
 
 
-def project(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def project(
+    x: Float[Tensor, "B T E"], layer: Layer
+) -> tuple[Float[Tensor, "B T Hq D"], Float[Tensor, "B T Hkv D"] | None, Float[Tensor, "B T Hkv D"] | None]:
     """x [B,T,E] -> q [B,T,Hq,D], k and v [B,T,Hkv,D], or None where the layer makes none. Clause ORDER-1."""
     parts, head_dim = layer.parts, layer.shape.head_dim
-    q, k, v = (
-        None if part is None else part(x).unflatten(-1, (-1, head_dim))
-        for part in (parts.q_proj, parts.k_proj, parts.v_proj)
-    )
-    assert q is not None
-    return q, k, v
+    q = by_head(parts.q_proj(x), head_dim)
+    if parts.k_proj is None or parts.v_proj is None:
+        return q, None, None
+    return q, by_head(parts.k_proj(x), head_dim), by_head(parts.v_proj(x), head_dim)
 
 
-def norm(q: torch.Tensor, k: torch.Tensor | None, layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
+def by_head(x: Float[Tensor, "B T width"], head_dim: int) -> Float[Tensor, "B T H {head_dim}"]:
+    """[B,T,H·D] -> [B,T,H,D], head h being columns h·D to (h+1)·D."""
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def norm(
+    q: Float[Tensor, "B T Hq D"], k: Float[Tensor, "B T Hkv D"] | None, layer: Layer
+) -> tuple[Float[Tensor, "B T Hq D"], Float[Tensor, "B T Hkv D"] | None]:
     """RMSNorm of queries and keys per head, if the layer has one. Clause NORM."""
     parts = layer.parts
     q = q if parts.q_norm is None else parts.q_norm(q)
     return q, k if k is None or parts.k_norm is None else parts.k_norm(k)
 
 
-def rope(q: torch.Tensor, k: torch.Tensor | None, layer: Layer, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+def rope(
+    q: Float[Tensor, "B T Hq D"], k: Float[Tensor, "B T Hkv D"] | None, layer: Layer, call: Call
+) -> tuple[Float[Tensor, "B T Hq D"], Float[Tensor, "B T Hkv D"] | None]:
     """Queries and keys [B,T,H,D] turned to the positions of the call, if the layer has RoPE. Clause ROPE."""
     turn = call.turn
     if turn is None:
         if layer.numbers.frequencies is None:
             return q, k
         turn = cos_sin(call.positions, layer.numbers.frequencies)
-    cos, sin = turn[0][:, :, None], turn[1][:, :, None]
+    cos, sin = turn[0].unsqueeze(2), turn[1].unsqueeze(2)
     return rotate(q, cos, sin), None if k is None else rotate(k, cos, sin)
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: Layer, call: Call
-) -> tuple[torch.Tensor, Any]:
+    q: Float[Tensor, "B T Hq D"],
+    k: Float[Tensor, "B T Hkv D"] | None,
+    v: Float[Tensor, "B T Hkv D"] | None,
+    layer: Layer,
+    call: Call,
+) -> tuple[Float[Tensor, "B T Hq D"], Any]:
     """The heads [B,T,Hq,D], and the cache with the call's keys: see `attend_to`. Clauses STATIC, LIVE."""
     if call.cache is None:
         return attend_to(q, None, layer, call), None
@@ -170,7 +185,7 @@ def attend(
     return attend_to(q, live, layer, call), cache
 
 
-def attend_to(q: torch.Tensor, live: Keys | None, layer: Layer, call: Call) -> torch.Tensor:
+def attend_to(q: Float[Tensor, "B T Hq D"], live: Keys | None, layer: Layer, call: Call) -> Float[Tensor, "B T Hq D"]:
     """Every head over the live keys it sees, Lyra heads over the static ones too, with one softmax: [B,T,Hq,D].
 
     Clauses STATIC, LIVE. Vanilla heads keep what the live keys gave them (SPLIT-4).
@@ -191,14 +206,14 @@ def attend_to(q: torch.Tensor, live: Keys | None, layer: Layer, call: Call) -> t
     return unfold(store(heads, q.dtype))
 
 
-def output(heads: torch.Tensor, layer: Layer) -> torch.Tensor:
+def output(heads: Float[Tensor, "B T Hq D"], layer: Layer) -> Float[Tensor, "B T E"]:
     """Heads [B,T,Hq,D] concatenated in their original order and projected, [B,T,E]. Clause ORDER-1."""
     return layer.parts.o_proj(heads.flatten(2))
 
 
 def run_layer(
-    x: torch.Tensor, layer: Layer, call: Call, trace: dict[str, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, Any]:
+    x: Float[Tensor, "B T E"], layer: Layer, call: Call, trace: dict[str, Tensor] | None = None
+) -> tuple[Float[Tensor, "B T E"], Any]:
     """All stages in the spec's order: output [B,T,E] and the cache with the call's tokens. Clause ORDER.
 
     x [B,T,E], of the type that stages are stored in. Padding enters as zeros: nothing it holds can overflow, and no
@@ -207,10 +222,10 @@ def run_layer(
     if call.mask is not None:
         x = torch.where(call.mask[:, :, None], x, 0.0)
     q = heads = result = x
-    k: torch.Tensor | None = None
-    v: torch.Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
     cache: Any = call.cache
-    made: tuple[torch.Tensor | None, ...] = ()
+    made: tuple[Tensor | None, ...] = ()
     for stage in layer.shape.order:
         if stage == "project":
             made = q, k, v = project(x, layer)
@@ -229,6 +244,6 @@ def run_layer(
     return result, cache
 
 
-def note(trace: dict[str, torch.Tensor], stage: str, *made: torch.Tensor | None) -> None:
+def note(trace: dict[str, Tensor], stage: str, *made: Tensor | None) -> None:
     """Write down what a stage has made, but for what it does not make in this layer."""
     trace |= {name: value for name, value in zip(TRACES[stage], made, strict=False) if value is not None}

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from lyra.spec.array_types import Bool, Float
+
 SCORES_PER_TILE = 1 << 22
 """Queries are taken in tiles of about this many scores, so that long prefills need little memory."""
 
@@ -23,16 +25,16 @@ class Partial(NamedTuple):
     total    [N,H,R,T,1]  Σ exp(score − max), 0 where no key is visible
     """
 
-    out: torch.Tensor
-    maximum: torch.Tensor
-    total: torch.Tensor
+    out: Float[torch.Tensor, "N H R T D"]
+    maximum: Float[torch.Tensor, "N H R T 1"]
+    total: Float[torch.Tensor, "N H R T 1"]
 
 
 def partial_attention(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    visible: torch.Tensor | None,
+    query: Float[torch.Tensor, "N H R T D"],
+    keys: Float[torch.Tensor, "N H L D"],
+    values: Float[torch.Tensor, "N H L D"],
+    visible: Bool[torch.Tensor, "#N #H #R #T #L"] | None,
     scale: float,
     softcap: float | None = None,
 ) -> Partial:
@@ -65,7 +67,7 @@ def partial_attention(
     return Partial(*(torch.cat(field, dim=-2) for field in zip(*parts, strict=True)))
 
 
-def nothing(query: torch.Tensor) -> Partial:
+def nothing(query: Float[torch.Tensor, "N H R T D"]) -> Partial:
     """The Partial of queries [...,T,D] over no key at all."""
     column = query.new_zeros((*query.shape[:-1], 1), dtype=torch.float32)
     return Partial(query.new_zeros(query.shape, dtype=torch.float32), column - math.inf, column)
@@ -78,7 +80,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(a.out * weight_a + b.out * weight_b, top, a.total * weight_a + b.total * weight_b)
 
 
-def keep(partial: Partial, rows: torch.Tensor) -> Partial:
+def keep(partial: Partial, rows: Bool[torch.Tensor, ...]) -> Partial:
     """The Partial where `rows` (bool, broadcastable to maximum) is True, and that of no visible key elsewhere."""
     return Partial(
         torch.where(rows, partial.out, 0.0),
@@ -87,7 +89,7 @@ def keep(partial: Partial, rows: torch.Tensor) -> Partial:
     )
 
 
-def finish(partial: Partial) -> torch.Tensor:
+def finish(partial: Partial) -> Float[torch.Tensor, "N H R T D"]:
     """Normalise: [...,T,D] float32, exactly 0 where no key was visible (clause MASKED-2).
 
     A padding query may overflow; its total is NaN, which is not above 0 either, so its heads are finite (MASKED-4).
@@ -97,12 +99,12 @@ def finish(partial: Partial) -> torch.Tensor:
 
 
 def masked_scores(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    visible: torch.Tensor | None,
+    query: Float[torch.Tensor, "N H R T D"],
+    keys: Float[torch.Tensor, "N H L D"],
+    visible: Bool[torch.Tensor, "#N #H #R #T #L"] | None,
     scale: float,
     softcap: float | None = None,
-) -> torch.Tensor:
+) -> Float[torch.Tensor, "N H R T L"]:
     """The scores [N,H,R,T,L] of query over keys, as `partial_attention` takes them, float32; -inf for hidden keys."""
     group, tokens = query.shape[-3:-1]
     queries = (query.float() * scale).flatten(-3, -2)  # [N,H,R·T,D]: one product per KV head
@@ -116,10 +118,10 @@ def masked_scores(
 
 
 def _tile(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    visible: torch.Tensor | None,
+    query: Float[torch.Tensor, "N H R T D"],
+    keys: Float[torch.Tensor, "N H L D"],
+    values: Float[torch.Tensor, "N H L D"],
+    visible: Bool[torch.Tensor, "#N #H #R #T #L"] | None,
     scale: float,
     softcap: float | None,
 ) -> Partial:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lyra.spec.array_types import Float
 from lyra.spec.sequential import SequentialSpec
 
 from .layer import Call, Layer, Map, run_layer
@@ -23,7 +24,7 @@ class Block(NamedTuple):
     input_norm: Map
     attention: Layer
     output_norm: Map | None
-    gate: torch.Tensor
+    gate: Float[torch.Tensor, ""]
     residual: bool
 
 
@@ -46,8 +47,8 @@ def reading_only(layer: Layer) -> Layer:
 
 
 def run_block(
-    h: torch.Tensor, block: Block, call: Call, trace: dict[str, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, Any]:
+    h: Float[torch.Tensor, "B T E"], block: Block, call: Call, trace: dict[str, torch.Tensor] | None = None
+) -> tuple[Float[torch.Tensor, "B T E"], Any]:
     """The block over the residual stream h [B,T,E]: output [B,T,E] and the live cache. Clause SEQUENTIAL.
 
     `trace` is given what every stage makes, the attention's output by the name "attention" (SEQUENTIAL-8).
@@ -68,7 +69,9 @@ def run_block(
     return result, cache
 
 
-def join(h: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, residual: bool) -> torch.Tensor:
+def join(
+    h: Float[torch.Tensor, "B T E"], y: Float[torch.Tensor, "B T E"], gate: Float[torch.Tensor, ""], residual: bool
+) -> Float[torch.Tensor, "B T E"]:
     """(h if residual else 0) + gate · y, h and y [B,T,E], summed in float32 and rounded once to h's type.
 
     With the residual a gate of 0 gives h itself, whatever y is, except where the gate is being trained: then the sum is

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lyra.spec.array_types import Bool, Float, Int
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 
@@ -50,10 +51,10 @@ class StaticKV(NamedTuple):
     group: the processes that hold the other slots of the context, or None where these are all.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    visible: torch.Tensor | None
-    positions: torch.Tensor
+    keys: Float[torch.Tensor, "Bc Hs S D"]
+    values: Float[torch.Tensor, "Bc Hs S D"]
+    visible: Bool[torch.Tensor, "Bc S"] | None
+    positions: Int[torch.Tensor, "Bc S"]
     group: ProcessGroup | None = None
 
 
@@ -71,7 +72,7 @@ def place_static(spec: AttentionSpec, static: StaticLayer, dtype: torch.dtype = 
     return PlacedStatic(static.k, static.v, positions, static.mask, dtype)
 
 
-def rotate_static(placed: PlacedStatic, frequencies: torch.Tensor | None) -> StaticKV:
+def rotate_static(placed: PlacedStatic, frequencies: Float[torch.Tensor, " half"] | None) -> StaticKV:
     """Rotate static keys from their stored values, which are rounded first. Clause STORED-2, DTYPE-1.
 
     A context shared by all rows keeps its visible slots only.
@@ -90,7 +91,7 @@ def rotate_static(placed: PlacedStatic, frequencies: torch.Tensor | None) -> Sta
     return StaticKV(k, v, None if mask.all() else visible, places)
 
 
-def prepare_static(placed: PlacedStatic, frequencies: torch.Tensor | None) -> StaticKV:
+def prepare_static(placed: PlacedStatic, frequencies: Float[torch.Tensor, " half"] | None) -> StaticKV:
     """The same a tile of slots at a time, so that little of a context is in memory twice."""
     rows, heads, slots, head_dim = placed.k.shape
     step = max(1, TILE // (rows * heads * head_dim))
@@ -111,7 +112,11 @@ def prepare_static(placed: PlacedStatic, frequencies: torch.Tensor | None) -> St
 
 
 def static_attention(
-    queries: torch.Tensor, static: StaticKV, heads: LyraHeads, scale: float, softcap: float | None
+    queries: Float[torch.Tensor, "B Hkv R T D"],
+    static: StaticKV,
+    heads: LyraHeads,
+    scale: float,
+    softcap: float | None,
 ) -> Partial:
     """Attention of the Lyra heads to the static keys; empty for vanilla heads. Clauses STATIC-2, STATIC-3, SPLIT-4.
 

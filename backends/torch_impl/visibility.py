@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from lyra.spec.array_types import Bool, Int
 from lyra.spec.attention import AttentionSpec
 
 
@@ -16,8 +17,8 @@ class LiveRule(NamedTuple):
     own      its own token
     """
 
-    earlier: torch.Tensor
-    own: torch.Tensor
+    earlier: Bool[torch.Tensor, "Hkv R"]
+    own: Bool[torch.Tensor, "Hkv R"]
 
 
 def live_rule(spec: AttentionSpec, *, device: torch.device | None = None) -> LiveRule | None:
@@ -32,12 +33,12 @@ def live_rule(spec: AttentionSpec, *, device: torch.device | None = None) -> Liv
 
 
 def visible_keys(
-    query_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    key_mask: torch.Tensor,
+    query_positions: Int[torch.Tensor, "B T"],
+    key_positions: Int[torch.Tensor, "B L"],
+    key_mask: Bool[torch.Tensor, "B L"],
     window: int | None,
     rule: LiveRule | None,
-) -> torch.Tensor:
+) -> Bool[torch.Tensor, "B heads R T L"]:
     """Which live keys a query sees: bool [B,1,1,T,L], or [B,Hkv,R,T,L] under a rule that differs between heads.
 
     query_positions [B,T], key_positions and key_mask [B,L]. A key is seen if it is real, not later than the query
@@ -48,10 +49,12 @@ def visible_keys(
     visible = (distance >= 0) & key_mask[:, None, :]
     if window is not None:
         visible &= distance < window
-    return by_head(visible, None if rule is None else distance == 0, rule)
+    return by_rule(visible, None if rule is None else distance == 0, rule)
 
 
-def by_head(visible: torch.Tensor, own: torch.Tensor | None, rule: LiveRule | None) -> torch.Tensor:
+def by_rule(
+    visible: Bool[torch.Tensor, "B T L"], own: Bool[torch.Tensor, "... T L"] | None, rule: LiveRule | None
+) -> Bool[torch.Tensor, "B heads R T L"]:
     """What each head sees of keys [B,T,L] that a causal head sees, `own` bool [B,T,L] or [T,L] being the query's own.
 
     bool [B,1,1,T,L], or [B,Hkv,R,T,L] under a rule. Clause LIVE.
