@@ -13,7 +13,7 @@ import pytest
 PACKAGES = (
     "lyra.spec",
     "lyra.conformance",
-    "lyra.backends.jax_impl",
+    "lyra.backends",
     "lyra.choosing",
     "lyra.studies",
     "lyra.speed",
