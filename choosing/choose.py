@@ -24,7 +24,7 @@ from .memory import Memory
 from .objective import Objective, Score
 from .passkey import passkey_document
 from .ranking import METHODS, PASSES, Method, by_gradient, by_greedy, greedy_candidates
-from .units import Unit, all_units, gates_of, gates_of_split, splits_of, units_wanted
+from .units import Unit, all_units, blends_of, blends_of_split, splits_of, units_wanted
 
 Texts = Mapping[str, str] | Sequence[str]
 Progress = Callable[[str, int, int], None]
@@ -60,7 +60,7 @@ def choose_split(
                    keys in filler stand beside them
     heads          how many query heads, in all, or with `per_layer` in every global layer
     objective      "continuation" of the context's text, "recall" of it, "both", or "passkey"; all are reported
-    method         "gradient": a few gradients with respect to gates of heads; "greedy": forward selection, each choice
+    method         "gradient": a few gradients with respect to blends of heads; "greedy": forward selection, each choice
                    measured
     kv_aligned     whole GQA groups only, so that no KV head serves both streams
     held_out       texts that the result is judged on; by default other entries of the language reference, or of given
@@ -69,7 +69,7 @@ def choose_split(
     progress       a folder that keeps what is measured until the end, so that an interrupted call goes on where it was
 
     The result is a mapping from layers to splits, as `attach` takes it, and the same for the same model and texts.
-    Raises InputError for what does not fit, ModelError for a model without a tokenizer or gates, or with a context.
+    Raises InputError for what does not fit, ModelError for a model without a tokenizer or blends, or with a context.
     """
     check_model(model)
     for name, value, known in (("objective", objective, get_args(Objective)), ("method", method, METHODS)):
@@ -109,9 +109,9 @@ def judge(
     spec = model.engine.spec
     documents = _documents(model, None, texts, context_tokens, live_tokens)[1]
     bound = {name: spec.with_split(read_split(spec, split)) for name, split in splits.items()}
-    gates = [gates_of_split(one) for one in bound.values()]
-    advance = _Advance(on_progress, len(gates) * len(documents))
-    return dict(zip(bound, Measure(model, documents, Memory(), advance).at("splits", gates), strict=True))
+    blends = [blends_of_split(one) for one in bound.values()]
+    advance = _Advance(on_progress, len(blends) * len(documents))
+    return dict(zip(bound, Measure(model, documents, Memory(), advance).at("splits", blends), strict=True))
 
 
 def curve_counts(most: int, wanted: int) -> list[int]:
@@ -159,12 +159,12 @@ class _Task:
         """All units, the best first."""
         if self.method == "gradient":
             return by_gradient(
-                self.spec, self.units, lambda what, gates: score.slope(inside.gradient(what, gates)), self.per_layer
+                self.spec, self.units, lambda what, blends: score.slope(inside.gradient(what, blends)), self.per_layer
             )
         return by_greedy(
             self.spec,
             self.units,
-            lambda what, gates: score.of(inside.nll(what, gates)),
+            lambda what, blends: score.of(inside.nll(what, blends)),
             self.per_layer,
             self.greedy_steps,
         )
@@ -173,14 +173,14 @@ class _Task:
 def _report(task: _Task, choice: Choice, inside: Measure, outside: Measure) -> Report:
     """Rank the heads and measure what every number of them is worth, on both sides."""
     spec = task.spec
-    none, every = inside.at("no heads and all", [gates_of(spec, []), gates_of(spec, task.units)])
+    none, every = inside.at("no heads and all", [blends_of(spec, []), blends_of(spec, task.units)])
     score = Score(choice.objective, none, every)
     order = task.rank(inside, score)
-    alone = inside.nll("each head alone", [gates_of(spec, [unit]) for unit in task.units])
+    alone = inside.nll("each head alone", [blends_of(spec, [unit]) for unit in task.units])
     gains = {"score": score.of(alone)} | {kind: none[kind] - nll for kind, nll in alone.items()}
     sets = [order[:count] for count in task.counts]
-    gates = [gates_of(spec, chosen) for chosen in sets]
-    points = zip(sets, inside.at("curve", gates), outside.at("held out", gates), strict=True)
+    blends = [blends_of(spec, chosen) for chosen in sets]
+    points = zip(sets, inside.at("curve", blends), outside.at("held out", blends), strict=True)
     return Report(
         choice=choice,
         order=tuple((unit.layer, head) for unit in order for head in unit.heads),
@@ -204,7 +204,7 @@ def _point(
 
 def _by_head(spec: ModelSpec, units: Sequence[Unit], values: np.ndarray) -> np.ndarray:
     """A value of each unit as one of each of its heads, [L,Hq]."""
-    return np.sum([gates_of(spec, [unit]) * value for unit, value in zip(units, values, strict=True)], axis=0)
+    return np.sum([blends_of(spec, [unit]) * value for unit, value in zip(units, values, strict=True)], axis=0)
 
 
 def _documents(

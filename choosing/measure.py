@@ -25,7 +25,7 @@ Advance = Callable[[str, int], None]
 
 
 class Measure:
-    """Mean NLL of documents under gates of heads, and its gradient; what `memory` has is not measured again."""
+    """Mean NLL of documents under blends of heads, and its gradient; what `memory` has is not measured again."""
 
     def __init__(self, model: Model, documents: Sequence[Document], memory: Memory, advance: Advance) -> None:
         self._model, self._memory, self._advance = model, memory, advance
@@ -38,13 +38,13 @@ class Measure:
         return tuple(dict.fromkeys(one.kind for document in self.documents for one in document.passages))
 
     def nll(self, what: str, candidates: Sequence[np.ndarray]) -> dict[Kind, np.ndarray]:
-        """Mean NLL by kind of passage, a document's passages first, [C], for each of C candidates, gates [L,Hq]."""
+        """Mean NLL by kind of passage, a document's passages first, [C], for each of C candidates, blends [L,Hq]."""
         found: dict[Kind, list[np.ndarray]] = {kind: [] for kind in self.kinds}
         for document in self.documents:
             self._measure(what, document, candidates)
             for kind in found:
                 rows = [
-                    [self._memory[_name(document, at, gates)][0] for gates in candidates]
+                    [self._memory[_name(document, at, blends)][0] for blends in candidates]
                     for at, passage in enumerate(document.passages)
                     if passage.kind == kind
                 ]
@@ -56,17 +56,17 @@ class Measure:
         found = self.nll(what, candidates)
         return [{kind: float(values[at]) for kind, values in found.items()} for at in range(len(candidates))]
 
-    def gradient(self, what: str, gates: np.ndarray) -> dict[Kind, np.ndarray]:
-        """The gradient of the mean NLL by kind with respect to gates [L,Hq]."""
+    def gradient(self, what: str, blends: np.ndarray) -> dict[Kind, np.ndarray]:
+        """The gradient of the mean NLL by kind with respect to blends [L,Hq]."""
         found: dict[Kind, list[np.ndarray]] = {kind: [] for kind in self.kinds}
         for document in self.documents:
             rows: dict[Kind, list[np.ndarray]] = {}
             for at, passage in enumerate(document.passages):
-                name = f"{_name(document, at, gates)}/gradient"
+                name = f"{_name(document, at, blends)}/gradient"
                 if name not in self._memory:
-                    _, slope = self._blended(document)[at].gradient(gates)
+                    _, slope = self._blended(document)[at].gradient(blends)
                     self._memory.add({name: slope.ravel().tolist()})
-                rows.setdefault(passage.kind, []).append(np.reshape(self._memory[name], gates.shape))
+                rows.setdefault(passage.kind, []).append(np.reshape(self._memory[name], blends.shape))
             for kind, slopes in rows.items():
                 found[kind].append(np.mean(slopes, axis=0))
             self._advance(f"{what}, {document.name}", 1)
@@ -76,7 +76,7 @@ class Measure:
         for start in range(0, len(candidates), AT_ONCE):
             some = candidates[start : start + AT_ONCE]
             for at in range(len(document.passages)):
-                new = {name: gates for gates in some if (name := _name(document, at, gates)) not in self._memory}
+                new = {name: blends for blends in some if (name := _name(document, at, blends)) not in self._memory}
                 if new:
                     values = self._blended(document)[at].nll(np.stack(list(new.values())))
                     self._memory.add({name: [float(value)] for name, value in zip(new, values, strict=True)})
@@ -118,9 +118,9 @@ def check_model(model: Model) -> None:
         raise ModelError("choose_split: a context is attached; heads are chosen for the plain model, so detach first")
 
 
-def _name(document: Document, passage: int, gates: np.ndarray) -> str:
-    """What a value is remembered by: gates that are all 0 or 1 as digits, others as a hash."""
-    flat = gates.ravel()
+def _name(document: Document, passage: int, blends: np.ndarray) -> str:
+    """What a value is remembered by: blends that are all 0 or 1 as digits, others as a hash."""
+    flat = blends.ravel()
     whole = np.isin(flat, (0.0, 1.0)).all()
-    under = "".join(f"{gate:.0f}" for gate in flat) if whole else hashlib.sha256(flat.tobytes()).hexdigest()[:16]
+    under = "".join(f"{blend:.0f}" for blend in flat) if whole else hashlib.sha256(flat.tobytes()).hexdigest()[:16]
     return f"{document.digest}/{passage}/{under}"

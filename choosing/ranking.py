@@ -9,7 +9,7 @@ import numpy as np
 
 from lyra.spec.model import ModelSpec
 
-from .units import Unit, gates_of, next_units
+from .units import Unit, blends_of, next_units
 
 Method = Literal["gradient", "greedy"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -21,10 +21,10 @@ DECIMALS = 5
 """Scores that agree to so many decimals are a tie, which the lowest layer and head win: backends differ beyond."""
 
 Scores = Callable[[str, Sequence[np.ndarray]], np.ndarray]
-"""The scores [C] of candidates, gates [L,Hq] each; the text says what they are measured for."""
+"""The scores [C] of candidates, blends [L,Hq] each; the text says what they are measured for."""
 
 Slope = Callable[[str, np.ndarray], np.ndarray]
-"""The gradient [L,Hq] of the score at gates [L,Hq]."""
+"""The gradient [L,Hq] of the score at blends [L,Hq]."""
 
 
 def by_greedy(spec: ModelSpec, units: Sequence[Unit], scores: Scores, per_layer: bool, most: int) -> list[Unit]:
@@ -36,7 +36,7 @@ def by_greedy(spec: ModelSpec, units: Sequence[Unit], scores: Scores, per_layer:
     last: dict[Unit, float] = {}
     while len(order) < min(most, len(units)):
         candidates = next_units(units, order, per_layer)
-        found = scores(f"head {len(order) + 1}", [gates_of(spec, [*order, unit]) for unit in candidates])
+        found = scores(f"head {len(order) + 1}", [blends_of(spec, [*order, unit]) for unit in candidates])
         last |= zip(candidates, found.tolist(), strict=True)
         order.append(candidates[first_best(found)])
     return _followed_by_rest(units, order, last, per_layer)
@@ -54,18 +54,18 @@ def greedy_candidates(units: Sequence[Unit], per_layer: bool, most: int) -> int:
 
 
 def by_gradient(spec: ModelSpec, units: Sequence[Unit], slope: Slope, per_layer: bool) -> list[Unit]:
-    """Integrated gradients: what each head contributes on the way from no head to all, all gates opening together.
+    """Integrated gradients: what each head contributes on the way from no head to all, all blends opening together.
 
     The contributions add up to what all heads gain together, and each counts what a head does beside others, which
     its gain alone does not show. The integral is a Gauss-Legendre sum of PASSES gradients. Source: Sundararajan et al.
-    2017, "Axiomatic Attribution for Deep Networks"; gates of heads as in DuoAttention (Xiao et al. 2024).
+    2017, "Axiomatic Attribution for Deep Networks"; blends of heads as in DuoAttention (Xiao et al. 2024).
     """
     nodes, weights = np.polynomial.legendre.leggauss(PASSES)
-    whole = gates_of(spec, units)
+    whole = blends_of(spec, units)
     contribution = np.zeros_like(whole)
     for number, (node, weight) in enumerate(zip(nodes, weights, strict=True)):
         contribution += weight / 2 * slope(f"gradient {number + 1} of {PASSES}", whole * (node + 1) / 2)
-    value = {unit: float((contribution * gates_of(spec, [unit])).sum()) for unit in units}
+    value = {unit: float((contribution * blends_of(spec, [unit])).sum()) for unit in units}
     return _followed_by_rest(units, [], value, per_layer)
 
 

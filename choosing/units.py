@@ -41,20 +41,20 @@ def units_wanted(spec: ModelSpec, heads: int, per_layer: bool, kv_aligned: bool)
     return heads // width * (layers if per_layer else 1)
 
 
-def gates_of(spec: ModelSpec, chosen: Iterable[Unit]) -> np.ndarray:
-    """Gates [L,Hq] of the global layers: 1 for the heads of the chosen units, 0 for others."""
-    gates = np.zeros((len(spec.global_layers), spec.num_attention_heads))
+def blends_of(spec: ModelSpec, chosen: Iterable[Unit]) -> np.ndarray:
+    """Blends [L,Hq] of the global layers: 1 for the heads of the chosen units, 0 for others."""
+    blends = np.zeros((len(spec.global_layers), spec.num_attention_heads))
     for unit in chosen:
-        gates[spec.global_layers.index(unit.layer), list(unit.heads)] = 1.0
-    return gates
+        blends[spec.global_layers.index(unit.layer), list(unit.heads)] = 1.0
+    return blends
 
 
-def gates_of_split(spec: ModelSpec) -> np.ndarray:
+def blends_of_split(spec: ModelSpec) -> np.ndarray:
     """The same of the splits that a model's spec has."""
-    gates = np.zeros((len(spec.global_layers), spec.num_attention_heads))
+    blends = np.zeros((len(spec.global_layers), spec.num_attention_heads))
     for row, layer in enumerate(spec.global_layers):
-        gates[row, list(spec.layer(layer).lyra_q_heads)] = 1.0
-    return gates
+        blends[row, list(spec.layer(layer).lyra_q_heads)] = 1.0
+    return blends
 
 
 def splits_of(spec: ModelSpec, chosen: Iterable[Unit]) -> dict[int, HeadSplit]:

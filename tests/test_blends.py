@@ -26,14 +26,14 @@ def context() -> dict[int, StaticLayer]:
     return {layer: StaticLayer(k, v, mask, positions) for layer, (k, v) in zip(GLOBAL, made, strict=True)}
 
 
-def some_gates() -> np.ndarray:
+def some_blends() -> np.ndarray:
     """None, all, each head alone in turn of the last layer, and one of numbers in between."""
-    gates = np.zeros((7, len(GLOBAL), HEADS))
-    gates[1] = 1
+    blends = np.zeros((7, len(GLOBAL), HEADS))
+    blends[1] = 1
     for head in range(HEADS):
-        gates[2 + head, :, head] = (0, 1)
-    gates[6] = np.random.default_rng(6).random((len(GLOBAL), HEADS))
-    return gates
+        blends[2 + head, :, head] = (0, 1)
+    blends[6] = np.random.default_rng(6).random((len(GLOBAL), HEADS))
+    return blends
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def engine(backend: str, gemma_folder: Path) -> Any:
     return loaded
 
 
-def attached_nll(engine: Any, gates: np.ndarray) -> float:
-    """What the model itself makes of a split, gates being 0 and 1."""
+def attached_nll(engine: Any, blends: np.ndarray) -> float:
+    """What the model itself makes of a split, blends being 0 and 1."""
     splits = {
         layer: HeadSplit(tuple(np.flatnonzero(row).tolist()), share_kv=True)
-        for layer, row in zip(GLOBAL, gates, strict=True)
+        for layer, row in zip(GLOBAL, blends, strict=True)
     }
     static = {}
     for layer, one in context().items():
@@ -61,21 +61,21 @@ def attached_nll(engine: Any, gates: np.ndarray) -> float:
         engine.detach()
 
 
-def test_gates_of_0_and_1_are_the_split_that_is_attached(engine: Any) -> None:
-    gates = some_gates()[:6]
-    found = engine.blended(IDS, SCORED, context()).nll(gates)
-    assert found == pytest.approx([attached_nll(engine, one) for one in gates], abs=2e-6)
+def test_blends_of_0_and_1_are_the_split_that_is_attached(engine: Any) -> None:
+    blends = some_blends()[:6]
+    found = engine.blended(IDS, SCORED, context()).nll(blends)
+    assert found == pytest.approx([attached_nll(engine, one) for one in blends], abs=2e-6)
     assert len(set(found.round(5))) == len(found)
 
 
 def test_candidates_come_back_in_their_order(engine: Any) -> None:
-    text, gates = engine.blended(IDS, SCORED, context()), some_gates()
+    text, blends = engine.blended(IDS, SCORED, context()), some_blends()
     order = [6, 0, 3, 6, 1, 5, 2]
-    assert text.nll(gates[order]) == pytest.approx(text.nll(gates)[order], abs=2e-6)
+    assert text.nll(blends[order]) == pytest.approx(text.nll(blends)[order], abs=2e-6)
 
 
 def test_the_gradient_is_that_of_the_mean_nll(engine: Any) -> None:
-    text, at = engine.blended(IDS, SCORED, context()), some_gates()[6] * 0.8 + 0.1
+    text, at = engine.blended(IDS, SCORED, context()), some_blends()[6] * 0.8 + 0.1
     nll, slope = text.gradient(at)
     step = 0.03
     units = step * np.eye(at.size)[[1, 4, 6]].reshape(-1, *at.shape)
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_mean_nll(engine: Any) -> None:
 def test_the_model_is_left_as_it_was(engine: Any) -> None:
     before = engine.log_probs(IDS)
     text = engine.blended(IDS, SCORED, context())
-    text.nll(some_gates())
+    text.nll(some_blends())
     np.testing.assert_array_equal(engine.log_probs(IDS), before)
 
 
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused(engine: Any) -> None:
     with pytest.raises(InputError, match=f"the vocabulary has ids 0 to {VOCAB - 1}"):
         engine.blended(IDS + VOCAB, SCORED, context())
     with pytest.raises(InputError, match="expected numbers 0 to 1"):
-        engine.blended(IDS, SCORED, context()).nll(some_gates() * 1.5)
+        engine.blended(IDS, SCORED, context()).nll(some_blends() * 1.5)
     with pytest.raises(InputError, match="the split's Lyra heads read 2"):
         engine.blended(
             IDS,
@@ -117,26 +117,26 @@ def test_both_backends_give_the_same(gemma_folder: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("jax")
     texts = [get_backend(name).load(str(gemma_folder)).blended(IDS, SCORED, context()) for name in ("torch", "jax")]  # type: ignore[attr-defined]
-    first, second = (text.nll(some_gates()) for text in texts)
+    first, second = (text.nll(some_blends()) for text in texts)
     assert first == pytest.approx(second, abs=3e-6)
-    slopes = [text.gradient(some_gates()[6])[1] for text in texts]
+    slopes = [text.gradient(some_blends()[6])[1] for text in texts]
     assert slopes[0] == pytest.approx(slopes[1], abs=1e-4 * np.abs(slopes[0]).max())
 
 
-def test_rows_with_the_same_gates_so_far_are_one_row() -> None:
-    gates = np.zeros((4, 3, 2))
-    gates[1, 2, 0] = gates[2, 1, 0] = 1
-    gates[3] = gates[1]
-    rows = share_rows(gates)
+def test_rows_with_the_same_blends_so_far_are_one_row() -> None:
+    blends = np.zeros((4, 3, 2))
+    blends[1, 2, 0] = blends[2, 1, 0] = 1
+    blends[3] = blends[1]
+    rows = share_rows(blends)
     assert [len(layer.blends) for layer in rows.layers] == [1, 2, 3]
     for candidate, end in enumerate(rows.ends):
         at = end
         for layer in (2, 1, 0):
-            np.testing.assert_array_equal(rows.layers[layer].blends[at], gates[candidate, layer])
+            np.testing.assert_array_equal(rows.layers[layer].blends[at], blends[candidate, layer])
             at = rows.layers[layer].parents[at]
 
 
-def test_gates_outside_0_to_1_are_refused() -> None:
+def test_blends_outside_0_to_1_are_refused() -> None:
     with pytest.raises(InputError, match="expected numbers 0 to 1"):
         check_blends(np.array([[0.5, -0.1]]), (1, 2))
     with pytest.raises(InputError, match=r"blends have shape \(2, 2\)"):

@@ -15,7 +15,7 @@ from lyra.choosing.memory import Memory
 from lyra.choosing.objective import Score
 from lyra.choosing.passkey import DIGITS, NAMES, passkey_document
 from lyra.choosing.ranking import by_gradient, by_greedy, greedy_candidates
-from lyra.choosing.units import Unit, all_units, gates_of, splits_of, units_wanted
+from lyra.choosing.units import Unit, all_units, blends_of, splits_of, units_wanted
 from lyra.spec import HeadSplit, InputError, ModelSpec, SpecError
 from lyra.spec.attaching import read_split
 from lyra.text import Text
@@ -82,7 +82,7 @@ def test_units_are_heads_or_whole_groups() -> None:
     heads, groups = all_units(SPEC, False), all_units(SPEC, True)
     assert len(heads) == 2 * len(groups) == 8 * len(SPEC.global_layers)
     assert groups[1] == Unit(SPEC.global_layers[0], (2, 3))
-    assert gates_of(SPEC, groups[1:2])[0].tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert blends_of(SPEC, groups[1:2])[0].tolist() == [0, 0, 1, 1, 0, 0, 0, 0]
     splits = splits_of(SPEC, [heads[9], heads[3], heads[2]])
     assert {layer: (one.lyra_q_heads, one.share_kv) for layer, one in splits.items()} == {
         SPEC.global_layers[0]: ((2, 3), False),

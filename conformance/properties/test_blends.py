@@ -1,4 +1,4 @@
-"""Clause SPLIT in whole models whose heads have gates: what `lyra choose` measures is what a split gives."""
+"""Clause SPLIT in whole models whose heads have blends: what `lyra choose` measures is what a split gives."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def nll_of_split(judged: ModelOracle, ids: np.ndarray, captured: Any, chosen: np
 
 
 @prop("SPLIT-2", "SPLIT-4", "STATIC-1", premise=BOTH_KINDS, needs=("model", "blends"))
-def test_gates_of_one_and_zero_are_a_split(judge: Judge) -> None:
-    """A gate of 1 makes a Lyra head, one of 0 a vanilla head: the NLL of a text is the oracle's for any such heads."""
+def test_blends_of_one_and_zero_are_a_split(judge: Judge) -> None:
+    """A blend of 1 makes a Lyra head, one of 0 a vanilla head: the NLL of a text is the oracle's for any such heads."""
     judged, ids = oracle(small_folder()), tokens(TEXT, seed=3)
     layers, query_heads = judged.spec.global_layers, judged.spec.num_attention_heads
     captured = judged.capture(tokens(SLOTS), layers)
