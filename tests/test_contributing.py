@@ -130,6 +130,7 @@ def run(tree: Path, text: str) -> None:
             encoding="utf-8",
             check=False,
         )
+        assert (done.returncode != 0) == any("failed" in line for line in shown), f"$ {command}\n{done.stdout}"
         printed = " ".join(done.stdout.split())
         wanted = [" ".join(part.split()) for line in shown for part in line.split("…") if part.strip()]
         place = 0
@@ -188,7 +189,7 @@ def test_the_house_is_the_one_that_is_drawn(tmp_path: Path) -> None:
 
 
 def test_every_walk_is_there() -> None:
-    assert [*WALKS] == ["A clause", "A live mode", "A backend", "A fault", "A subject"]
+    assert [*WALKS] == ["A clause", "A live mode", "A family", "A backend", "A fault", "A subject"]
 
 
 def test_a_line_that_is_not_printed_is_seen(tree: Path) -> None:
