@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lyra.checkpoint import resolve
 from lyra.errors import CheckpointError
 from lyra.gguf_convert import family_of
 from lyra.gguf_parts import GGUFModel
-from lyra.spec import ModelSpec, SequentialSpec, SpecError, families, load_spec, presets
+from lyra.spec import InputError, ModelSpec, SequentialSpec, SpecError, families, load_spec, presets
 from lyra.spec.attaching import blocks_by_layer
 from lyra.spec.attention import StaticSpec
 from lyra.spec.families import FAMILIES, LayerNorms, family, family_of_config
@@ -142,6 +144,26 @@ def test_a_layer_without_outer_norms_gives_them_neither_to_a_model_nor_to_a_bloc
     assert set(block.weights_of(layer, "plain")) == set(block.weight_shapes())
     with pytest.raises(SpecError, match="unknown family 'olmo'"):
         SequentialSpec.for_layer(spec.attention).weights_of(layer, "olmo")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("package", ["lyra.backends.torch_impl", "lyra.backends.jax_impl", "lyra.conformance.oracles"])
+def test_every_family_has_its_module_in_each_backend_and_among_the_oracles(package: str, name: str) -> None:
+    assert find_spec(f"{package}.families.{name}") is not None
+
+
+@pytest.mark.parametrize(("backend", "title"), [("torch", "PyTorch"), ("jax", "JAX")])
+def test_a_family_that_a_backend_does_not_run_is_refused(
+    backend: str, title: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip({"torch": "transformers", "jax": "flax"}[backend])
+    theirs = import_module(f"lyra.backends.{backend}_impl.families")
+    monkeypatch.setattr(families, "FAMILIES", {**FAMILIES, "plain": replace(GEMMA3, name="plain")})
+    with pytest.raises(InputError, match=f"the {title} backend does not run models of the family 'plain'"):
+        theirs.of(ModelSpec.from_dict({**SMALL, "family": "plain"}))
+    with pytest.raises(SpecError, match="described by its spec only"):
+        theirs.of(ModelSpec.from_dict({**SMALL, "family": "none"}))
+    assert theirs.of(ModelSpec.from_dict(SMALL)).name == "gemma3"
 
 
 @pytest.mark.parametrize(
