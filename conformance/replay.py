@@ -21,6 +21,9 @@ from .session import UsageError
 FOLDER = Path(".lyra") / "cases"
 """Where failing cases are written, below the working folder."""
 
+RENAMED = {"gates::gates_of_one_and_zero_are_a_split": "blends::blends_of_one_and_zero_are_a_split"}
+"""Properties that had another name when a case file was written."""
+
 LARGEST, MOST_NUMBERS = 2**32, 2**29
 """Counts in a case file are below the one, and its arrays hold no more numbers than the other: 2 GiB."""
 
@@ -42,6 +45,7 @@ class Replay:
         name, case = fields.get("property"), fields.get("case")
         if not isinstance(name, str) or "case" not in fields:
             raise UsageError(f"{path!r} is no case: it lacks 'property', a text, or 'case'")
+        name = RENAMED.get(name, name)
         if not isinstance(case, dict):
             return cls(name, None)
         try:

@@ -12,7 +12,8 @@ from backends_for_tests import SlightlyOff, Wrapped
 from judging import judged
 
 from lyra.conformance.case import Case
-from lyra.conformance.replay import Replay
+from lyra.conformance.property_index import all_properties
+from lyra.conformance.replay import RENAMED, Replay
 from lyra.conformance.session import UsageError
 from lyra.spec.attention import AttentionSpec
 
@@ -51,6 +52,14 @@ def test_a_replay_file_gives_the_failure_again(tmp_path: Path) -> None:
         recorded["stage"],
     )
     assert judged(Wrapped(), replay=str(path)).record.ok
+
+
+def test_the_case_file_of_a_property_that_was_renamed_names_the_one_of_today(tmp_path: Path) -> None:
+    for name, now in RENAMED.items():
+        (tmp_path / "case.json").write_text(json.dumps({"property": name, "case": "a split"}))
+        assert Replay.read(str(tmp_path / "case.json")).property == now
+        assert now in all_properties()
+        assert name not in all_properties()
 
 
 def test_a_replay_needs_no_profile(tmp_path: Path) -> None:
