@@ -86,7 +86,7 @@ def get_backend(name: str) -> Backend:
             for attribute in point.value.partition(":")[2].split("."):
                 made = getattr(made, attribute)
         except AttributeError:
-            classes = [one for one, value in vars(module).items() if isinstance(value, type) and one[:1] != "_"]
+            classes = [kind for kind, value in vars(module).items() if isinstance(value, type) and kind[:1] != "_"]
             hint = f"; it has {', '.join(classes[:8])}" if classes else ""
             raise BackendNotFound(
                 f"backend {name!r}: module {package!r} has no {point.value.partition(':')[2]!r}{hint}"
@@ -162,9 +162,10 @@ def _check_callable(name: str, made: Any) -> None:
     except (TypeError, ValueError):  # of some built-in classes nothing is known
         return
     needed = [
-        one.name
-        for one in signature.parameters.values()
-        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     if needed:
         raise BackendNotFound(
@@ -198,7 +199,9 @@ def _checked(made: Any, owner: str, package: str) -> Backend:
         raise BackendNotFound(
             f"{owner}: its capabilities are {capabilities!r:.100}; expected a set of names, of {list(CAPABILITIES)}"
         )
-    odd = [one for one in capabilities if not (isinstance(one, str) and one in CAPABILITIES)]
+    odd = [
+        capability for capability in capabilities if not (isinstance(capability, str) and capability in CAPABILITIES)
+    ]
     if odd:
         raise BackendNotFound(
             f"backend {name!r} claims unknown capabilities {sorted(map(str, odd))[:8]}; known: {list(CAPABILITIES)}"

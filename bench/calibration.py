@@ -104,10 +104,10 @@ def draw(samples: dict[tuple[str, str], Sample]) -> Figure:
 def table(samples: dict[tuple[str, str], Sample]) -> str:
     """The Markdown table."""
     lines = ["| Backend | Compared | Comparisons | Median | 99% | 99.9% | Largest |", "|---|---|---|---|---|---|---|"]
-    for (backend, kind), one in samples.items():
-        found = percentiles(one.counts, one.largest)
+    for (backend, kind), sample in samples.items():
+        found = percentiles(sample.counts, sample.largest)
         middle = " | ".join(f"{found[share]:.2g}" for share in ("50", "99", "99.9"))
-        lines.append(f"| {backend} | {kind} | {one.total:,} | {middle} | {one.largest:.2f} |")
+        lines.append(f"| {backend} | {kind} | {sample.total:,} | {middle} | {sample.largest:.2f} |")
     return "\n".join(lines)
 
 
@@ -146,14 +146,14 @@ then `python bench/calibration.py build/calibration/*.json`.
 
 def page(reports: list[Report], samples: dict[tuple[str, str], Sample]) -> str:
     """The Markdown page."""
-    generated = [one for one in reports if not is_real(one)]
+    generated = [report for report in reports if not is_real(report)]
     versions = reports[0].versions
     return PAGE.format(
-        cases=sum(one.cases for one in generated),
+        cases=sum(report.cases for report in generated),
         runs=len(generated),
-        profiles=" and ".join(f"`{name}`" for name in dict.fromkeys(one.profile for one in generated)),
+        profiles=" and ".join(f"`{name}`" for name in dict.fromkeys(report.profile for report in generated)),
         k=K,
-        largest=max(one.largest for one in samples.values()),
+        largest=max(sample.largest for sample in samples.values()),
         table=table(samples),
         versions=", ".join(f"{name} {versions[name]}" for name in ("torch", "jax", "numpy") if name in versions),
     )
@@ -168,7 +168,7 @@ def main(
     picture = docs / "images" / "calibration.png"
     check_files(picture, docs / "calibration.md", inputs=reports)
     read = [read_report(path) for path in reports]
-    failed = [str(path) for path, one in zip(reports, read, strict=True) if not one.ok]
+    failed = [str(path) for path, report in zip(reports, read, strict=True) if not report.ok]
     if failed:
         raise typer.BadParameter(f"{', '.join(failed)}: the run failed, so it says nothing of correct code")
     samples = collect(read)

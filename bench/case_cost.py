@@ -70,16 +70,16 @@ def main(
     rows = [("Hypothesis draws it", 1e3 * (time.process_time() - started) / len(drawn))]
     rows.append(("its arrays", milliseconds(Case.problem, drawn)))
     problems = [case.problem() for case in drawn]
-    rows.append(("the oracle, with σ", milliseconds(lambda one: expected(one.replace()), problems)))
-    calls = sum(len(one.calls) for one in problems) / len(problems)
+    rows.append(("the oracle, with σ", milliseconds(lambda problem: expected(problem.replace()), problems)))
+    calls = sum(len(problem.calls) for problem in problems) / len(problems)
     for backend in session.backends:
 
-        def answer(one: Problem, backend: Backend = backend) -> object:
-            return Subject(backend, Record()).run(one)
+        def answer(problem: Problem, backend: Backend = backend) -> object:
+            return Subject(backend, Record()).run(problem)
 
         started = time.process_time()
-        for one in problems:
-            answer(one)
+        for problem in problems:
+            answer(problem)
         first = time.process_time() - started
         cost = milliseconds(answer, problems)
         rows.append((f"{backend.name}, {calls:.1f} calls", cost))

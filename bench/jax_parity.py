@@ -80,7 +80,7 @@ def compare(model: lyra.Model, hidden: np.ndarray, references: list[np.ndarray])
         for index, reference in enumerate(references):
             largest[index] = max(largest[index], float(np.abs(ours - reference[rows]).max()))
         same += int((ours.argmax(-1) == references[-1][rows].argmax(-1)).sum())
-    return [value / float(np.abs(one).max()) for value, one in zip(largest, references, strict=True)], same
+    return [value / float(np.abs(reference).max()) for value, reference in zip(largest, references, strict=True)], same
 
 
 def feed(models: dict[str, lyra.Model], plain: Any, ids: np.ndarray) -> Iterator[Fed]:
@@ -155,21 +155,21 @@ def main(
     lengths = tokens or [600, 2000]
     with steps("Feeding") as move:
         for length in lengths:
-            for one in feed(models, plain, ids[:length]):
-                fed.append(one)
-                move(f"{length} tokens {one.way}", len(fed), len(lengths) * len(WAYS))
+            for sample in feed(models, plain, ids[:length]):
+                fed.append(sample)
+                move(f"{length} tokens {sample.way}", len(fed), len(lengths) * len(WAYS))
     with steps("Generating") as move:
         for made in generate(models, new):
             generated.append(made)
             move(made.prompt, len(generated), 2 * len(PROMPTS))
-    largest = max(max(one.hugging_face, one.torch) for one in fed)
+    largest = max(max(sample.hugging_face, sample.torch) for sample in fed)
     parted = [made.gap for made in generated if made.gap is not None]
     ok = largest <= TOLERANCE and all(gap <= TOLERANCE for gap in parted)
     data = {
         "tolerance": TOLERANCE,
         "ok": ok,
-        "fed": [asdict(one) for one in fed],
-        "generated": [asdict(one) for one in generated],
+        "fed": [asdict(sample) for sample in fed],
+        "generated": [asdict(sample) for sample in generated],
     }
     verdict = (
         f"largest difference {largest:.1e} of the largest logit, allowed {TOLERANCE}: {'agree' if ok else 'DISAGREE'}"

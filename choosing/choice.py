@@ -98,7 +98,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
         return asdict(self.choice) | {
-            "documents": {name: list(one) for name, one in self.documents.items()},
+            "documents": {name: list(names) for name, names in self.documents.items()},
             "order": [list(head) for head in self.order],
             "alone": {kind: gains.tolist() for kind, gains in self.alone.items()},
             "curve": [point.to_dict() for point in self.curve],

@@ -109,7 +109,7 @@ def judge(
     spec = model.engine.spec
     documents = _documents(model, None, texts, context_tokens, live_tokens)[1]
     bound = {name: spec.with_split(read_split(spec, split)) for name, split in splits.items()}
-    blends = [blends_of_split(one) for one in bound.values()]
+    blends = [blends_of_split(split) for split in bound.values()]
     advance = _Advance(on_progress, len(blends) * len(documents))
     return dict(zip(bound, Measure(model, documents, Memory(), advance).at("splits", blends), strict=True))
 
@@ -185,8 +185,8 @@ def _report(task: _Task, choice: Choice, inside: Measure, outside: Measure) -> R
         choice=choice,
         order=tuple((unit.layer, head) for unit in order for head in unit.heads),
         documents={
-            "choosing": tuple(one.name for one in inside.documents),
-            "held_out": tuple(one.name for one in outside.documents),
+            "choosing": tuple(document.name for document in inside.documents),
+            "held_out": tuple(document.name for document in outside.documents),
         },
         alone={name: _by_head(spec, task.units, values) for name, values in gains.items()},
         curve=tuple(_point(spec, chosen, score, *values) for chosen, *values in points),

@@ -35,7 +35,7 @@ class Measure:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What is scored, in the order of the documents."""
-        return tuple(dict.fromkeys(one.kind for document in self.documents for one in document.passages))
+        return tuple(dict.fromkeys(passage.kind for document in self.documents for passage in document.passages))
 
     def nll(self, what: str, candidates: Sequence[np.ndarray]) -> dict[Kind, np.ndarray]:
         """Mean NLL by kind of passage, a document's passages first, [C], for each of C candidates, blends [L,Hq]."""

@@ -70,5 +70,5 @@ def next_units(units: Sequence[Unit], order: Sequence[Unit], per_layer: bool) ->
     left = [unit for unit in units if unit not in set(order)]
     if not per_layer:
         return left
-    counts = {unit.layer: sum(one.layer == unit.layer for one in order) for unit in left}
+    counts = {unit.layer: sum(taken.layer == unit.layer for taken in order) for unit in left}
     return [unit for unit in left if counts[unit.layer] == min(counts.values())]

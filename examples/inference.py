@@ -129,11 +129,11 @@ def print_all(console: Console, task: Task, seen: dict[str, Seen], follows: str)
     table.add_column("way", style="bold")
     for column in ("mean NLL", "first token", "keys and values"):
         table.add_column(column, justify="right")
-    for name, one in seen.items():
-        table.add_row(name, f"{one.nll:.3f}", f"{one.first_token:.2f} s", size(one.held))
+    for name, way in seen.items():
+        table.add_row(name, f"{way.nll:.3f}", f"{way.first_token:.2f} s", size(way.held))
     console.print(table)
     shown = Text()
-    for name, text in {"the document": follows, **{name: one.text for name, one in seen.items()}}.items():
+    for name, text in {"the document": follows, **{name: way.text for name, way in seen.items()}}.items():
         shown.append(f"{name}\n", style="bold")
         shown.append(PROMPT, style="dim")
         shown.append(text.rstrip() + "\n")

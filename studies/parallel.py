@@ -67,8 +67,8 @@ def _in_processes(
             running = {pool.submit(_train, task, corpus, folder) for task in tasks}
             while running:
                 ended, running = wait(running, LOOK, FIRST_COMPLETED)
-                for one in ended:
-                    one.result()
+                for future in ended:
+                    future.result()
                 moved(done.value)
         except BaseException:
             stop.set()

@@ -171,8 +171,8 @@ def main() -> None:
     for (state, verdict), number in sorted(Counter((one.state, one.verdict) for one in found).items()):
         print(f"{state:8} {verdict:8} {number:7,}")
     faults = [one for one in found if one.verdict not in {"same", "refused", "loads"}]
-    for one in faults[:20]:
-        print(f"\n{one.verdict}: {one.kind}, {one.state}\n{one.detail}")
+    for fault in faults[:20]:
+        print(f"\n{fault.verdict}: {fault.kind}, {fault.state}\n{fault.detail}")
     raise SystemExit(bool(faults))
 
 

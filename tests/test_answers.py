@@ -233,7 +233,7 @@ def failures(backend: Any, only: str) -> dict[str, Failure]:
     return {name: failure for (name, _), failure in outcome.record.failures.items()}
 
 
-@pytest.mark.parametrize("backend", [HeadsFirst(), LateHeadsFirst()], ids=lambda one: one.name)
+@pytest.mark.parametrize("backend", [HeadsFirst(), LateHeadsFirst()], ids=lambda backend: backend.name)
 def test_the_suite_names_stage_and_shapes(backend: HeadsFirst) -> None:
     found = failures(backend, "every_stage_equals or absent_stages or stages_of_the_rotation")
     assert len(found) == 3

@@ -64,7 +64,7 @@ def attached_nll(engine: Any, blends: np.ndarray) -> float:
 def test_blends_of_0_and_1_are_the_split_that_is_attached(engine: Any) -> None:
     blends = some_blends()[:6]
     found = engine.blended(IDS, SCORED, context()).nll(blends)
-    assert found == pytest.approx([attached_nll(engine, one) for one in blends], abs=2e-6)
+    assert found == pytest.approx([attached_nll(engine, blend) for blend in blends], abs=2e-6)
     assert len(set(found.round(5))) == len(found)
 
 

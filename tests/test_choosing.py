@@ -126,7 +126,7 @@ def pairwise(gates: np.ndarray) -> float:
 def pairwise_slope(_: str, gates: np.ndarray) -> np.ndarray:
     step = 1e-4
     units = np.eye(gates.size).reshape(-1, *gates.shape) * step
-    return np.array([(pairwise(gates + one) - pairwise(gates - one)) / (2 * step) for one in units]).reshape(3, 4)
+    return np.array([(pairwise(gates + unit) - pairwise(gates - unit)) / (2 * step) for unit in units]).reshape(3, 4)
 
 
 def pairwise_scores(_: str, candidates: Sequence[np.ndarray]) -> np.ndarray:

@@ -22,7 +22,7 @@ TEXT = "and the note of a hand, then that of the other"
 
 def run(*arguments: object, input: str | None = None) -> Result:
     environment = {"COLUMNS": "100", "NO_COLOR": "1"}
-    return CliRunner().invoke(application(), [str(one) for one in arguments], input=input, env=environment)
+    return CliRunner().invoke(application(), [str(argument) for argument in arguments], input=input, env=environment)
 
 
 def refused(*arguments: object) -> str:

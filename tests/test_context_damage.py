@@ -44,7 +44,7 @@ def test_without_the_digests_damage_is_another_context(tmp_path: Path, monkeypat
     for check in ("check_header", "check_tensors"):
         with monkeypatch.context() as patch:
             patch.setattr(module, check, lambda _: None)
-            assert any(one.verdict == "wrong" for one in outcomes(600, 0, tmp_path)), check
+            assert any(outcome.verdict == "wrong" for outcome in outcomes(600, 0, tmp_path)), check
 
 
 DRAWN = f"""

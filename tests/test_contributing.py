@@ -45,7 +45,7 @@ def steps(heading: str) -> list[Step]:
     """The blocks of a walk, in order; a file is the last one that the paragraph above names."""
     found = STEP.finditer(section(heading))
     return [
-        Step(next(iter(FILE.findall(above)[::-1]), None), *rest) for above, *rest in (one.groups() for one in found)
+        Step(next(iter(FILE.findall(above)[::-1]), None), *rest) for above, *rest in (match.groups() for match in found)
     ]
 
 

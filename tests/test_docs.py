@@ -222,7 +222,7 @@ def test_what_works_is_what_the_script_finds(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_head_map_is_the_one_that_the_command_draws(workplace: Path) -> None:
     pytest.importorskip("matplotlib")
     page = next(page for page in PAGES if page.name == "spec.md")
-    (line,) = [one for block in blocks(page) for one in block.text.splitlines() if "--svg" in one]
+    (line,) = [shown for block in blocks(page) for shown in block.text.splitlines() if "--svg" in shown]
     run_command(line)
     shown = (ROOT / "docs" / "images" / "split.svg").read_text(encoding="utf-8")
     assert Path("split.svg").read_text(encoding="utf-8") == shown

@@ -24,7 +24,7 @@ def forgetful(source: str) -> list[int]:
 
 
 def _takes_locale(call: ast.Call) -> bool:
-    named = {one.arg: one.value for one in call.keywords}
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
     if "encoding" in named or None in named:
         return False
     is_method = isinstance(call.func, ast.Attribute)

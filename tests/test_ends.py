@@ -206,7 +206,7 @@ def test_a_backend_that_ends_every_process_is_given_up(monkeypatch: pytest.Monke
     monkeypatch.setattr("lyra.conformance.supervisor.MOST_ENDS", most)
     done = conform("--only", "order", "--backend", "ends:Always")
     assert done.exit_code == 1
-    found = [one for one in status("always").values() if one != "unsupported"]
+    found = [verdict for verdict in status("always").values() if verdict != "unsupported"]
     assert len(found) > 4
     assert set(found) == {"errored"}
     messages = [failure["message"] for failure in report()["failures"]]

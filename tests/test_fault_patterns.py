@@ -201,7 +201,11 @@ def codes(code: CodeType) -> Iterator[CodeType]:
 
 def read(code: CodeType) -> Iterator[str]:
     """The global names that a code object reads."""
-    return (str(one.argval) for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return (
+        str(instruction.argval)
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax", "torch-module", "jax-module"])

@@ -79,7 +79,9 @@ def test_every_fault_can_be_made_in_every_backend() -> None:
 def test_every_capability_has_a_property_and_a_fault(capability: str) -> None:
     """A property asks for it, and a fault that only backends with it can have breaks what that property holds."""
     assert capability in CAPABILITIES
-    held = {one for prop in all_properties().values() if capability in prop.needs for one in prop.statements}
+    held = {
+        statement for prop in all_properties().values() if capability in prop.needs for statement in prop.statements
+    }
     faults = [fault for fault in catalogue().values() if fault.needs == capability]
     assert any(set(fault.breaks) & held for fault in faults)
 
@@ -241,7 +243,7 @@ def test_the_suite_kills_a_fault_by_its_clause_and_names_the_stage(backend: str,
     assert failure.kind == "failed"
     assert failure.backend == backend
     assert failure.stage in stages
-    assert {one.partition("-")[0] for one in failure.statements} & {clause}
+    assert {statement.partition("-")[0] for statement in failure.statements} & {clause}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

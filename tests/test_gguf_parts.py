@@ -85,7 +85,7 @@ def test_a_file_that_does_not_convert_names_itself_and_is_not_kept(
 ) -> None:
     """Weights that are not finite show last, when all else has been written."""
     path, data = tmp_path / "diverged.gguf", bytearray(tiny_gguf.read_bytes())
-    info = next(one for one in gguf.GGUFReader(tiny_gguf).tensors if one.name == "output_norm.weight")
+    info = next(tensor for tensor in gguf.GGUFReader(tiny_gguf).tensors if tensor.name == "output_norm.weight")
     data[info.data_offset : info.data_offset + 4] = np.float32(np.nan).tobytes()
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"diverged\.gguf: tensor 'output_norm\.weight' holds NaN or infinity"):

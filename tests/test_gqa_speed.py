@@ -46,7 +46,9 @@ def test_every_kind_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append("drop")
 
     def in_turns(contestants: list[object], rounds: int, workers: object) -> list[list[float]]:
-        asked.append([(one.make, one.options["spec"]["num_key_value_heads"]) for one in contestants])
+        asked.append(
+            [(contestant.make, contestant.options["spec"]["num_key_value_heads"]) for contestant in contestants]
+        )
         return [[4.0, 8.0, 4.0], [2.0, 4.0, 2.0], [1.0, 1.0, 2.0]]
 
     rates = {"bandwidth": 1e9, "float32": 1e9}

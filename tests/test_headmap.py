@@ -69,7 +69,7 @@ def test_no_words_are_cut_off_and_none_overlap(shape: tuple[int, int], preset: s
     canvas.draw()
     page = figure.bbox
     (axes,) = figure.axes
-    extents = [(one.get_text(), one.get_window_extent(canvas.get_renderer())) for one in axes.texts]
+    extents = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in axes.texts]
     for words, extent in extents:
         assert page.x0 <= extent.x0 < extent.x1 <= page.x1, words
         assert page.y0 <= extent.y0 < extent.y1 <= page.y1, words
@@ -108,7 +108,7 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     words = re.findall(r"<!-- (.*?) -->", svg.read_text())
     assert "gemma-3-12b: 8 of 16 query heads go to Lyra" in words
-    assert [f"KV {head}" for head in range(8)] == [one for one in words if re.fullmatch(r"KV \d", one)]
+    assert [f"KV {head}" for head in range(8)] == [word for word in words if re.fullmatch(r"KV \d", word)]
     assert png.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map.png", "map.svg"]
     before = svg.read_bytes()

@@ -124,7 +124,7 @@ def beyond_the_spec(config: Any) -> bool:
 def has_rope(table: Any) -> bool:
     kind = table.get("rope_type", table.get("type", "default"))
     numbers = [table["rope_theta"], *([table.get("factor")] if kind == "linear" else [])]
-    return kind in ("default", "linear") and all(isinstance(one, int | float) and one > 0 for one in numbers)
+    return kind in ("default", "linear") and all(isinstance(number, int | float) and number > 0 for number in numbers)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

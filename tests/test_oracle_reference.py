@@ -28,7 +28,7 @@ class Loops:
         self.k = {at: self.project("k", at, self.spec.num_key_value_heads) for at in self.tokens}
         self.v = {at: self.project("v", at, self.spec.num_key_value_heads) for at in self.tokens}
         self.q = {at: [self.norm(one, "q") for one in heads] for at, heads in self.q.items()}
-        self.k = {at: [self.norm(one, "k") for one in heads] for at, heads in self.k.items()}
+        self.k = {at: [self.norm(head, "k") for head in heads] for at, heads in self.k.items()}
 
     def project(self, kind: str, at: tuple[int, int], heads: int) -> list[Vector]:
         """ORDER-1: head h is columns h·D to (h+1)·D."""

@@ -84,7 +84,7 @@ def test_contexts_without_tokens_and_models_without_text(model: Any) -> None:
     assert "slot " in written(strips(lyra.plot.reads(model, ids))[0])[1]
     bare = lyra.Model(model.engine)
     bare.attach(model.context, CUT)
-    assert [one.get_text() for one in lyra.plot.attention(bare, ids, 1, 1).axes[0].get_yticklabels()] == list(
+    assert [label.get_text() for label in lyra.plot.attention(bare, ids, 1, 1).axes[0].get_yticklabels()] == list(
         map(str, ids)
     )
 

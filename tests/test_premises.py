@@ -136,7 +136,7 @@ def test_tame_generators_are_noticed() -> None:
     """Every property with each of its premises kept from coming up: vacuous, and for that reason."""
     found = tame_everywhere(("torch", "jax"))
     assert {one.property.partition("::")[0] for one in found if one.backend == "jax"} == {"mesh"}
-    wanted = sum(len(one.premises) for one in all_properties().values() if one.profile == "smoke")
+    wanted = sum(len(prop.premises) for prop in all_properties().values() if prop.profile == "smoke")
     assert len({(one.property.partition("[")[0], one.premise) for one in found}) == len(found) == wanted
     assert [one for one in found if one.status != "vacuous"] == []
 

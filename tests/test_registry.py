@@ -169,7 +169,7 @@ def test_two_backends_of_one_name_are_refused() -> None:
     Path("twice.py").write_text(f"{GOOD}\nclass Other(Good): ...")
     with pytest.raises(UsageError, match="'twice:Good' and 'twice:Other' both have the name 'good'"):
         load_backends(["twice:Good", "twice:Other"])
-    assert [one.name for one in load_backends(["twice:Good", "twice:Good"])] == ["good"]
+    assert [backend.name for backend in load_backends(["twice:Good", "twice:Good"])] == ["good"]
 
 
 def test_errors_are_told_in_a_line_that_ends() -> None:

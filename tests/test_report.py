@@ -71,7 +71,7 @@ def session() -> Session:
 def test_the_numbers(session: Session) -> None:
     report = report_data(session, 5.0)
     assert not report.ok
-    assert [one.verdict for one in report.backends] == ["conforms", "does not conform"]
+    assert [backend.verdict for backend in report.backends] == ["conforms", "does not conform"]
     assert report.backends[0].counts == {"passed": 3, "failed": 0, "errored": 0, "vacuous": 0, "unsupported": 0}
     assert report.backends[1].counts == {"passed": 0, "failed": 1, "errored": 1, "vacuous": 0, "unsupported": 1}
     assert report.cases_per_second == 250.5
@@ -114,7 +114,7 @@ def test_a_backend_that_says_what_it_computes_on_is_quoted(session: Session) -> 
     assert " ran on" not in html(report_data(session, 1.0))
     session.backends = [Placed("right"), Lost("wrong")]  # type: ignore[list-item]
     report = report_data(session, 1.0)
-    assert [one.hardware for one in report.backends] == ["Abacus <2>", None]
+    assert [backend.hardware for backend in report.backends] == ["Abacus <2>", None]
     assert "<dt>right ran on</dt><dd>Abacus &lt;2&gt;</dd>" in html(report)
     assert "wrong ran on" not in html(report)
 
@@ -123,7 +123,7 @@ def test_verdicts(session: Session) -> None:
     session.record.planned = 9
     assert [one.verdict for one in report_data(session, 1.0).backends] == ["cut short", "does not conform"]
     empty = Session(backends=[Named("idle")])  # type: ignore[list-item]
-    assert [one.verdict for one in report_data(empty, 1.0).backends] == ["nothing compared"]
+    assert [backend.verdict for backend in report_data(empty, 1.0).backends] == ["nothing compared"]
     assert not empty.record.ok
 
 
@@ -154,7 +154,10 @@ def test_what_never_met_its_premise_has_not_passed(vacuous: Session) -> None:
     (tallies,) = (one.backends for one in report.properties if one.name == "scale::huge")
     assert tallies["right"].premises == {"a score above 10,000": 3, "<padding>": 0}
     assert (tallies["right"].status, tallies["wrong"].status) == ("vacuous", "passed")
-    assert next(one.status for one in report.clauses if one.name == "SCALE") == {"right": "vacuous", "wrong": "passed"}
+    assert next(clause.status for clause in report.clauses if clause.name == "SCALE") == {
+        "right": "vacuous",
+        "wrong": "passed",
+    }
     told = "Vacuous, since this never came up: scale::huge (<padding>)"
     page = Reader(html(report)).text
     for text in (markdown(report).replace("\\", ""), page, shown(report)):
@@ -173,7 +176,7 @@ def test_nothing_was_compared_where_every_premise_was_missed(vacuous: Session) -
     record = vacuous.record
     record.failures.clear()
     record.properties = {"scale::huge": record.properties["scale::huge"]}
-    assert [one.verdict for one in report_data(vacuous, 1.0).backends] == ["nothing compared", "conforms"]
+    assert [backend.verdict for backend in report_data(vacuous, 1.0).backends] == ["nothing compared", "conforms"]
     assert not record.ok
 
 

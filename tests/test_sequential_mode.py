@@ -174,7 +174,7 @@ def test_modes_that_a_backend_does_not_have(tiny_folder: Path, loaded: Model) ->
 
 def run(*arguments: object) -> Result:
     environment = {"COLUMNS": "100", "NO_COLOR": "1"}
-    return CliRunner().invoke(application(), [str(one) for one in arguments], env=environment)
+    return CliRunner().invoke(application(), [str(argument) for argument in arguments], env=environment)
 
 
 def test_the_command_line(book: StaticContext, model: Model, tiny_folder: Path, tmp_path: Path) -> None:

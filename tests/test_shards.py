@@ -36,7 +36,9 @@ def _few_examples(empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lyra(*arguments: object) -> Result:
-    return CliRunner().invoke(application(), [str(one) for one in arguments], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    return CliRunner().invoke(
+        application(), [str(argument) for argument in arguments], env={"COLUMNS": "160", "NO_COLOR": "1"}
+    )
 
 
 @given(weights=st.dictionaries(st.text(max_size=4), st.floats(0.1, 5)), count=st.integers(1, 9), data=st.data())

@@ -53,7 +53,9 @@ def made(shard: Shard | None = None, *, failing: bool = False, name: str = "righ
 
 
 def lyra(*arguments: object) -> Result:
-    return CliRunner().invoke(application(), [str(one) for one in arguments], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    return CliRunner().invoke(
+        application(), [str(argument) for argument in arguments], env={"COLUMNS": "160", "NO_COLOR": "1"}
+    )
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -183,13 +183,16 @@ def test_the_schema_names_the_modes() -> None:
 def test_every_clause_has_statements_and_an_example() -> None:
     page = (Path(sys.modules[ModelSpec.__module__].__file__ or "").parent / "SPEC.md").read_text()
     sections = page.split("\n## ")[1:]
-    assert [one.split(":")[0] for one in sections] == list(clauses())
+    assert [section.split(":")[0] for section in sections] == list(clauses())
     for clause, text in zip(clauses().values(), sections, strict=True):
         assert clause.statements
         assert [one.id for one in clause.statements] == [
             f"{clause.name}-{i + 1}" for i in range(len(clause.statements))
         ]
-        assert all(one.clause == clause.name and one.text.rstrip().endswith((".", ":")) for one in clause.statements)
+        assert all(
+            statement.clause == clause.name and statement.text.rstrip().endswith((".", ":"))
+            for statement in clause.statements
+        )
         assert "Example" in text or clause.name == "TOLERANCE"
     assert len(statements()) == sum(len(one.statements) for one in clauses().values()) == page.count("\n- **")
 

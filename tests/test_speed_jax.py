@@ -32,4 +32,4 @@ def test_a_profile_names_the_operations() -> None:
     found = shares("jax", lambda: jax.block_until_ready(multiply(square)))
     assert 1 < len(found) <= SHOWN
     assert sum(share for _, share in found) <= 1.001
-    assert found == sorted(found, key=lambda one: -one[1])
+    assert found == sorted(found, key=lambda row: -row[1])

@@ -118,7 +118,7 @@ def test_detach_restores_the_bits_and_the_modules(torch_engine):
 
 def memory(module: torch.nn.Module) -> set[int]:
     """Where a module's parameters lie."""
-    return {one.untyped_storage().data_ptr() for one in module.parameters() if one.numel()}
+    return {parameter.untyped_storage().data_ptr() for parameter in module.parameters() if parameter.numel()}
 
 
 def context_for_attached(engine) -> dict[int, StaticLayer]:

@@ -43,7 +43,7 @@ def test_the_listing_is_the_whole_of_the_spec_and_of_the_suite() -> None:
     listed = {part.name for clause in found.clauses for one in clause.statements for part in one.properties}
     assert listed == set(all_properties())
     assert all(bool(one.properties) != bool(one.not_held) for clause in found.clauses for one in clause.statements)
-    assert any(one.faults for clause in found.clauses for one in clause.statements)
+    assert any(statement.faults for clause in found.clauses for statement in clause.statements)
 
 
 def test_conform_list(tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def read_config(folder: Path) -> Config:
 def check_ids(path: Path, name: str, value: Any, vocab_size: int) -> None:
     """An id, or none, lies in the vocabulary; of ends there may be a list. Raises CheckpointError, naming the field."""
     several = isinstance(value, list) and name == "eos_token_id"
-    for one in value if several else [value]:
-        if (one is not None or several) and not (type(one) is int and 0 <= one < vocab_size):
+    for token in value if several else [value]:
+        if (token is not None or several) and not (type(token) is int and 0 <= token < vocab_size):
             raise CheckpointError(f"{path}: {name} is {value!r:.100}; expected ids from 0 to {vocab_size - 1:,}")
 
 
@@ -98,6 +98,6 @@ def _without_owner(message: str) -> str:
     """A refusal of the spec in one line, from the field on."""
     lines = []
     for line in message.splitlines():
-        owner = next((one for one in OWNERS if line.startswith(one)), "")
+        owner = next((prefix for prefix in OWNERS if line.startswith(prefix)), "")
         lines.append(line.removeprefix(owner))
     return "; ".join(lines)

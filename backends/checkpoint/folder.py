@@ -120,11 +120,11 @@ def _check_tied_head(config: Config, held: dict[str, StoredTensor]) -> None:
     del held[names.head]
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+def _equal(here: StoredTensor, there: StoredTensor) -> bool:
     """Whether two tensors are the same, bit for bit."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if (here.dtype, here.shape) != (there.dtype, there.shape):
         return False
-    first, second = (tensor.raw().reshape(-1).view(np.uint8) for tensor in (one, other))
+    first, second = (tensor.raw().reshape(-1).view(np.uint8) for tensor in (here, there))
     steps = range(0, len(first), COMPARED_AT_ONCE)
     return all(np.array_equal(first[at : at + COMPARED_AT_ONCE], second[at : at + COMPARED_AT_ONCE]) for at in steps)
 

@@ -83,7 +83,7 @@ def read_table(path: Path) -> tuple[StoredTensor, ...]:
     except (UnicodeDecodeError, CheckpointError) as error:
         raise CheckpointError(_damaged(path, str(error))) from None
     header.pop("__metadata__", None)
-    entries = sorted((_entry(path, name, entry) for name, entry in header.items()), key=lambda one: one[3:])
+    entries = sorted((_entry(path, name, entry) for name, entry in header.items()), key=lambda parts: parts[3:])
     ends, there = [0, *(end for *_, end in entries)], len(data) - 8 - size
     if ends[-1] != there:
         raise CheckpointError(_damaged(path, f"its tensors need {ends[-1]:,} bytes, {there:,} are there"))
@@ -111,7 +111,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, str, tuple[int, ...]
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def _damaged(path: Path, how: str) -> str:

@@ -16,7 +16,7 @@ def device_named(name: str | None) -> jax.Device | None:
         found = jax.devices({"cuda": "gpu"}.get(platform, platform)) if platform else []
     except RuntimeError:
         found = []
-    chosen = [one for number, one in enumerate(found) if str(number) == (index or "0")]
+    chosen = [device for number, device in enumerate(found) if str(number) == (index or "0")]
     if not chosen:
         raise no_device(name, "JAX", devices())
     return chosen[0]
@@ -24,4 +24,4 @@ def device_named(name: str | None) -> jax.Device | None:
 
 def devices() -> list[str]:
     """The names of the devices that are here."""
-    return list(dict.fromkeys(f"{one.platform}:{one.id}" for one in (*jax.devices(), *jax.devices("cpu"))))
+    return list(dict.fromkeys(f"{device.platform}:{device.id}" for device in (*jax.devices(), *jax.devices("cpu"))))

@@ -63,5 +63,5 @@ def generate(
 
 def longer(tokens: Tokens, made: Sequence[np.ndarray]) -> Tokens:
     """Tokens with those that were made of them, int [B] each."""
-    ids = np.concatenate([tokens.ids, *(one[:, None].astype(np.int32) for one in made)], axis=1)
+    ids = np.concatenate([tokens.ids, *(column[:, None].astype(np.int32) for column in made)], axis=1)
     return Tokens(ids, np.pad(tokens.mask, ((0, 0), (0, len(made))), constant_values=True))

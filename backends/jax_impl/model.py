@@ -176,7 +176,7 @@ class JaxEngine:
         layers = check_layers("attentions", layers, self.spec.num_hidden_layers)
         packed = pack_left(tokens)
         found = look(split_module(self.module), packed, self._attached, layers)
-        return {layer: unpack(one, packed, tokens, self._slots.get(layer, 0)) for layer, one in found.items()}
+        return {layer: unpack(weights, packed, tokens, self._slots.get(layer, 0)) for layer, weights in found.items()}
 
     def attach(self, static: Mapping[int, StaticLayer], splits: Mapping[int, HeadSplit], mode: StaticSpec) -> None:
         """Give global layers their static K/V and head split; keys are rotated here, once. Replaces what was attached.
@@ -186,8 +186,12 @@ class JaxEngine:
         """
         specs = specs_by_layer(self.spec, static, splits, mode)
         attached = {layer: self._prepared(spec, static.get(layer)) for layer, spec in specs.items()}
-        self._attached = {layer: one for layer, one in attached.items() if one is not None}
-        read = {layer: one.static for layer, one in attached.items() if one is not None and one.static is not None}
+        self._attached = {layer: placed for layer, placed in attached.items() if placed is not None}
+        read = {
+            layer: placed.static
+            for layer, placed in attached.items()
+            if placed is not None and placed.static is not None
+        }
         self._slots = {layer: static[layer].mask.shape[1] for layer in read}
 
     def inject(self, static: Mapping[int, StaticLayer], blocks: Mapping[int, SequentialSpec]) -> None:
@@ -204,7 +208,7 @@ class JaxEngine:
 
     def set_gates(self, gates: Mapping[int, float]) -> None:
         """Change the gates of injected blocks, by layer. Raises InputError for a layer without one."""
-        blocks = {layer: one for layer, one in self._attached.items() if isinstance(one, Injected)}
+        blocks = {layer: block for layer, block in self._attached.items() if isinstance(block, Injected)}
         checked = check_gates_of(gates, blocks)
         self._attached |= {layer: with_gate(blocks[layer], gate) for layer, gate in checked.items()}
 
@@ -245,7 +249,7 @@ class JaxEngine:
 
     def _tokens(self, ids: np.ndarray, mask: np.ndarray | None) -> Tokens:
         tokens = check_tokens(ids, mask, self.spec.vocab_size)
-        rows = {len(one.static.values) for one in self._attached.values() if one.static is not None} - {1}
+        rows = {len(placed.static.values) for placed in self._attached.values() if placed.static is not None} - {1}
         if rows - {len(tokens.ids)}:
             raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
         return tokens

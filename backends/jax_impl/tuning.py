@@ -85,7 +85,7 @@ def tunable(
 
 def attached(context: Context, settings: Settings) -> dict[int, Attached]:
     """Contexts as a model takes them, rotated from stored values; hidden slots are zeros. Clauses STORED, MASKED."""
-    return {layer: _attached(one, settings[layer]) for layer, one in context.items()}
+    return {layer: _attached(static, settings[layer]) for layer, static in context.items()}
 
 
 def mean_nll(

@@ -16,7 +16,7 @@ def device_named(name: str | torch.device | None) -> torch.device:
         found = torch.device(name) if isinstance(name, str | torch.device) else None
     except RuntimeError:
         found = None
-    if found is None or str(found) not in {*known, *(one.partition(":")[0] for one in known)}:
+    if found is None or str(found) not in {*known, *(device.partition(":")[0] for device in known)}:
         raise no_device(name, "PyTorch", known)
     return found
 

@@ -47,7 +47,7 @@ def generate(
             logits_to_keep=1,
         ).logits[:, -1]
         if not bool((finite_rows(logits) | stopped).all()):
-            raise locate(module.model, torch.cat((ids, *(one[:, None] for one in made)), dim=1), mask)
+            raise locate(module.model, torch.cat((ids, *(column[:, None] for column in made)), dim=1), mask)
         token = most_likely(logits) if sampling is None else draw(logits, sampling, generator)
         token = torch.where(stopped, made[-1], token) if made else token
         made.append(token)

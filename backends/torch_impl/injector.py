@@ -267,7 +267,7 @@ class Injector(BlockInjector):
         self, found: Mapping[int, CapturedLayer], mask: np.ndarray, positions: np.ndarray, tokens: np.ndarray | None
     ) -> StaticContext:
         heads = tuple(range(self.spec.num_key_value_heads))
-        layers = {layer: ContextLayer(heads, one.k, one.v) for layer, one in found.items()}
+        layers = {layer: ContextLayer(heads, pair.k, pair.v) for layer, pair in found.items()}
         return StaticContext(layers, mask, positions, self.fingerprint(layers), tokens)
 
 

@@ -168,7 +168,9 @@ class TorchEngine:
             return look
 
         attentions = {layer: self.module.model.layers[layer].self_attn for layer in layers}
-        hooks = [one.register_forward_pre_hook(watch(layer), with_kwargs=True) for layer, one in attentions.items()]
+        hooks = [
+            module.register_forward_pre_hook(watch(layer), with_kwargs=True) for layer, module in attentions.items()
+        ]
         try:
             self.module.model(**self._inputs(tokens))
         finally:

@@ -102,7 +102,7 @@ class Others:
             own = [Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split() for pid in self.own]
         except OSError:
             return None
-        return user + nice + system - sum(int(one[11]) + int(one[12]) for one in own)
+        return user + nice + system - sum(int(fields[11]) + int(fields[12]) for fields in own)
 
 
 @cache

@@ -74,12 +74,12 @@ def storage_loss(model: str) -> Counted:
                 narrow = narrowed(captured)
                 nbytes[kind] = narrow.nbytes
                 narrow.save(path)
-                for backend, one in loaded.items():
-                    one.attach(path, HeadSplit.half(one.spec))
+                for backend, engine in loaded.items():
+                    engine.attach(path, HeadSplit.half(engine.spec))
                     for column, scored in enumerate(live):
-                        found = one.score([ids[0], *scored]).nll[-len(scored) :]
+                        found = engine.score([ids[0], *scored]).nll[-len(scored) :]
                         nll.setdefault((kind, backend, column), []).append(found)
-                    one.detach()
+                    engine.detach()
     return _losses(nll, nbytes)
 
 
@@ -115,7 +115,7 @@ def _losses(nll: Scores, nbytes: dict[str, int]) -> Counted:
         for backend in BACKENDS:
             cells = []
             for column in range(len(COLUMNS)):
-                pairs = list(zip(*(nll[one, backend, column] for one in (kind, "float32")), strict=True))
+                pairs = list(zip(*(nll[storage, backend, column] for storage in (kind, "float32")), strict=True))
                 value = np.mean([found.mean() for found, _ in pairs])
                 losses.append(float(np.mean([found.mean() - exact.mean() for found, exact in pairs])))
                 change = np.mean([np.abs(found - exact).mean() for found, exact in pairs])

@@ -35,7 +35,7 @@ def prefill(tokens: list[int], static: list[int], at_most: float) -> Counted:
                 found[name][count, slots] = peak(make(slots, count, tokens=count).run)
     table = [["live tokens", *(f"{name}, S = {slots:,}" for name in found for slots in static)]]
     for count in tokens:
-        cells = (one[count, slots] for one in found.values() for slots in static)
+        cells = (by_slots[count, slots] for by_slots in found.values() for slots in static)
         table.append([f"{count:,}", *(f"{value / MEBIBYTE:,.0f} MiB" for value in cells)])
     own = found["Lyra"]
     findings = [

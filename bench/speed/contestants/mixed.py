@@ -22,8 +22,8 @@ def _product(framework: Framework) -> Callable[[], object]:
     if framework == "torch":
         import torch
 
-        one = torch.ones(WIDTH, WIDTH)
-        return lambda: one @ one
+        square = torch.ones(WIDTH, WIDTH)
+        return lambda: square @ square
     import jax
     import jax.numpy as jnp
 

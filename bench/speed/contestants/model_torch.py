@@ -139,7 +139,7 @@ def _loaded() -> Any:
 
 def _own_model() -> Gemma3ForCausalLM:
     """A model with the plain model's weights, in modules of its own."""
-    return copy.deepcopy(weights(), {id(one): one for one in weights().parameters()})
+    return copy.deepcopy(weights(), {id(parameter): parameter for parameter in weights().parameters()})
 
 
 def _with_lyra(static: int) -> Gemma3ForCausalLM:
