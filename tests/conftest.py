@@ -17,12 +17,14 @@ from jaxtyping import install_import_hook
 from tokenizers import Tokenizer
 
 TORCH = ("attentions", "cache", "heads", "layer", "norm", "partial", "rope", "sequential", "static", "visibility")
+JAX = ("heads", "layer", "linear", "norm", "partial", "rope", "sequential", "static", "visibility")
 CORE = (
     "lyra.spec.uncertain",
     "lyra.spec.reference",
     "lyra.spec.reference_sequential",
     "lyra.spec.gradients",
     *(f"lyra.backends.torch_impl.{module}" for module in TORCH),
+    *(f"lyra.backends.jax_impl.{module}" for module in JAX),
 )
 """The numeric core: modules whose every call is held to the axes in its signature while these tests run."""
 

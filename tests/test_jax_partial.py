@@ -36,7 +36,8 @@ def random(*shape: int) -> np.ndarray:
 
 def attention(queries: int, keys: int, visible: np.ndarray | None) -> Any:
     given = random(2, 3, GROUP, queries, WIDTH), random(2, 3, WIDTH, keys), random(2, 3, keys, WIDTH)
-    return finish(partial_attention(*given, visible, 0.4, None))
+    shown = None if visible is None else jnp.asarray(visible)
+    return finish(partial_attention(*map(jnp.asarray, given), shown, 0.4, None))
 
 
 @pytest.mark.parametrize("queries_a_tile", [1, 3, 5])

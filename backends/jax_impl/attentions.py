@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from lyra.spec.array_types import Float
+
 from .cache import LiveKeys, live_keys
 from .decoder import Turned
 from .forward import Graph, chunks, open_cache, prefill
@@ -51,7 +53,7 @@ def unpack(weights: np.ndarray, packed: Packed, tokens: Tokens, slots: int) -> n
     return np.where(tokens.mask[:, None, :, None], whole, np.float32(0))
 
 
-def attentions(q: Array, live: LiveKeys, layer: Layer, call: Call) -> Array:
+def attentions(q: Float[Array, "B T Hq D"], live: LiveKeys, layer: Layer, call: Call) -> Float[Array, "B Hq T K"]:
     """The softmax weights of every head, float32 [B,Hq,T,S+L], static keys first. Clauses STATIC-1, MASKED.
 
     The arguments are those of `attend_to`. A head that does not read the context has 0 in its columns; a row that sees

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from .dtype import DTYPES
+from lyra.spec.array_types import Bool, Float, Int, Shaped
+
+from .dtype import DTYPES, Given
 from .visibility import LiveRule, visible_keys
 
 SMALLEST = 16
@@ -23,10 +25,10 @@ SMALLEST = 16
 class LiveKeys(NamedTuple):
     """The live keys that a call attends to: keys [B,Hkv,D,L], values [B,Hkv,L,D], mask and positions [B,L]."""
 
-    keys: Array
-    values: Array
-    mask: Array
-    positions: Array
+    keys: Float[Given, "B Hkv D L"]
+    values: Float[Given, "B Hkv L D"]
+    mask: Bool[Given, "B L"]
+    positions: Int[Given, "B L"]
 
     def visible(self, positions: Array, window: Array | None, rule: LiveRule | None) -> Array:
         """Which of them queries at `positions` [B,T] see, as `visible_keys` says it. Clauses LIVE, SLIDING, MASKED."""
@@ -84,7 +86,12 @@ class LiveCache(NamedTuple):
         return (self.keys.shape[1], self.keys.shape[2]), mask, positions
 
 
-def live_keys(k: Array, v: Array, mask: Array, positions: Array) -> LiveKeys:
+def live_keys(
+    k: Float[Given, "B T Hkv D"],
+    v: Float[Given, "B T Hkv D"],
+    mask: Bool[Given, "B T"],
+    positions: Int[Given, "B T"],
+) -> LiveKeys:
     """The tokens of a call as live keys: k, v [B,T,Hkv,D], k rotated; mask and positions [B,T]."""
     return LiveKeys(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, positions)
 
@@ -96,7 +103,7 @@ def first_slots(live: LiveKeys, count: int) -> LiveKeys:
     return LiveKeys(*(lax.slice_in_dim(part, 0, count, axis=axis) for part, axis in zip(live, SLOT_AXES, strict=True)))
 
 
-def write(slots: LiveKeys, new: LiveKeys, start: int | Array) -> LiveKeys:
+def write(slots: LiveKeys, new: LiveKeys, start: int | Int[Given, ""]) -> LiveKeys:
     """The slots with the new ones in them, from `start` on; in place where compiled code may use the old ones up.
 
     The condition always holds. It keeps the write apart from what reads the slots: XLA would take it into each reader
@@ -138,7 +145,9 @@ def empty_cache(
     return LiveCache(*empty_keys(batch, kv_heads, head_dim, capacity, dtype), length=0)
 
 
-def _put(slots: Array, new: Array, axis: int, start: int | Array) -> Array:
+def _put(
+    slots: Shaped[Given, "*axes"], new: Shaped[Given, "*tokens"], axis: int, start: int | Int[Given, ""]
+) -> Shaped[Array, "*axes"]:
     return lax.dynamic_update_slice_in_dim(slots, new, start, axis, allow_negative_indices=False)
 
 
@@ -169,12 +178,12 @@ def crop(cache: LiveCache, length: int) -> LiveCache:
 
 
 @jax.jit
-def _take_rows(cache: LiveCache, rows: Array) -> LiveCache:
+def _take_rows(cache: LiveCache, rows: Int[Given, " B"]) -> LiveCache:
     keys, values, mask, positions = (jnp.take(part, rows, axis=0, mode="clip") for part in cache[:4])
     return LiveCache(keys, values, mask, positions, cache.length)
 
 
-def reorder(cache: LiveCache, rows: np.ndarray) -> LiveCache:
+def reorder(cache: LiveCache, rows: Int[np.ndarray, " B"]) -> LiveCache:
     """The given rows of the cache, in the given order, repeats allowed. Clause BATCH-5."""
     taken: LiveCache = _take_rows(cache, rows)
     return taken._replace(length=cache.length)

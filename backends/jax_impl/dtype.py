@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ import numpy as np
 from jax import Array, lax
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
+Given: TypeAlias = Array if TYPE_CHECKING else Array | np.ndarray  # type: ignore[valid-type]
+"""An array on the device, or one of NumPy that a compiled call takes there; type checkers take it for the former."""
+
 BFLOAT16_EXPONENT, BFLOAT16_MANTISSA = 8, 7
 """Bits of a bfloat16."""
 

@@ -12,25 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lyra.spec.array_types import Bool, Float, Int
 from lyra.spec.attention import AttentionSpec
 
-from .dtype import constant
+from .dtype import Given, constant
 from .partial import Partial, keep
 
 
-def fold(q: Array, kv_heads: int) -> Array:
+def fold(q: Float[Array, "B T Hq D"], kv_heads: int) -> Float[Array, "B {kv_heads} R T D"]:
     """[B,T,Hq,D] -> [B,Hkv,R,T,D]; query head h stands at (h // R, h % R). Clause SPLIT-1."""
     batch, tokens, query_heads, head_dim = q.shape
     return q.swapaxes(1, 2).reshape(batch, kv_heads, query_heads // kv_heads, tokens, head_dim)
 
 
-def unfold(heads: Array) -> Array:
+def unfold(heads: Float[Array, "B Hkv R T D"]) -> Float[Array, "B T Hkv*R D"]:
     """[B,Hkv,R,T,D] -> [B,T,Hq,D], heads in their original order."""
     batch, kv_heads, group, tokens, head_dim = heads.shape
     return heads.reshape(batch, kv_heads * group, tokens, head_dim).swapaxes(1, 2)
 
 
-def fold_batch(q: Array, contexts: int) -> Array:
+def fold_batch(q: Float[Array, "B Hs R T D"], contexts: int) -> Float[Array, "{contexts} Hs (B//{contexts})*R T D"]:
     """[B,Hs,R,T,D] -> [Bc,Hs,B/Bc·R,T,D]: the rows that share a context become queries of it. Clause BATCH-4.
 
     Of Bc contexts, row b reads number b // (B/Bc): the rows of one stand together.
@@ -40,7 +41,7 @@ def fold_batch(q: Array, contexts: int) -> Array:
     return rows.reshape(contexts, kv_heads, batch // contexts * group, tokens, head_dim)
 
 
-def unfold_batch(x: Array, group: int) -> Array:
+def unfold_batch(x: Float[Array, "Bc Hs Q T *rest"], group: int) -> Float[Array, "Bc*Q//{group} Hs {group} T *rest"]:
     """[Bc,Hs,B/Bc·R,T,...] -> [B,Hs,R,T,...], the inverse of `fold_batch`; R is `group`."""
     contexts, kv_heads, queries, *rest = x.shape
     rows = x.reshape(contexts, kv_heads, queries // group, group, *rest).swapaxes(1, 2)
@@ -55,9 +56,9 @@ class LyraHeads(NamedTuple):
     places    [Hkv] int32   where a KV head stands among these; 0 for those that are not there
     """
 
-    queries: Array
-    kv_heads: Array
-    places: Array
+    queries: Bool[Given, "Hkv R"]
+    kv_heads: Int[Given, " Hs"]
+    places: Int[Given, " Hkv"]
 
 
 def lyra_heads(spec: AttentionSpec) -> LyraHeads | None:
@@ -73,7 +74,7 @@ def lyra_heads(spec: AttentionSpec) -> LyraHeads | None:
     return LyraHeads(*(constant(part, part.dtype) for part in (queries, kv_heads, places)))
 
 
-def select(queries: Array, heads: LyraHeads) -> Array:
+def select(queries: Float[Array, "B Hkv R T D"], heads: LyraHeads) -> Float[Array, "B Hs R T D"]:
     """The folded queries of the KV heads that hold static keys: [B,Hkv,R,T,D] to [B,Hs,R,T,D]."""
     return jnp.take(queries, heads.kv_heads, axis=1, mode="clip")
 
@@ -87,7 +88,9 @@ def spread(partial: Partial, heads: LyraHeads) -> Partial:
     return keep(everywhere, heads.queries[:, :, None, None])
 
 
-def blend(without: Array, with_context: Array, share: Array) -> Array:
+def blend(
+    without: Float[Array, "B Hkv R T D"], with_context: Float[Array, "B Hkv R T D"], share: Float[Given, "B Hkv*R"]
+) -> Float[Array, "B Hkv R T D"]:
     """Folded heads [B,Hkv,R,T,D] without and with a context, by share [B,Hq] from 0 to 1, both ends exactly."""
     share = share.reshape(*without.shape[:3], 1, 1)
     return share * with_context + (1 - share) * without

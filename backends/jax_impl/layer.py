@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from lyra.spec.array_types import Bool, Float, Int
 from lyra.spec.attention import TRACES, AttentionSpec
 
 from .cache import LiveCache, LiveKeys, first_slots, live_keys
-from .dtype import constant, store
+from .dtype import Given, constant, store
 from .heads import LyraHeads, blend, fold, lyra_heads, unfold
 from .linear import linear
 from .norm import rms_norm
@@ -63,11 +64,11 @@ class Numbers(NamedTuple):
     eps is that of `parts_of`; a module's norms have their own.
     """
 
-    scale: Array
-    eps: Array | None
-    softcap: Array | None
-    window: Array | None
-    frequencies: Array | None
+    scale: Float[Given, ""]
+    eps: Float[Given, ""] | None
+    softcap: Float[Given, ""] | None
+    window: Int[Given, ""] | None
+    frequencies: Float[Given, " D//2"] | None
     rule: LiveRule | None
     heads: LyraHeads | None
 
@@ -99,16 +100,16 @@ class Call(NamedTuple):
     to look at each other only.
     """
 
-    positions: Array
-    mask: Array
+    positions: Int[Given, "B T"]
+    mask: Bool[Given, "B T"]
     static: StaticKV | None
     cache: Cache | None
-    blend: Array | None = None
-    turn: tuple[Array, Array] | None = None
+    blend: Float[Given, "B Hq"] | None = None
+    turn: tuple[Float[Array, "B T D//2"], Float[Array, "B T D//2"]] | None = None
     first: bool = False
 
 
-def parts_of(weights: Mapping[str, Array], eps: Array | float | None) -> Parts:
+def parts_of(weights: Mapping[str, Array], eps: Float[Given, ""] | float | None) -> Parts:
     """The parts of a layer with these weights, by Hugging Face's names; eps None without norms. ORDER-1, NORM."""
     q_proj, k_proj, v_proj, o_proj = (
         partial(linear, weight=weights[f"{name}.weight"], bias=weights.get(f"{name}.bias"))
@@ -149,19 +150,21 @@ def attention_only(numbers: Numbers, shape: Shape) -> Layer:
     return Layer(absent, numbers, shape)
 
 
-def project(x: Array, layer: Layer) -> tuple[Array, Array | None, Array | None]:
+def project(
+    x: Float[Array, "B T E"], layer: Layer
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hkv D"] | None, Float[Array, "B T Hkv D"] | None]:
     """x [B,T,E] -> q [B,T,Hq,D], k and v [B,T,Hkv,D], or None where the layer makes none. Clause ORDER-1."""
     parts, head_dim = layer.parts, layer.shape.head_dim
     k, v = (None if part is None else by_head(settled(part, x), head_dim) for part in (parts.k_proj, parts.v_proj))
     return by_head(settled(parts.q_proj, x), head_dim), k, v
 
 
-def by_head(x: Array, head_dim: int) -> Array:
+def by_head(x: Float[Array, "B T width"], head_dim: int) -> Float[Array, "B T H {head_dim}"]:
     """[B,T,H·D] -> [B,T,H,D], head h being columns h·D to (h+1)·D."""
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def settled(part: Map, x: Array) -> Array:
+def settled(part: Map, x: Float[Array, "B T inputs"]) -> Float[Array, "B T outputs"]:
     """A projection of x, whose readers all get the same values.
 
     Without the barrier XLA makes a reduction of a single token's product on a GPU, and sums it again, in another order,
@@ -170,14 +173,18 @@ def settled(part: Map, x: Array) -> Array:
     return lax.optimization_barrier(part(x))
 
 
-def norm(q: Array, k: Array | None, layer: Layer) -> tuple[Array, Array | None]:
+def norm(
+    q: Float[Array, "B T Hq D"], k: Float[Array, "B T Hkv D"] | None, layer: Layer
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hkv D"] | None]:
     """RMSNorm of queries and keys per head, if the layer has one. Clause NORM."""
     parts = layer.parts
     q = q if parts.q_norm is None else parts.q_norm(q)
     return q, k if k is None or parts.k_norm is None else parts.k_norm(k)
 
 
-def rope(q: Array, k: Array | None, layer: Layer, call: Call) -> tuple[Array, Array | None]:
+def rope(
+    q: Float[Array, "B T Hq D"], k: Float[Array, "B T Hkv D"] | None, layer: Layer, call: Call
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hkv D"] | None]:
     """Queries and keys [B,T,H,D] turned to the positions of the call, if the layer has RoPE. Clauses ROPE, ORDER-3."""
     if layer.numbers.frequencies is None:
         return q, k
@@ -185,7 +192,13 @@ def rope(q: Array, k: Array | None, layer: Layer, call: Call) -> tuple[Array, Ar
     return rotate(q, cos, sin), None if k is None else rotate(k, cos, sin)
 
 
-def attend(q: Array, k: Array | None, v: Array | None, layer: Layer, call: Call) -> tuple[Array, Cache | None]:
+def attend(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T Hkv D"] | None,
+    v: Float[Array, "B T Hkv D"] | None,
+    layer: Layer,
+    call: Call,
+) -> tuple[Float[Array, "B T Hq D"], Any]:
     """The heads [B,T,Hq,D], and the cache with the call's keys: see `attend_to`. Clauses STATIC, LIVE."""
     past: Any = call.cache
     if past is None:
@@ -195,7 +208,7 @@ def attend(q: Array, k: Array | None, v: Array | None, layer: Layer, call: Call)
     return attend_to(q, new if call.first and new is not None else live, layer, call), cache
 
 
-def attend_to(q: Array, live: LiveKeys | None, layer: Layer, call: Call) -> Array:
+def attend_to(q: Float[Array, "B T Hq D"], live: LiveKeys | None, layer: Layer, call: Call) -> Float[Array, "B T Hq D"]:
     """Every head over the live keys it sees, Lyra heads over the static ones too, with one softmax: [B,T,Hq,D].
 
     Clauses STATIC, LIVE. Vanilla heads keep what the live keys gave them (SPLIT-4).
@@ -212,7 +225,7 @@ def attend_to(q: Array, live: LiveKeys | None, layer: Layer, call: Call) -> Arra
     return unfold(store(heads, q.dtype))
 
 
-def live_attention(q: Array, live: LiveKeys, layer: Layer, call: Call) -> Partial:
+def live_attention(q: Float[Array, "B T Hq D"], live: LiveKeys, layer: Layer, call: Call) -> Partial:
     """q [B,T,Hq,D] over the live keys that it sees, folded [B,Hkv,R,T,·]. Clause LIVE.
 
     Many tokens are taken in parts. The keys of a call stand in order, in the last slots or in front of free ones, and
@@ -231,12 +244,14 @@ def live_attention(q: Array, live: LiveKeys, layer: Layer, call: Call) -> Partia
     )
 
 
-def output(heads: Array, layer: Layer) -> Array:
+def output(heads: Float[Array, "B T Hq D"], layer: Layer) -> Float[Array, "B T E"]:
     """Heads [B,T,Hq,D] concatenated in their original order and projected, [B,T,E]. Clause ORDER-1."""
     return settled(layer.parts.o_proj, heads.reshape(*heads.shape[:2], -1))
 
 
-def run_layer(x: Array, layer: Layer, call: Call, trace: dict[str, Array] | None = None) -> tuple[Array, Any]:
+def run_layer(
+    x: Float[Array, "B T E"], layer: Layer, call: Call, trace: dict[str, Array] | None = None
+) -> tuple[Float[Array, "B T E"], Any]:
     """All stages in the spec's order: output [B,T,E] and the cache with the call's tokens. Clause ORDER.
 
     x [B,T,E], of the type that stages are stored in. Padding enters as zeros: nothing it holds can overflow, and no

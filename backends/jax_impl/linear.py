@@ -5,11 +5,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from .dtype import store
+from lyra.spec.array_types import Float
+
+from .dtype import Given, store
 from .partial import HIGHEST
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(
+    x: Float[Array, "B T inputs"], weight: Float[Given, "outputs inputs"], bias: Float[Given, " outputs"] | None = None
+) -> Float[Array, "B T outputs"]:
     """x · Wᵀ (+ bias): x [B,T,in], W [out,in]; summed in float32, rounded to x's type once (DTYPE-2).
 
     W stands as Hugging Face has it, which a CPU reads in order when one token is decoded.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .dtype import store
+from lyra.spec.array_types import Float
+
+from .dtype import Given, store
 
 
-def rms_norm(x: Array, weight: Array, eps: Array | float) -> Array:
+def rms_norm(
+    x: Float[Array, "*rows D"], weight: Float[Given, " D"], eps: Float[Given, ""] | float
+) -> Float[Array, "*rows D"]:
     """x · rsqrt(mean(x²) + eps) · (1 + w) over the last axis, computed in float32 and cast back. Clause NORM.
 
     x [..., D], weight [D]; returns x's shape and dtype.

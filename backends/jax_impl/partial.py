@@ -11,6 +11,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lyra.spec.array_types import Bool, Float, Shaped
+
+from .dtype import Given
+
 HIGHEST = lax.Precision.HIGHEST
 
 SCORES_PER_TILE = 1 << 22
@@ -25,21 +29,21 @@ class Partial(NamedTuple):
     total    [N,H,R,T,1]  Σ exp(score − max), 0 where no key is visible
     """
 
-    out: Array
-    maximum: Array
-    total: Array
+    out: Float[Array, "N H R T D"]
+    maximum: Float[Array, "N H R T 1"]
+    total: Float[Array, "N H R T 1"]
 
 
 Add = Callable[[Array, Array], Array]
 """Weights [N,H,R·T,L] times values, in the layout that a function of this kind is for: [N,H,R·T,D]."""
 
 
-def add_rows(weights: Array, values: Array) -> Array:
+def add_rows(weights: Float[Array, "N H Q L"], values: Float[Given, "N H L D"]) -> Float[Array, "N H Q D"]:
     """Values [N,H,L,D]: a row for each key, as live tokens are written."""
     return jnp.matmul(weights, values, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
-def add_columns(weights: Array, values: Array) -> Array:
+def add_columns(weights: Float[Array, "N H Q L"], values: Float[Given, "N H D L"]) -> Float[Array, "N H Q D"]:
     """Values [N,H,D,L]: a column for each key, which takes XLA a tenth to a fifth less time over thousands of keys.
 
     The barrier keeps the product as it is written. XLA would turn it about, and without rows that takes four times as
@@ -50,12 +54,12 @@ def add_columns(weights: Array, values: Array) -> Array:
 
 
 def partial_attention(
-    query: Array,
-    keys: Array,
-    values: Array,
-    visible: Array | None,
-    scale: Array,
-    softcap: Array | None = None,
+    query: Float[Array, "N H R T D"],
+    keys: Float[Given, "N H D L"],
+    values: Float[Given, "N H ..."],
+    visible: Bool[Given, "#N #H #R #T L"] | None,
+    scale: Float[Given, ""] | float,
+    softcap: Float[Given, ""] | float | None = None,
     *,
     add: Add = add_rows,
 ) -> Partial:
@@ -82,29 +86,39 @@ def partial_attention(
     return Partial(*(part[:, :, :, :tokens] for part in whole))
 
 
-def _tiles(rows: Array, size: int) -> Array:
+def _tiles(rows: Shaped[Given, "N H R T axis"], size: int) -> Shaped[Array, "tiles N H R {size} axis"]:
     """[N,H,R,T,·] cut along T, with zeros behind the last ones: [tiles,N,H,R,size,·]."""
     count = -(-rows.shape[3] // size)
     padded = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, count * size - rows.shape[3]), (0, 0)))
     return jnp.moveaxis(padded.reshape(*rows.shape[:3], count, size, rows.shape[4]), 3, 0)
 
 
-def nothing(query: Array) -> Partial:
+def nothing(query: Float[Array, "N H R T D"]) -> Partial:
     """The Partial of queries [...,T,D] over no key at all."""
     column = jnp.zeros((*query.shape[:-1], 1), jnp.float32)
     return Partial(jnp.zeros(query.shape, jnp.float32), column - jnp.inf, column)
 
 
 def masked_scores(
-    query: Array, keys: Array, visible: Array | None, scale: Array, softcap: Array | None = None
-) -> Array:
+    query: Float[Array, "N H R T D"],
+    keys: Float[Given, "N H D L"],
+    visible: Bool[Given, "#N #H #R #T L"] | None,
+    scale: Float[Given, ""] | float,
+    softcap: Float[Given, ""] | float | None = None,
+) -> Float[Array, "N H R T L"]:
     """The scores [N,H,R,T,L] of query over keys, as `partial_attention` takes them, in float32; -inf where a key is
     hidden.
     """
     return _flat_scores(query, keys, visible, scale, softcap).reshape(*query.shape[:4], -1)
 
 
-def _flat_scores(query: Array, keys: Array, visible: Array | None, scale: Array, softcap: Array | None) -> Array:
+def _flat_scores(
+    query: Float[Array, "N H R T D"],
+    keys: Float[Given, "N H D L"],
+    visible: Bool[Given, "#N #H #R #T L"] | None,
+    scale: Float[Given, ""] | float,
+    softcap: Float[Given, ""] | float | None,
+) -> Float[Array, "N H R*T L"]:
     """The same as [N,H,R·T,L], as the product of each KV head makes them: XLA fuses what follows better than over R and
     T apart.
     """
@@ -118,7 +132,7 @@ def _flat_scores(query: Array, keys: Array, visible: Array | None, scale: Array,
     return scores
 
 
-def _flat_visible(visible: Array, group: int) -> Array:
+def _flat_visible(visible: Bool[Given, "N H R T L"], group: int) -> Bool[Array, "N H flat L"]:
     """[N,H,R,T,L] as [N,H,R·T,L], any of the axes but L being 1 or all; R is `group`."""
     if visible.shape[2] == 1 and visible.shape[3] > 1:
         visible = jnp.broadcast_to(visible, (*visible.shape[:2], group, *visible.shape[3:]))
@@ -126,7 +140,13 @@ def _flat_visible(visible: Array, group: int) -> Array:
 
 
 def _tile(
-    query: Array, keys: Array, values: Array, visible: Array | None, scale: Array, softcap: Array | None, add: Add
+    query: Float[Array, "N H R T D"],
+    keys: Float[Given, "N H D L"],
+    values: Float[Given, "N H ..."],
+    visible: Bool[Given, "#N #H #R #T L"] | None,
+    scale: Float[Given, ""] | float,
+    softcap: Float[Given, ""] | float | None,
+    add: Add,
 ) -> Partial:
     scores = _flat_scores(query, keys, visible, scale, softcap)
     maximum = jnp.max(scores, axis=-1, keepdims=True)
@@ -145,7 +165,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(a.out * weight_a + b.out * weight_b, maximum, a.total * weight_a + b.total * weight_b)
 
 
-def keep(partial: Partial, rows: Array) -> Partial:
+def keep(partial: Partial, rows: Bool[Given, "*rows"]) -> Partial:
     """The Partial where `rows` (bool, broadcastable to maximum) is True, and that of no visible key elsewhere."""
     return Partial(
         jnp.where(rows, partial.out, 0.0),
@@ -154,12 +174,12 @@ def keep(partial: Partial, rows: Array) -> Partial:
     )
 
 
-def finish(partial: Partial) -> Array:
+def finish(partial: Partial) -> Float[Array, "N H R T D"]:
     """Normalise: [N,H,R,T,D] float32, exactly 0 where no key was visible. Clause MASKED-2."""
     empty = partial.total == 0.0
     return jnp.where(empty, 0.0, partial.out / jnp.where(empty, 1.0, partial.total))
 
 
-def finite_maximum(maximum: Array) -> Array:
+def finite_maximum(maximum: Float[Array, "*rows 1"]) -> Float[Array, "*rows 1"]:
     """A maximum that may be subtracted: −inf, no key visible, becomes 0 (−inf − −inf would be NaN)."""
     return jnp.where(jnp.isneginf(maximum), 0.0, maximum)

@@ -6,15 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from lyra.spec.array_types import Float, Int, Shaped
 from lyra.spec.attention import AttentionSpec
 
-from .dtype import constant, store
+from .dtype import Given, constant, store
 
 LATEST = 1 << 30
 """No position is as late as this."""
 
 
-def inverse_frequencies(spec: AttentionSpec) -> Array | None:
+def inverse_frequencies(spec: AttentionSpec) -> Float[Given, " {spec.head_dim}//2"] | None:
     """theta^(−2i/D) / factor for pair i: float32 [D/2], rounded once from float64; None where the spec has no RoPE."""
     if spec.rope is None:
         return None
@@ -22,7 +23,9 @@ def inverse_frequencies(spec: AttentionSpec) -> Array | None:
     return constant(spec.rope.theta**-exponents / spec.rope.factor)
 
 
-def cos_sin(positions: Array, frequencies: Array) -> tuple[Array, Array]:
+def cos_sin(
+    positions: Shaped[Given, "*rows"], frequencies: Float[Given, " half"]
+) -> tuple[Float[Array, "*rows half"], Float[Array, "*rows half"]]:
     """Cosine and sine of position · frequency: positions [...] int, frequencies [D/2]; two float32 [..., D/2].
 
     Angles are float32 whatever the type of the activations. Clause ROPE-2.
@@ -31,7 +34,9 @@ def cos_sin(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def turn_once(positions: Array, frequencies: Array) -> tuple[Array, Array]:
+def turn_once(
+    positions: Int[Array, "B T"], frequencies: Float[Given, " half"]
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """The same as `cos_sin`, computed once for all layers of a compiled model.
 
     The condition always holds. Without it XLA would compute both anew for every element that any layer rotates.
@@ -47,7 +52,9 @@ def turn_once(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     return turn
 
 
-def rotate(x: Array, cos: Array, sin: Array, axis: int = -1) -> Array:
+def rotate(
+    x: Float[Array, "*axes"], cos: Float[Array, "*table"], sin: Float[Array, "*table"], axis: int = -1
+) -> Float[Array, "*axes"]:
     """Turn element i together with element i + D/2: x [..., D], cos and sin broadcast to [..., D/2]. Clause ROPE-1.
 
     `axis` is where D stands in all of them. Computed in float32, rounded to x's type once.

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from lyra.spec.array_types import Bool, Float
 from lyra.spec.sequential import SequentialSpec
 
-from .dtype import constant, store
+from .dtype import Given, constant, store
 from .layer import Call, Layer, Map, Numbers, numbers_of, run_layer, shape_of
 from .norm import rms_norm
 from .shapes import general
@@ -67,7 +68,9 @@ def reading_only(layer: Layer) -> Layer:
     return layer._replace(parts=layer.parts._replace(k_proj=None, v_proj=None, k_norm=None))
 
 
-def run_block(h: Array, block: Block, call: Call, trace: dict[str, Array] | None = None) -> tuple[Array, Any]:
+def run_block(
+    h: Float[Array, "B T E"], block: Block, call: Call, trace: dict[str, Array] | None = None
+) -> tuple[Float[Array, "B T E"], Any]:
     """The block over the residual stream h [B,T,E]: output [B,T,E] and the live cache. Clause SEQUENTIAL.
 
     `trace` is given what every stage makes, the attention's output by the name "attention" (SEQUENTIAL-8).
@@ -86,7 +89,9 @@ def run_block(h: Array, block: Block, call: Call, trace: dict[str, Array] | None
     return result, cache
 
 
-def join(h: Array, y: Array, gate: Array, residual: Array) -> Array:
+def join(
+    h: Float[Array, "B T E"], y: Float[Array, "B T E"], gate: Float[Given, ""], residual: Bool[Given, ""]
+) -> Float[Array, "B T E"]:
     """(h if residual else 0) + gate · y, h and y [B,T,E], summed in float32 and rounded once to h's type.
 
     With the residual a gate of 0 gives h itself, whatever y is. Clauses SEQUENTIAL-1, SEQUENTIAL-3.

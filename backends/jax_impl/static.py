@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from lyra.spec.array_types import Bool, Float, Int
 from lyra.spec.attention import AttentionSpec
 from lyra.spec.inputs import StaticLayer
 
-from .dtype import DTYPES, enter
+from .dtype import DTYPES, Given, enter
 from .heads import LyraHeads, fold_batch, select, spread, unfold_batch
 from .partial import Partial, add_columns, partial_attention
 from .rope import cos_sin, rotate
@@ -33,10 +34,10 @@ class PlacedStatic(NamedTuple):
     k, v [Bc,Hs,S,D]; positions [Bc,S] int32; mask [Bc,S] bool or None.
     """
 
-    k: np.ndarray | Array
-    v: np.ndarray | Array
-    positions: np.ndarray | Array
-    mask: np.ndarray | Array | None
+    k: Float[Given, "Bc Hs S D"]
+    v: Float[Given, "Bc Hs S D"]
+    positions: Int[Given, "Bc S"]
+    mask: Bool[Given, "Bc S"] | None
 
 
 class StaticKV(NamedTuple):
@@ -44,9 +45,9 @@ class StaticKV(NamedTuple):
     `add_columns`; visible bool [Bc,S], or None where every slot is.
     """
 
-    keys: Array
-    values: Array
-    visible: Array | None
+    keys: Float[Array, "Bc Hs D S"]
+    values: Float[Array, "Bc Hs D S"]
+    visible: Bool[Array, "Bc S"] | None
 
 
 def place_static(
@@ -68,7 +69,9 @@ def place_static(
     return PlacedStatic(enter(static.k, dtype), enter(static.v, dtype), positions.astype(np.int32), mask)
 
 
-def rotate_keys(k: Array, positions: Array, frequencies: Array | None) -> Array:
+def rotate_keys(
+    k: Float[Array, "Bc Hs S D"], positions: Int[Array, "Bc S"], frequencies: Float[Given, " half"] | None
+) -> Float[Array, "Bc Hs D S"]:
     """Stored keys [Bc,Hs,S,D], turned to positions [Bc,S], as [Bc,Hs,D,S].
 
     The axes are exchanged first: compiled, keys are then turned on their way to the new layout, without a copy between.
@@ -80,7 +83,7 @@ def rotate_keys(k: Array, positions: Array, frequencies: Array | None) -> Array:
     return k
 
 
-def turn_values(v: Array) -> Array:
+def turn_values(v: Float[Array, "Bc Hs S D"]) -> Float[Array, "Bc Hs D S"]:
     """Stored values [Bc,Hs,S,D] as [Bc,Hs,D,S]."""
     return v.swapaxes(2, 3)
 
@@ -89,14 +92,14 @@ _rotate_keys, _turn_values = jax.jit(rotate_keys), jax.jit(turn_values)
 _write = jax.jit(partial(lax.dynamic_update_slice_in_dim, axis=3), donate_argnums=0)
 
 
-def rotate_static(placed: PlacedStatic, frequencies: Array | None) -> StaticKV:
+def rotate_static(placed: PlacedStatic, frequencies: Float[Given, " half"] | None) -> StaticKV:
     """Rotate static keys from their stored values. Clause STORED-2."""
     k = rotate_keys(jnp.asarray(placed.k), jnp.asarray(placed.positions), frequencies)
     return StaticKV(k, turn_values(jnp.asarray(placed.v)), None if placed.mask is None else jnp.asarray(placed.mask))
 
 
 def prepare_static(
-    placed: PlacedStatic, frequencies: Array | None, *, sharding: ShardingConfig = ONE_DEVICE
+    placed: PlacedStatic, frequencies: Float[Given, " half"] | None, *, sharding: ShardingConfig = ONE_DEVICE
 ) -> StaticKV:
     """The same for a whole model, once for a context, on its devices.
 
@@ -121,7 +124,7 @@ def _tile_of(shape: tuple[int, ...]) -> int:
     return length
 
 
-def _joined(tiles: Iterable[Array], slots: int) -> Array:
+def _joined(tiles: Iterable[Array], slots: int) -> Float[Array, "Bc Hs D {slots}"]:
     """Tiles [Bc,Hs,D,·] of one length side by side; each is made when the one before is in its place."""
     rest = iter(tiles)
     first = next(rest)
@@ -135,11 +138,11 @@ def _joined(tiles: Iterable[Array], slots: int) -> Array:
 
 
 def static_attention(
-    queries: Array,
+    queries: Float[Array, "B Hkv R T D"],
     static: StaticKV,
     heads: LyraHeads,
-    scale: Array,
-    softcap: Array | None,
+    scale: Float[Given, ""],
+    softcap: Float[Given, ""] | None,
     *,
     sharding: ShardingConfig = ONE_DEVICE,
 ) -> Partial:

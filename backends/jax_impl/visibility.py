@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 
+from lyra.spec.array_types import Bool, Int
 from lyra.spec.attention import AttentionSpec
 
-from .dtype import constant
+from .dtype import Given, constant
 
 
 class LiveRule(NamedTuple):
@@ -19,8 +20,8 @@ class LiveRule(NamedTuple):
     own      its own token
     """
 
-    earlier: Array
-    own: Array
+    earlier: Bool[Given, "Hkv R"]
+    own: Bool[Given, "Hkv R"]
 
 
 def live_rule(spec: AttentionSpec) -> LiveRule | None:
@@ -35,8 +36,12 @@ def live_rule(spec: AttentionSpec) -> LiveRule | None:
 
 
 def visible_keys(
-    query_positions: Array, key_positions: Array, key_mask: Array, window: Array | None, rule: LiveRule | None
-) -> Array:
+    query_positions: Int[Given, "B T"],
+    key_positions: Int[Given, "B L"],
+    key_mask: Bool[Given, "B L"],
+    window: Int[Given, ""] | None,
+    rule: LiveRule | None,
+) -> Bool[Array, "B heads R T L"]:
     """Which live keys a query sees: bool [B,1,1,T,L], or [B,Hkv,R,T,L] under a rule that differs between heads.
 
     query_positions [B,T], key_positions and key_mask [B,L]. A key is seen if it is real, not later than the query
