@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import pytest
+from hypothesis import given, settings
 
-from lyra.conformance.case_sizes import COST, GROUPS, LARGE, CaseSizes, make_sizes
+from lyra.conformance.case import Case
+from lyra.conformance.case_sizes import COST, GROUPS, LARGE, SMALLEST, CaseSizes, make_sizes
 from lyra.conformance.properties.test_split import group_cases
 from lyra.conformance.session import PROFILES, Session
+from lyra.conformance.strategies import cases
 from lyra.spec.model import ModelSpec
 
 THOROUGH, CI = PROFILES["thorough"].sizes, PROFILES["ci"].sizes
@@ -114,3 +117,13 @@ def test_a_spec_of_its_own_keeps_its_sizes_and_meets_no_large_ones() -> None:
         assert (sizes.heads, sizes.head_dim, sizes.hidden_size) == ((4, 1), 256, 1152)
         assert sizes.batch * sum(sizes.calls) <= 3 * 64
         assert sizes.context_tokens <= 40
+
+
+@pytest.mark.parametrize("name", ["smallest", "frames"])
+def test_cases_of_the_smallest_size_alone_can_be_drawn(name: str) -> None:
+    @settings(max_examples=10, database=None, deadline=None)
+    @given(cases(**{name: 1}))
+    def drawn(case: Case) -> None:
+        assert (case.calls, case.batch, case.spec.head_dim) == (SMALLEST.calls, SMALLEST.batch, SMALLEST.head_dim)
+
+    drawn()
