@@ -48,8 +48,10 @@ def show_slots(weights: Float[Tensor, "*rows K"], shown: Bool[np.ndarray, " S"])
     return torch.cat((columns, live), dim=-1)
 
 
-def _static_scores(queries: Tensor, static: StaticKV, heads: LyraHeads, scale: float, softcap: float | None) -> Tensor:
-    """The scores of folded queries [B,Hkv,R,T,D] over static keys, [B,Hkv,R,T,S]; -inf for vanilla heads."""
+def _static_scores(
+    queries: Float[Tensor, "B Hkv R T D"], static: StaticKV, heads: LyraHeads, scale: float, softcap: float | None
+) -> Float[Tensor, "B Hkv R T S"]:
+    """The scores of folded queries over static keys; -inf for vanilla heads."""
     visible = None if static.visible is None else static.visible[:, None, None, None, :]
     folded = fold_batch(select(queries, heads), len(static.keys))
     scores = unfold_batch(masked_scores(folded, static.keys, visible, scale, softcap), queries.shape[2])

@@ -170,7 +170,7 @@ def crop(cache: LiveCache, length: int) -> LiveCache:
     )
 
 
-def reorder(cache: LiveCache, rows: np.ndarray) -> LiveCache:
+def reorder(cache: LiveCache, rows: Int[np.ndarray, " rows"]) -> LiveCache:
     """The given rows of the cache, in the given order, repeats allowed. Clause BATCH-5."""
     index = torch.tensor(rows)
     keys, values, mask, positions = (part.index_select(0, index) for part in cache.used())

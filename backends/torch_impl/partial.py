@@ -80,7 +80,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(a.out * weight_a + b.out * weight_b, top, a.total * weight_a + b.total * weight_b)
 
 
-def keep(partial: Partial, rows: Bool[torch.Tensor, ...]) -> Partial:
+def keep(partial: Partial, rows: Bool[torch.Tensor, "*axes"]) -> Partial:
     """The Partial where `rows` (bool, broadcastable to maximum) is True, and that of no visible key elsewhere."""
     return Partial(
         torch.where(rows, partial.out, 0.0),
@@ -142,11 +142,11 @@ def _exporting() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
-def _seen_keys(visible: torch.Tensor) -> slice:
+def _seen_keys(visible: Bool[torch.Tensor, "*axes L"]) -> slice:
     """The keys from the first to the last that any query sees; at least one key."""
     seen = visible.flatten(0, -2).any(dim=0).nonzero()
     return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(1)
 
 
-def _relative(own: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+def _relative(own: Float[torch.Tensor, "*axes"], top: Float[torch.Tensor, "*axes"]) -> Float[torch.Tensor, "*axes"]:
     return torch.exp(own - top.clamp_min(torch.finfo(torch.float32).min))
