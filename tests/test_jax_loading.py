@@ -123,7 +123,8 @@ def test_saving_keeps_the_tokenizer_and_takes_no_full_folder(tiny_folder: Path, 
 
 
 def test_the_text_part_of_a_multimodal_config_is_kept(tmp_path: Path) -> None:
-    outer = {"model_type": "gemma3", "tie_word_embeddings": False, "text_config": {"head_dim": 4, "torch_dtype": "x"}}
+    inner = {"head_dim": 4, "torch_dtype": "x", "tie_word_embeddings": True}  # transformers writes True into every one
+    outer = {"model_type": "gemma3", "tie_word_embeddings": False, "text_config": inner}
     (tmp_path / "config.json").write_text(json.dumps(outer))
     assert text_config(tmp_path, "float32") == {
         "architectures": ["Gemma3ForCausalLM"],
