@@ -165,7 +165,7 @@ class _Live(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """Static tokens: key (rotated) and value [Bc,G,S,D], visible [Bc,S]."""
+    """Static tokens: key (rotated) and value [Bc,Hs,S,D], visible [Bc,S]."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -173,7 +173,7 @@ class _Context(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """The query heads of a stream, the KV heads given to them, and where those stand on a static layer's axis G.
+    """The query heads of a stream, the KV heads given to them, and where those stand on a static layer's axis Hs.
 
     With whole groups there is one KV head per group and `repeat_kv` inside eager attention spreads it; where the split
     cuts a group, every query head brings its own.

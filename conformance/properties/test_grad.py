@@ -143,7 +143,7 @@ def test_the_only_visible_key_gets_the_cotangent_of_its_readers(case: Case, judg
 
 
 def gathered(problem: Problem, cotangent: np.ndarray) -> np.ndarray:
-    """[Bc,G,S,D]: in the one visible slot, the cotangents of the heads that read it summed over heads, tokens, rows."""
+    """[Bc,Hs,S,D]: in the one visible slot, the cotangents of heads that read it, summed over heads, tokens, rows."""
     spec, static = problem.spec, problem.static
     assert static is not None
     real = np.where(problem.mask[:, :, None], cotangent, 0.0).astype(np.float64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
@@ -33,13 +31,19 @@ from lyra.conformance.properties.block_problems import (
     decoder_layer,
     with_its_layer,
 )
-from lyra.conformance.properties.block_relations import hold_closed, hold_cuts, hold_stages
-from lyra.conformance.properties.test_batch import moved_rows
+from lyra.conformance.properties.block_relations import (
+    hold_closed,
+    hold_cuts,
+    hold_reordered,
+    hold_returned,
+    hold_stages,
+    refuses,
+)
 from lyra.conformance.registry import prop
 from lyra.conformance.shaped import beyond_window, chunked, several_rows
 from lyra.conformance.strategies import block_cases, in_long_calls
 from lyra.conformance.subject import Subject
-from lyra.spec.errors import InputError, SpecError
+from lyra.spec.errors import SpecError
 from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 from lyra.spec.uncertain import exact, rms_norm
@@ -213,21 +217,7 @@ def test_a_cache_of_a_block_grows_with_its_tokens(case: Case, judge: Judge) -> N
 )
 def test_tokens_and_rows_of_the_cache_of_a_block(case: Case, judge: Judge) -> None:
     """Tokens taken back from a block's cache and its rows reordered: going on is going on from those rows."""
-    if case.context is not None:
-        case = case.replace(context=case.context.replace(batch=1))
-    problem = case.problem()
-    rows = moved_rows(np.random.default_rng(case.seed).integers(0, case.batch, case.batch))
-    first = case.calls[0]
-    reordered = problem.replace(x=np.concatenate([problem.x[rows, :first], problem.x[:, first:]], axis=1))
-
-    def check(subject: Subject) -> None:
-        layer, long = subject.layer(problem), subject.run(problem)
-        cache = layer.reorder(layer.crop(long.cache, first), rows)  # type: ignore[attr-defined]
-        rest = subject.run(reordered.part(slice(first, None), case.calls[1:]), cache=cache).output
-        joined = np.concatenate([long.output[rows, :first], rest], axis=1)
-        subject.expect_close(reordered, joined, subject.run(reordered).output, "these rows from the start")
-
-    judge.each(case, check)
+    hold_reordered(case, judge)
 
 
 @prop(
@@ -333,23 +323,7 @@ def test_own_keys_of_the_block_are_not_read(case: Case, judge: Judge) -> None:
 )
 def test_a_shared_cache_comes_back_as_it_was(case: Case, judge: Judge) -> None:
     """The layer goes on from the cache that the block returned as from its own, to the bit, and so does the block."""
-    problem = case.problem()
-    first = case.calls[0]
-    head, tail = problem.part(slice(0, first), (first,)), problem.part(slice(first, None), case.calls[1:])
-    assert head.own is not None
-    assert tail.own is not None
-
-    def check(subject: Subject) -> None:
-        given = subject.run(head.own).cache
-        untouched = subject.run(tail.own, cache=given).output
-        answered = subject.run(head)
-        returned = subject.run(tail.own, cache=answered.cache).output
-        subject.expect_equal(tail.own, returned, untouched, "the layer by itself")
-        again = subject.run(tail.own, cache=given).output
-        subject.expect_equal(tail.own, again, untouched, "the layer before the block read its cache")
-        subject.expect_oracle(problem, subject.run(problem))
-
-    judge.each(case, check)
+    hold_returned(case, judge)
 
 
 @prop(
@@ -380,19 +354,6 @@ def test_what_a_shared_cache_excludes_is_refused(case: Case, judge: Judge) -> No
         subject.expect_oracle(problem, subject.run(problem))
 
     judge.each(case, check)
-
-
-def refuses(subject: Subject, call: Callable[[], object]) -> bool:
-    """Whether a call is refused with an InputError. Raises BackendError for another error, Unfit for Unsupported."""
-
-    def refused() -> bool:
-        try:
-            call()
-        except InputError:
-            return True
-        return False
-
-    return subject.attempt(refused)
 
 
 @prop(

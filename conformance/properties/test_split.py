@@ -132,7 +132,7 @@ def test_vanilla_heads_are_blind_to_the_context(case: Case, judge: Judge) -> Non
     needs=("static", "trace"),
 )
 def test_static_heads_come_in_ascending_order(case: Case, judge: Judge) -> None:
-    """Axis G of the static values belongs to the Lyra KV heads in ascending order: a constant per head comes out."""
+    """Axis Hs of the static values belongs to the Lyra KV heads in ascending order: a constant per head comes out."""
     case = case.respec(static=case.spec.static.replace(live="none"))
     problem = case.problem()
     assert problem.static is not None

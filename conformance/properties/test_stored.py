@@ -113,7 +113,7 @@ def test_the_file_holds_its_rotation(case: Case, judge: Judge) -> None:
 
 
 def in_file(path: Path, part: str) -> np.ndarray:
-    """What the file of a context stands for, "k" or "v" [Bc,G,S,D] float32, read without Lyra (STORED-4)."""
+    """What the file of a context stands for, "k" or "v" [Bc,Hs,S,D] float32, read without Lyra (STORED-4)."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import numpy as np
@@ -24,8 +23,9 @@ from lyra.spec.attention import TRACES
 from lyra.spec.clauses import clauses
 from lyra.spec.schema import DIALECT
 
+from .versions import versions
+
 FORMAT: Literal[1] = 1
-PACKAGES = ("lyra", "numpy", "torch", "transformers", "jax", "flax", "hypothesis", "pytest")
 AGAINST_ORACLE = frozenset(name for names in TRACES.values() for name in names) | {"gradients"}
 WHOLE_MODEL = ", whole model"
 STATUSES: tuple[Status, ...] = ("passed", "failed", "errored", "vacuous", "unsupported")
@@ -234,17 +234,6 @@ def backend_part(
     elif not counts["passed"]:
         verdict = "nothing compared"
     return BackendPart(name=name, hardware=hardware, capabilities=sorted(capabilities), verdict=verdict, counts=counts)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what took part, of those that are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def by_clause(properties: Sequence[PropertyPart], backends: Sequence[str]) -> list[ClausePart]:
