@@ -16,38 +16,43 @@ from __future__ import annotations
 
 import ast
 import difflib
+import faulthandler
+import itertools
 import json
-import tomllib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from queue import SimpleQueue
 from time import monotonic
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, get_args
 
 import parso.python.tree  # noqa: F401 (before Cosmic Ray, which imports parso's modules in an order that fails)
 import typer
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
-from reach import Function, callers, home, source_of
+from reach import Function, callers
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
+from survivors import explained
 
 from lyra.cli.app import run_script
 from lyra.cli.conform import ProfileName
 from lyra.cli.faults import FaultyBackend
-from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, Patch
+from lyra.conformance.faults.catalogue import Edit, Fault, FaultError, backend_package, sources
 from lyra.conformance.faults.kill import kill
+from lyra.conformance.faults.patterns import definitions
 from lyra.conformance.faults.workers import TURN
 from lyra.conformance.launch import prepare_environment
 from lyra.conformance.session import PROFILES
 from lyra.spec.clauses import statements
 from lyra.spec.files import write_atomically
 
-EXPLANATIONS = Path(__file__).with_suffix(".toml")
+KEY = ("backend", "file", "definition", "before", "after")
 TIMEOUT = 1800.0
 """Seconds after which a mutant that does not end counts as noticed: many times what a survivor takes."""
 
@@ -90,45 +95,64 @@ Outcome = Literal["killed", "raised", "timed out", "survived"]
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one line; `source` is the whole module with the change in it."""
+    """One change of one statement of a backend's file, as `ast.unparse` writes both.
+
+    definition  the innermost function or class that is changed; "" for a statement outside all
+    old, new    the text of that definition or statement, before and after
+    source      the whole file with the change in it
+    """
 
     backend: str
     file: str
-    line: int
-    before: str
-    after: str
-    source: str
+    definition: str
+    old: str = field(repr=False)
+    new: str = field(repr=False)
+    source: str = field(repr=False)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells it from others while code moves: backend, file, definition, the lines before and after."""
+        old, new = self.old.splitlines(), self.new.splitlines()
+        changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+        _, a, b, c, d = next(change for change in changes if change[0] != "equal")
+        lines = (" ".join(line.strip() for line in part) for part in (old[a:b], new[c:d]))
+        return (self.backend, self.file, self.definition, *lines)
 
     @property
     def name(self) -> str:
         """Where it is and what it does, in one line."""
-        return f"{self.backend} {self.file}:{self.line}: {self.before.strip()} → {self.after.strip()}"
+        backend, file, definition, before, after = self.key
+        return f"{backend} {file}{definition and f' {definition}'}: {before} → {after}"
 
     def fault(self) -> Fault:
-        """The mutant as a fault: one edit of the whole module."""
-        original = source_of(self.backend, self.file)
+        """The mutant as a fault: one edit of the whole definition."""
         breaks = tuple(name for name, one in statements().items() if one.clause in MODULES[self.file])
-        patch = Patch(file=self.file, edits=(Edit(find=original, replace=self.source),))
-        return Fault(id=self.name, breaks=breaks, does=self.after, backends={self.backend: patch})
+        where = f"{self.file.removesuffix('.py')}.{self.definition}" if self.definition else self.file
+        edit = Edit(where=where, find=self.old, replace=self.new)
+        return Fault(id=self.name, breaks=breaks, does=self.new, backends={self.backend: (edit,)})
+
+    def asked(self, known: dict[Function, set[str]]) -> str:
+        """The properties that can notice it, as an --only expression: those that call its function; "" for none."""
+        function = self.file, self.definition
+        return " or ".join(sorted(known.get(function, ()))) if self.old.startswith(("def ", "@")) else "test"
 
 
 def mutants(backend: str, file: str) -> Iterator[Mutant]:
     """Every mutant of a module that is another program: changes of annotations and of texts are left out."""
-    source = source_of(backend, file)
+    written = sources(backend_package(backend)).get(file, "")
+    source = ast.unparse(ast.parse(written))
     seen = {meaning(source)}
     for operator in OPERATORS:
         made = get_operator(operator)()
-        for occurrence in range(10_000):
+        for occurrence in itertools.count():
             changed = mutate_code(source, made, occurrence)
             if changed is None:
                 break
-            try:
-                means = meaning(changed)
-            except SyntaxError:
-                continue
-            if means not in seen:
-                seen.add(means)
-                yield Mutant(backend, file, *first_difference(source, changed), source=changed)
+            with suppress(SyntaxError):
+                if (means := meaning(changed)) not in seen:
+                    seen.add(means)
+                    changed = ast.unparse(ast.parse(changed))
+                    yield Mutant(backend, file, *difference(source, changed), source=changed)
 
 
 def meaning(source: str) -> str:
@@ -146,119 +170,78 @@ def meaning(source: str) -> str:
     return ast.dump(tree)
 
 
-def first_difference(source: str, changed: str) -> tuple[int, str, str]:
-    """Line number, the lines before and the lines after of the first change."""
-    old, new = source.splitlines(), changed.splitlines()
-    for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if tag != "equal":
-            return a + 1, " ".join(line.strip() for line in old[a:b]), " ".join(line.strip() for line in new[c:d])
-    raise ValueError("the sources are equal")
-
-
-def asked(mutant: Mutant, known: dict[Function, set[str]]) -> str:
-    """The properties that can notice a mutant, as an --only expression: those that call its function; "" for none."""
-    place = home(mutant.backend, mutant.file, mutant.line)
-    return "test" if place is None else " or ".join(sorted(known.get(place, ())))
+def difference(source: str, changed: str) -> tuple[str, str, str]:
+    """The innermost definition that differs, "" for none, and its text, or that of a statement, before and after."""
+    old, new = definitions(source), definitions(changed)
+    if differing := [name for name, text in old.items() if new.get(name) != text]:
+        name = max(differing, key=lambda name: name.count("."))
+        return name, old[name], new[name]
+    pairs = zip(ast.parse(source).body, ast.parse(changed).body, strict=True)
+    before, after = next((a, b) for a, b in pairs if ast.dump(a) != ast.dump(b))
+    return "", ast.unparse(before), ast.unparse(after)
 
 
 def outcome(mutant: Mutant, profile: str, only: str) -> tuple[Outcome, str]:
-    """What becomes of a mutant, and by which property of those that `only` names."""
+    """What becomes of a mutant, and by which property of those that `only` names; what takes too long ends."""
+    prepare_environment()
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     try:
         verdict = kill(mutant.fault(), mutant.backend, profile, only=only)
     except FaultError as error:
         if "cannot be imported" in str(error):
             return "raised", "import"
         raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     if verdict.status == "survived":
         return "survived", profile
     return ("killed" if verdict.status == "killed" else "raised"), verdict.property or ""
 
 
-Task = tuple[Mutant, str]
-"""A mutant and the properties to ask about it, as an --only expression."""
+class Lane:
+    """One mutant after another, in a process that is replaced where one does not end or ends it."""
 
+    def __init__(self) -> None:
+        self._fresh()
 
-def worker(line: Connection, profile: str) -> None:
-    """Take mutants from the other end until there are none."""
-    prepare_environment()
-    while (task := line.recv()) is not None:
-        mutant, only = task
-        line.send(outcome(mutant, profile, only))
+    def _fresh(self) -> None:
+        context = get_context("spawn")  # not forked: threads of a framework do not survive that
+        self._pool, self._tried = ProcessPoolExecutor(1, context, max_tasks_per_child=TURN), 0
 
-
-class Worker:
-    """A process that tries one mutant at a time, and is replaced where one does not end."""
-
-    def __init__(self, profile: str) -> None:
-        self.profile = profile
-        self.start()
-
-    def start(self) -> None:
-        """A fresh process."""
-        self.tried = 0
-        context = get_context("spawn")
-        self.line, other = context.Pipe()
-        self.process = context.Process(target=worker, args=(other, self.profile), daemon=True)
-        self.process.start()
-        other.close()
-
-    def give(self, task: Task | None) -> None:
-        """The next mutant, or None to end."""
-        if self.tried == TURN:
-            self.line.send(None)
-            self.start()
-        self.tried += 1
-        self.task, self.since = task, monotonic()
-        self.line.send(task)
-
-    def take(self) -> tuple[Outcome, str] | None:
-        """The outcome, if there is one by now.
+    def outcome(self, mutant: Mutant, profile: str, only: str) -> tuple[Outcome, str]:
+        """What becomes of a mutant.
 
         A process that ends has perhaps only met its limit of what can stay mapped, sooner where mutants survive and all
         of the suite is compiled for them: its mutant is tried again in a fresh one.
         """
-        if self.line.poll():
-            try:
-                found: tuple[Outcome, str] = self.line.recv()
-                return found
-            except EOFError:
-                fresh = self.tried == 1
-                self.start()
-                if fresh:
-                    return "raised", "the process ended"
-                self.give(self.task)
-                return None
-        if monotonic() - self.since > TIMEOUT:
-            self.process.kill()
-            self.start()
+        started, self._tried = monotonic(), self._tried + 1
+        try:
+            return self._pool.submit(outcome, mutant, profile, only).result()
+        except BrokenProcessPool:
+            alone = self._tried == 1
+            self._fresh()
+        if monotonic() - started >= TIMEOUT:
             return "timed out", ""
-        return None
+        return ("raised", "the process ended") if alone else self.outcome(mutant, profile, only)
 
 
-def try_all(work: list[Task], workers: int, profile: str, ledger: Ledger) -> None:
-    """Try every mutant and enter its outcome in the ledger."""
-    waiting = iter(work)
-    busy: list[Worker] = []
-    idle = [Worker(profile) for _ in range(workers)]
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("mutants", total=len(work))
-        while True:
-            while idle and (task := next(waiting, None)) is not None:
-                one = idle.pop()
-                one.give(task)
-                busy.append(one)
-            if not busy:
-                break
-            wait([one.line for one in busy], timeout=1.0)
-            for one in list(busy):
-                result = one.take()
-                if result is not None:
-                    ledger.enter(one.task[0], *result)
-                    busy.remove(one)
-                    idle.append(one)
-                    progress.advance(bar)
-    for one in idle:
-        one.give(None)
+def try_all(work: Sequence[tuple[Mutant, str]], workers: int, profile: str, ledger: Ledger) -> None:
+    """Try every mutant on the properties that `only` of its pair names, and enter its outcome in the ledger."""
+    lanes: SimpleQueue[Lane] = SimpleQueue()
+    for _ in range(workers):
+        lanes.put(Lane())
+
+    def tried(task: tuple[Mutant, str]) -> tuple[Mutant, Outcome, str]:
+        lane = lanes.get()
+        try:
+            return task[0], *lane.outcome(task[0], profile, task[1])
+        finally:
+            lanes.put(lane)
+
+    with ThreadPoolExecutor(workers) as threads:
+        futures = [threads.submit(tried, task) for task in work]
+        for future in track(as_completed(futures), "mutants", total=len(work), console=Console(stderr=True)):
+            ledger.enter(*future.result())
 
 
 class Ledger:
@@ -266,59 +249,43 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self._entries: dict[tuple[str, ...], dict[str, str]] = {
+            tuple(one[name] for name in KEY): one for one in entries
+        }
 
     def enter(self, mutant: Mutant, result: Outcome, by: str) -> None:
         """Keep an outcome, in the place of an older one of the same mutant."""
-        self.entries = [one for one in self.entries if key(one) != key(vars(mutant))]
-        fields = {name: value for name, value in asdict(mutant).items() if name != "source"}
-        self.entries.append(fields | {"outcome": result, "by": by})
-        write_atomically(self._path, json.dumps(self.entries, indent=1, ensure_ascii=False).encode())
+        entry = dict(zip(KEY, mutant.key, strict=True)) | {"outcome": result, "by": by}
+        self._entries[mutant.key] = entry
+        write_atomically(self._path, json.dumps(list(self._entries.values()), indent=1, ensure_ascii=False).encode())
+
+    def outcome(self, mutant: Mutant) -> str:
+        """What became of a mutant."""
+        return self._entries[mutant.key]["outcome"]
 
     def done(self, mutant: Mutant, profile: str) -> bool:
         """Whether a mutant need not be tried: it was noticed, or it survived this profile or a larger one."""
-        entry = next((one for one in self.entries if key(one) == key(vars(mutant))), None)
+        entry = self._entries.get(mutant.key)
         return entry is not None and (entry["outcome"] != "survived" or PROFILES[entry["by"]].includes(profile))
 
 
-def key(fields: dict[str, Any]) -> tuple[str, ...]:
-    """What tells one mutant from another while lines move: backend, file, the line before and after."""
-    return tuple(str(fields[name]) for name in ("backend", "file", "before", "after"))
-
-
-def explained(fields: dict[str, Any]) -> bool:
-    """Whether mutants.toml says why this one survives: by the line and its change, or for every change of it."""
-    return any(
-        (one["backend"], one["file"]) == (fields["backend"], fields["file"])
-        and one["before"] in fields["before"]
-        and ("after" not in one or one["after"] in fields["after"])
-        for one in explanations()
-    )
-
-
-@cache
-def explanations() -> list[dict[str, str]]:
-    """The survivors of mutants.toml."""
-    found: list[dict[str, str]] = tomllib.loads(EXPLANATIONS.read_text(encoding="utf-8"))["survivor"]
-    return found
-
-
-def report(console: Console, found: list[dict[str, Any]]) -> int:
+def report(console: Console, work: Sequence[Mutant], ledger: Ledger) -> int:
     """Print the table and the survivors without an explanation; how many there are."""
-    table = Table("backend", "module", "mutants", "killed", "raised", "timed out", "survived", title="Mutants")
-    keys = dict.fromkeys((one["backend"], one["file"]) for one in found)
-    for backend, file in keys:
-        mine = [one["outcome"] for one in found if (one["backend"], one["file"]) == (backend, file)]
-        counts = [str(mine.count(kind)) for kind in ("killed", "raised", "timed out", "survived")]
-        table.add_row(backend, file, str(len(mine)), *counts)
+    outcomes = get_args(Outcome)
+    table = Table("backend", "module", "mutants", *outcomes, title="Mutants")
+    for backend, file in dict.fromkeys((one.backend, one.file) for one in work):
+        mine = [ledger.outcome(one) for one in work if (one.backend, one.file) == (backend, file)]
+        table.add_row(backend, file, str(len(mine)), *(str(mine.count(kind)) for kind in outcomes))
     console.print(table)
-    survivors = [one for one in found if one["outcome"] == "survived"]
-    holes = [one for one in survivors if not explained(one)]
+    survivors = [one for one in work if ledger.outcome(one) == "survived"]
+    holes = [one for one in survivors if not explained(one.backend, one.file, one.source)]
     for one in holes:
-        console.print(f"unexplained: {one['backend']} {one['file']}:{one['line']}", markup=False)
-        console.print(f"  - {one['before']}\n  + {one['after']}", markup=False)
-    counts = (len(found) - len(survivors), len(survivors) - len(holes), len(holes))
-    console.print("{} of {} noticed, {} explained, {} unexplained".format(counts[0], len(found), *counts[1:]))
+        backend, file, definition, before, after = one.key
+        console.print(f"unexplained: {backend} {file} {definition}\n  - {before}\n  + {after}", markup=False)
+    noticed = len(work) - len(survivors)
+    told = f"{len(survivors) - len(holes)} explained, {len(holes)} unexplained"
+    console.print(f"{noticed} of {len(work)} noticed, {told}")
     return len(holes)
 
 
@@ -352,13 +319,12 @@ def main(
     ledger = Ledger(json_path)
     rest = [one for one in work if not ledger.done(one, profile.value)]
     known = {name: callers(name, profile.value) for name in dict.fromkeys(one.backend for one in rest)}
-    tasks = [(one, asked(one, known[one.backend])) for one in rest]
+    tasks = [(one, one.asked(known[one.backend])) for one in rest]
     for one, only in tasks:
         if not only:
             ledger.enter(one, "survived", profile.value)
     try_all([task for task in tasks if task[1]], workers, profile.value, ledger)
-    wanted = {key(vars(one)) for one in work}
-    raise typer.Exit(1 if report(console, [one for one in ledger.entries if key(one) in wanted]) else 0)
+    raise typer.Exit(1 if report(console, work, ledger) else 0)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import builtins
 import dis
+import importlib
 import io
 import tokenize
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import CodeType
 
 import pytest
@@ -231,3 +233,18 @@ def test_faults_do_not_depend_on_layout_and_names_of_locals(backend: str) -> Non
 def faults_of(backend: str) -> list[Fault]:
     """The faults that a backend can have."""
     return [fault for fault in catalogue().values() if backend in fault.backends]
+
+
+# why mutants survive
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_what_explains_a_survivor_stands_where_it_says(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry names one place of the code, and speaks of a change there only."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    survivors = importlib.import_module("survivors")
+    assert survivors.explanations(backend)  # it raises FaultError for a place that is not there
+    text = ast.unparse(ast.parse(sources(backend_package(backend))["partial.py"]))
+    assert survivors.explained(backend, "partial.py", text.replace("SCORES_PER_TILE = 1 << 22", "SCORES_PER_TILE = 7"))
+    assert not survivors.explained(backend, "partial.py", text.replace("softcap is not None", "softcap is None"))
+    assert not survivors.explained(backend, "cache.py", text)

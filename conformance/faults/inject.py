@@ -12,6 +12,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,7 +114,7 @@ def injected(fault: Fault, backend: str) -> Iterator[Backend]:
     package, point = backend_package(backend), (known_backends() | known_subjects())[backend]
     module, _, attribute = point.value.partition(":")
     home = package if f"{module}.".startswith(f"{package}.") else module.rpartition(".")[0]
-    suffix = f"__{fault.id.replace('-', '_')}_{len(_faults)}"
+    suffix = f"__{re.sub(r'[^a-z0-9]+', '_', fault.id.lower())}_{len(_faults)}"
     names = {original: original + suffix for original in (package, home)}
     patched = patched_sources(fault, backend)
     copy = Copy(fault, names, {str(package_folder(package) / file): source for file, source in patched.items()})
