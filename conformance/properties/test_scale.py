@@ -205,7 +205,7 @@ def test_powers_of_two_move_between_queries_and_keys(case: Case, judge: Judge) -
     "SCALE-1",
     "STATIC-1",
     premise=ONE_SOFTMAX,
-    case=lambda scope: cases(scope, flavours=("normal",), far=False, poison=(1e4,)),
+    case=lambda scope: cases(scope, context=True, min_context=1, flavours=("normal",), far=False, poison=(1e4,)),
     needs=("static",),
     weight=0.5,
     profile="ci",

@@ -134,7 +134,8 @@ def past_of(cache: object | None, inputs: CallInputs) -> ModuleCache | None:
 def packed_for(spec: AttentionSpec, past: ModuleCache | None, inputs: CallInputs) -> Packed:
     """Where the call's tokens stand in the model, padding on the left. Raises Unsupported for what it cannot be given.
 
-    The first call is padded to a common width, as prompts are; those behind it have a column for each token.
+    Calls are padded to a common width, as prompts are. A token that is decoded has a column of its own, and so has each
+    token that goes into a ring behind others: padding there would take the places of tokens.
     """
     mask = inputs.mask if past is None else np.concatenate([past.mask, inputs.mask], axis=1)
     positions = inputs.positions if past is None else np.concatenate([past.positions, inputs.positions], axis=1)
@@ -145,8 +146,9 @@ def packed_for(spec: AttentionSpec, past: ModuleCache | None, inputs: CallInputs
         raise Unsupported("a ring of the last W slots serves rows whose padding is in front of all of their tokens")
     if mask.shape[1] > ROOM - 16:
         raise Unsupported(f"the model's cache is opened for {ROOM} slots")
-    tokens = Tokens(np.zeros(inputs.mask.shape, np.int32), inputs.mask)
-    return pack_left(tokens) if past is None else pack_left(tokens, inputs.mask.shape[1])
+    tokens, length = Tokens(np.zeros(inputs.mask.shape, np.int32), inputs.mask), inputs.mask.shape[1]
+    exact = past is not None and (length == 1 or spec.sliding_window is not None)
+    return pack_left(tokens, length) if exact else pack_left(tokens)
 
 
 def begun(host: Host, past: ModuleCache | None, inputs: CallInputs) -> ModelCache:
