@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,8 +142,8 @@ def test_tame_generators_are_noticed() -> None:
 
 def test_a_generator_that_only_seems_tame_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A premise that is met all the same has not been missed, so that nothing was shown: exit code 1."""
-    wild = replace(premises.SEVERAL_TOKENS, tame=lambda case: case)
-    monkeypatch.setattr(premises, "SEVERAL_TOKENS", wild)
+    wild = premises.SEVERAL_TOKENS  # the very object, which properties may have been made with already
+    monkeypatch.setitem(vars(wild), "tame", lambda case: case)
     (found,) = tame_all("torch", only="norm_forgets_the_size")
     assert found == Tamed("norm::norm_forgets_the_size", wild.name, "torch", "passed")
     monkeypatch.setattr("lyra.conformance.faults.generators.tame_all", lambda *_: [found])
