@@ -42,8 +42,8 @@ test: $(INSTALLED)  ## the conformance suite's ci profile and the harness's own 
 
 test-suite: $(INSTALLED)
 	$(BIN)/lyra conform --profile ci --json build/conformance.json --report build/conformance.html
-	$(BIN)/lyra conform --backend torch-module --profile ci --examples 4 --json build/torch-module.json
-	$(BIN)/lyra conform --backend jax-module --profile ci --examples 3 --json build/jax-module.json
+	$(BIN)/lyra conform --backend torch-module --profile ci --examples 4 --only "not real" --json build/torch-module.json
+	$(BIN)/lyra conform --backend jax-module --profile ci --examples 4 --only "not real" --json build/jax-module.json
 	@if grep -q '"status": "vacuous"' build/conformance.json build/*-module.json; then echo 'a property of our own never met its premise'; exit 1; fi
 
 test-harness faults mutants: export XLA_FLAGS := $(QUICK_XLA)
