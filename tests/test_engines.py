@@ -251,6 +251,28 @@ def test_padding_changes_nothing_beside_a_context(engine: Any, live: str) -> Non
         assert_close(turned[row, real], engine.logits(ids[row : row + 1, real])[0])
 
 
+@pytest.mark.parametrize("context", [False, True])
+def test_padding_may_stand_between_tokens(engine: Any, context: bool) -> None:
+    """Beyond the window of 8 too, which counts tokens and no padding. Clauses POSITION-4, SLIDING-1."""
+    if context:
+        attach(engine, CUT, "self")
+    ids, mask = random_ids(2, 21), np.ones((2, 21), bool)
+    mask[0, [0, 3, 4, 5, 11, 16]] = False
+    logits, scores = engine.logits(ids, mask), engine.log_probs(ids, mask)
+    new = engine.generate(ids, mask, max_new_tokens=4)
+    looked = engine.attentions(ids, mask, layers=[0, 3])
+    for row, real in enumerate(mask):
+        words = ids[row : row + 1, real]
+        assert_close(logits[row, real], engine.logits(words)[0])
+        np.testing.assert_allclose(scores[row][real[1:]][-words.shape[1] + 1 :], engine.log_probs(words)[0], atol=1e-3)
+        np.testing.assert_array_equal(engine.generate(words, max_new_tokens=4)[0], new[row])
+        for layer, alone in engine.attentions(words, layers=[0, 3]).items():
+            slots = alone.shape[3] - alone.shape[2]
+            seen = looked[layer][row][:, real][:, :, np.concatenate([np.ones(slots, bool), real])]
+            np.testing.assert_allclose(seen, alone[0], atol=1e-5)
+    assert not looked[0][0][:, ~mask[0]].any()
+
+
 def test_a_context_of_one_row_serves_three_and_rows_may_have_their_own(engine: Any) -> None:
     ids, splits = random_ids(3, 9), dict.fromkeys(GLOBAL, SPLITS["half"])
     shared, other = (context_of(engine, SPLITS["half"], seed=seed) for seed in (7, 8))

@@ -16,6 +16,7 @@ ROOT, FOLDERS = Path(__file__).parents[1], ("torch_impl", "jax_impl")
 BEYOND = {
     "add": "XLA has no strides: which layout values are in is said",
     "axis": "the same: where head_dim stands",
+    "chunk": "compiled code serves few widths, to which tokens are padded",
     "device": "PyTorch's tensors are made where a module is, and move with it",
     "dtype": "PyTorch rounds a context as it takes it in, a tile at a time",
     "everyone": "PyTorch skips work that compiled code does anyway",

@@ -105,11 +105,12 @@ class JaxEngine:
     def log_probs(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """float32 [B,T-1]: log-probability of ids[:, 1:], each given all before it.
 
-        Raises InputError, and NotFiniteError for NaN or infinity.
+        What is before a token is the last real one, whatever padding stands between. Raises InputError, and
+        NotFiniteError for NaN or infinity.
         """
         tokens, graph = self._tokens(ids, mask), split_module(self.module)
         batch, length = tokens.ids.shape
-        hidden = self._hidden(graph, tokens)[:, :-1].reshape(batch * (length - 1), self.spec.hidden_size)
+        hidden = self._hidden(graph, tokens, before=1)[:, 1:].reshape(batch * (length - 1), self.spec.hidden_size)
         targets = tokens.ids[:, 1:].ravel()
         result = np.empty(len(targets), np.float32)
         for rows in pieces(len(targets), self.spec.vocab_size):
@@ -254,9 +255,9 @@ class JaxEngine:
             raise InputError(f"ids has {len(tokens.ids)} rows; the attached context has {max(rows)}, one for each row")
         return tokens
 
-    def _hidden(self, graph: Graph, tokens: Tokens) -> np.ndarray:
-        """The decoder's output for every token, in the caller's order: [B,T,E]."""
+    def _hidden(self, graph: Graph, tokens: Tokens, before: int = 0) -> np.ndarray:
+        """The decoder's output so many tokens before every one, in the caller's order: [B,T,E]."""
         packed = pack_left(tokens)
         parts = [np.asarray(hidden) for hidden, _ in forward.prefill_all(graph, packed, self._attached)]
         whole = np.concatenate(parts, axis=1)
-        return np.take_along_axis(whole, packed.source[:, :, None], axis=1)
+        return np.take_along_axis(whole, np.maximum(packed.source - before, 0)[:, :, None], axis=1)

@@ -15,6 +15,16 @@ from .heads import LyraHeads, fold, fold_batch, select, unfold_batch
 from .layer import Call, Layer
 from .partial import masked_scores
 from .static import StaticKV
+from .tokens import Packed, Tokens
+
+
+def unpack(weights: Float[Tensor, "B Hq T K"], packed: Packed, tokens: Tokens, slots: int) -> Float[Tensor, "B Hq T K"]:
+    """Weights [B,Hq,T,slots+T] as the caller's tokens stand; 0 in the rows of padding."""
+    if packed.source is not None:
+        rows = weights.take_along_dim(packed.source[:, None, :, None], dim=2)
+        live = rows[..., slots:].take_along_dim(packed.source[:, None, None, :], dim=3)
+        weights = torch.cat((rows[..., :slots], live), dim=-1)
+    return weights if tokens.mask is None else torch.where(tokens.mask[:, None, :, None] == 1, weights, 0.0)
 
 
 def attentions(q: Float[Tensor, "B T Hq D"], live: Keys, layer: Layer, call: Call) -> Float[Tensor, "B Hq T K"]:

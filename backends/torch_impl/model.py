@@ -22,6 +22,7 @@ from lyra.spec.sequential import SequentialSpec
 from lyra.spec.split import HeadSplit
 
 from . import families
+from .attentions import unpack
 from .blends import BlendedText
 from .capture import capture
 from .device import device_named
@@ -30,7 +31,7 @@ from .generate import generate
 from .injector import Injector, spec_now
 from .loading import load_module
 from .logits import logits, rows_at_once
-from .tokens import Tokens, check_tokens, token_positions
+from .tokens import Packed, Tokens, check_tokens, pack_left, token_positions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,7 +69,10 @@ class TorchEngine:
         Raises InputError, and NotFiniteError for NaN or infinity.
         """
         tokens = self._tokens(ids, mask)
-        found = self.module(**self._inputs(tokens)).logits.float()
+        packed = pack_left(tokens)
+        found = self.module(**self._inputs(packed)).logits.float()
+        if packed.source is not None:
+            found = found.take_along_dim(packed.source[:, :, None], dim=1)
         fine = finite_rows(found)
         if not bool((fine if tokens.mask is None else fine | (tokens.mask == 0)).all()):
             raise locate(self.module.model, *tokens)
@@ -78,11 +82,17 @@ class TorchEngine:
     def log_probs(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """float32 [B,T-1]: log-probability of ids[:, 1:], each given all before it.
 
-        Raises InputError, and NotFiniteError for NaN or infinity.
+        What is before a token is the last real one, whatever padding stands between. Raises InputError, and
+        NotFiniteError for NaN or infinity.
         """
         tokens = self._tokens(ids, mask)
-        hidden = self.module.model(**self._inputs(tokens)).last_hidden_state[:, :-1].flatten(0, 1)
-        targets = tokens.ids[:, 1:].reshape(-1, 1)
+        packed = pack_left(tokens)
+        hidden = self.module.model(**self._inputs(packed)).last_hidden_state
+        if packed.source is None:
+            hidden = hidden[:, :-1]
+        else:
+            hidden = hidden.take_along_dim((packed.source[:, 1:, None] - 1).clamp_min(0), dim=1)
+        hidden, targets = hidden.flatten(0, 1), tokens.ids[:, 1:].reshape(-1, 1)
         rows, softcap = rows_at_once(self.spec.vocab_size), self.module.config.final_logit_softcapping
         found = [
             torch.log_softmax(logits(self.module.lm_head, part, softcap), dim=-1).gather(1, target)
@@ -114,10 +124,11 @@ class TorchEngine:
         if tokens.mask is not None and not tokens.mask[:, -1].all():
             raise InputError("generate: a row ends in padding; put the padding on the left")
         asked = check_generation(tokens.ids.shape[1], max_new_tokens, stop_ids, seed, on_token)
+        packed = pack_left(tokens)
         return generate(
             self.module,
-            tokens.ids,
-            tokens.mask,
+            packed.ids,
+            packed.mask,
             asked.max_new_tokens,
             asked.stop_ids,
             on_token,
@@ -153,7 +164,7 @@ class TorchEngine:
         """By layer the softmax weights of its heads, float32 [B,Hq,T,S+T], context first. Raises InputError."""
         tokens = self._tokens(ids, mask)
         layers = check_layers("attentions", layers, self.spec.num_hidden_layers)
-        found: dict[int, np.ndarray] = {}
+        packed, found = pack_left(tokens), dict[int, np.ndarray]()
         kind = families.of(self.spec).attention
 
         def watch(layer: int) -> Callable[..., None]:
@@ -161,9 +172,8 @@ class TorchEngine:
                 if not isinstance(module, kind):
                     module = kind.around(module, self.spec.layer(layer))
                 weights = module.look(**call)
-                if tokens.mask is not None:
-                    weights = torch.where(tokens.mask[:, None, :, None] == 1, weights, 0.0)
-                found[layer] = weights.cpu().numpy()
+                slots = weights.shape[3] - weights.shape[2]
+                found[layer] = unpack(weights, packed, tokens, slots).cpu().numpy()
 
             return look
 
@@ -172,7 +182,7 @@ class TorchEngine:
             module.register_forward_pre_hook(watch(layer), with_kwargs=True) for layer, module in attentions.items()
         ]
         try:
-            self.module.model(**self._inputs(tokens))
+            self.module.model(**self._inputs(packed))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -225,11 +235,11 @@ class TorchEngine:
         return tokens
 
     @staticmethod
-    def _inputs(tokens: Tokens) -> dict[str, object]:
-        positions = None if tokens.mask is None else token_positions(tokens.mask)
+    def _inputs(packed: Packed) -> dict[str, object]:
+        positions = None if packed.mask is None else token_positions(packed.mask)
         return {
-            "input_ids": tokens.ids,
-            "attention_mask": tokens.mask,
+            "input_ids": packed.ids,
+            "attention_mask": packed.mask,
             "position_ids": positions,
             "use_cache": False,
         }
