@@ -115,7 +115,8 @@ def _point(name: str) -> EntryPoint:
         return points[name]
     if ":" not in name:
         raise BackendNotFound(
-            f"unknown backend {name!r}; known: {', '.join(sorted(points)) or 'none'}. "
+            f"unknown backend {name!r}; known: {', '.join(sorted(known_backends())) or 'none'}, "
+            f"and to the suite {', '.join(sorted(known_subjects())) or 'none'}. "
             f"A backend of your own goes by {OWN!r}"
         )
     if not NAMED.fullmatch(name) or name.partition(":")[0].endswith(".py"):

@@ -172,8 +172,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """How many properties are to run."""
-    session.config.stash[SESSION].record.planned += sum(declaration_of(item) is not None for item in session.items)
+    """How many properties are to run; none where the options were refused."""
+    if (suite := session.config.stash.get(SESSION, None)) is not None:
+        suite.record.planned += sum(declaration_of(item) is not None for item in session.items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

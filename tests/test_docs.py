@@ -207,11 +207,12 @@ def test_the_context_table_is_the_one_that_is_measured(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_what_works_is_what_the_script_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_works_is_what_the_script_finds(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Of the other library what works and what does not, in the version that the page names."""
     version = pytest.importorskip("peft").__version__
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     script = importlib.import_module("peft_prefix")
+    request.getfixturevalue("unchecked")  # now that all is loaded: a step is compiled
     ways = script.WAYS if f"PEFT {version}:" in (ROOT / "docs" / "pytorch.md").read_text() else ["Lyra"]
     told = [[row[0], *(cell.partition(":")[0] for cell in row[1 : 1 + len(ways)])] for row in table_rows(*WORKS)]
     found = [[name, *(cells[way].partition(":")[0] for way in ways)] for name, cells in script.tried().items()]

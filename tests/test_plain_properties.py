@@ -101,16 +101,26 @@ def reported(name: str) -> Any:
     return json.loads(json.dumps(report))
 
 
+def reported_elsewhere(*names: str) -> dict[str, Any]:
+    """The same of runs one after the other in a process of their own."""
+    code = (
+        "import json, sys; from test_plain_properties import reported; "
+        "print(json.dumps({name: reported(name) for name in sys.argv[1:]}))"
+    )
+    command = [sys.executable, "-c", code, *names]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    reports: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return reports
+
+
 def test_runs_in_one_process_are_what_they_are_in_processes_of_their_own() -> None:
+    """In fresh ones all: what Hypothesis draws depends on the constants in the modules that a process has loaded."""
     CUT_LAYER.to_toml(Path("layer.toml"))
-    together = {name: reported(name) for name in RUNS}
-    code = "import json, sys; from test_plain_properties import reported; print(json.dumps(reported(sys.argv[1])))"
+    together = reported_elsewhere(*RUNS)
     for name, report in together.items():
-        command = [sys.executable, "-c", code, name]
-        alone = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
-        assert alone.returncode == 0, alone.stderr
-        mine = json.loads(alone.stdout.splitlines()[-1])
-        assert {key for key in report if report[key] != mine[key]} == set()
+        (alone,) = reported_elsewhere(name).values()
+        assert {key for key in report if report[key] != alone[key]} == set()
     assert len({json.dumps(report) for report in together.values()}) == len(RUNS)
 
 

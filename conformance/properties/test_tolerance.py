@@ -15,7 +15,9 @@ from lyra.conformance.subject import Subject
     "TOLERANCE-1",
     "STATIC-1",
     premise=(CONTEXT, PADDING, HIDDEN, SEVERAL_CALLS),
-    case=lambda scope: cases(scope).map(mostly(hidden_slots)).map(often(padded)),
+    case=lambda scope: (
+        (cases(scope) | cases(scope, context=True, min_context=3)).map(mostly(hidden_slots)).map(often(padded))
+    ),
     needs=("static",),
     weight=3,
 )
