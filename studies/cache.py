@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from lyra.spec.arguments import check_choice
 from lyra.spec.errors import InputError
 from lyra.spec.model import ModelSpec
 
@@ -21,23 +24,13 @@ def calculate_kv_cache_size(
     two bytes an element, the default here. Raises InputError for a negative size or an unknown dtype.
     """
     sizes = {
-        "num_layers": num_layers,
-        "num_kv_heads": num_kv_heads,
-        "seq_len": seq_len,
-        "head_dim": head_dim,
+        "num_layers": num_layers, "num_kv_heads": num_kv_heads, "seq_len": seq_len, "head_dim": head_dim,
         "batch_size": batch_size,
-    }
+    }  # fmt: skip
     for name, value in sizes.items():
         if value < 0:
             raise InputError(f"{name} is {value}; expected 0 or more")
-    return 2 * num_layers * num_kv_heads * seq_len * head_dim * batch_size * element_size(dtype)
-
-
-def element_size(dtype: str) -> int:
-    """Bytes of one element. Raises InputError."""
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return 2 * math.prod(sizes.values()) * DTYPES[check_choice("dtype", dtype, DTYPES)]
 
 
 def full_cache_size(spec: ModelSpec, seq_len: int, batch_size: int = 1, dtype: str = "float16") -> int:
@@ -53,12 +46,12 @@ def live_cache_size(spec: ModelSpec, seq_len: int, batch_size: int = 1, dtype: s
     """
     heads, head_dim = spec.num_key_value_heads, spec.attention.head_dim
     global_layers = len(spec.global_layers)
-    sliding_layers = spec.num_hidden_layers - global_layers
     window = spec.sliding.sliding_window if spec.sliding else None
     kept = seq_len if window is None else min(seq_len, window - 1)
-    return calculate_kv_cache_size(
-        global_layers, heads, seq_len, head_dim, batch_size, dtype
-    ) + calculate_kv_cache_size(sliding_layers, heads, kept, head_dim, batch_size, dtype)
+    return sum(
+        calculate_kv_cache_size(layers, heads, tokens, head_dim, batch_size, dtype)
+        for layers, tokens in ((global_layers, seq_len), (spec.num_hidden_layers - global_layers, kept))
+    )
 
 
 def context_size(spec: ModelSpec, tokens: int, dtype: str = "float16") -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from numpy.lib.stride_tricks import sliding_window_view
+from tokenizers import ByteLevelBPETokenizer
 
 from lyra.spec.errors import InputError
 
@@ -70,24 +71,19 @@ def once(text: str) -> str:
     return "\n\n".join(dict.fromkeys(text.split("\n\n")))
 
 
-def byte_pairs(text: str, vocab_size: int) -> Tokenizer:
+def byte_pairs(text: str, vocab_size: int) -> ByteLevelBPETokenizer:
     """A byte-level BPE tokenizer trained on a text: it knows every byte, so it tokenises any text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([text], trainer)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(iter([text]), vocab_size, min_frequency=0, show_progress=False)
     return tokenizer
 
 
 def batch(tokens: np.ndarray, seed: int, step: int, rows: int, window: int) -> np.ndarray:
     """The windows [rows, window + 1] of one step: a function of seed and step, so that any step can be the next."""
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - window, rows)
-    return tokens[starts[:, None] + np.arange(window + 1)]
+    return sliding_window_view(tokens, window + 1)[starts]
 
 
 def windows(tokens: np.ndarray, window: int) -> np.ndarray:
     """All of a text in windows [N, window + 1] that predict every token but the first and the last few once."""
-    count = (len(tokens) - 1) // window
-    return tokens[np.arange(count)[:, None] * window + np.arange(window + 1)]
+    return sliding_window_view(tokens, window + 1)[::window].copy()

@@ -1,4 +1,4 @@
-"""The language model of the studies: its sizes, the weights that both frameworks start from, and its checkpoints.
+"""The language model of the studies: its sizes, and the weights that both frameworks start from.
 
 A Llama: RMSNorm, gated MLP with SiLU, RoPE, no bias, embeddings tied to the output. Weights carry the names and layouts
 of Hugging Face's LlamaModel, which loads them as they are.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,8 +15,6 @@ from pydantic import Field, model_validator
 
 from lyra.spec.attention import AttentionSpec, RopeSpec, grouped
 from lyra.spec.base import SpecModel
-from lyra.spec.errors import InputError
-from lyra.spec.files import write_atomically
 
 from .cache import calculate_kv_cache_size
 from .parameters import kind
@@ -126,32 +123,10 @@ def initial_weights(spec: LMSpec, seed: int) -> dict[str, np.ndarray]:
     """
     weights = {}
     for name, shape in spec.weight_shapes().items():
-        if len(shape) == 1:
-            weights[name] = np.ones(shape, np.float32)
-            continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = INITIAL_STD / np.sqrt(2 * spec.num_layers) if residual else INITIAL_STD
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         # Rows are drawn in order, so that fewer rows are the first of more.
-        weights[name] = (rng.standard_normal(shape) * std).astype(np.float32)
+        drawn = rng.standard_normal(shape) * std if len(shape) > 1 else np.ones(shape)
+        weights[name] = drawn.astype(np.float32)
     return weights
-
-
-def write_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """A .safetensors file, written through a temporary name."""
-    from safetensors.numpy import save
-
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, save(whole, dict(metadata)))
-
-
-def read_weights(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and metadata of a .safetensors file. Raises InputError where it is none, FileNotFoundError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "numpy") as file:
-            opened: Any = file
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{path} is no .safetensors file ({error})") from None

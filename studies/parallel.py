@@ -1,6 +1,7 @@
 """Several models trained at the same time: a process with one thread for each core.
 
-Products as small as these are not worth a second thread: two threads in one process are slower than one.
+Products as small as these are not worth a second thread: two threads in one process are slower than one. The processes
+share nothing; how far they are is what their checkpoints say.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from .corpus import Corpus
-from .training import Task, Trained, finished, train
+from .groups import groups
+from .training import Task, Trained, steps_done, train
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -29,24 +30,20 @@ LOOK = 0.3
 Moved = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
 
-_shared: list[Any] = []
-"""In a process of the pool: the count of steps done by all, and whether to stop."""
-
-
-class Stopped(Exception):
-    """The run was interrupted; what is done is in the checkpoint."""
-
 
 def train_all(
     tasks: Sequence[Task], corpus: Corpus, folder: Path, processes: int, moved: Moved = lambda *_: None
 ) -> list[Trained]:
-    """Every task's model, trained or read. One process trains here, more are started. Raises InputError, OSError."""
+    """Every task's model, trained or read; those that others start from come first.
+
+    One process trains here, more are started. Raises InputError, OSError.
+    """
     total = sum(task.recipe.steps for task in tasks)
-    waiting = [task for task in tasks if not finished(task, corpus, folder)]
+    waiting = [task for task in tasks if steps_done(task, corpus, folder) < task.recipe.steps]
     if processes > 1 and len(waiting) > 1:
-        before = total - sum(task.recipe.steps for task in waiting)
-        tell = partial(_told, moved, "", before, total)
-        _in_processes(waiting, corpus, folder, min(processes, len(waiting)), tell)
+        for stage in groups(waiting, lambda task: task.origin is None).values():
+            look = lambda: moved("", sum(steps_done(task, corpus, folder) for task in tasks), total)  # noqa: E731
+            _in_processes(stage, corpus, folder, min(processes, len(stage)), look)
         return [train(task, corpus, folder) for task in tasks]
     before, found = 0, []
     for task in tasks:
@@ -57,45 +54,30 @@ def train_all(
 
 
 def _in_processes(
-    tasks: Sequence[Task], corpus: Corpus, folder: Path, processes: int, moved: Callable[[int], None]
+    tasks: Sequence[Task], corpus: Corpus, folder: Path, processes: int, look: Callable[[], None]
 ) -> None:
     """Leave the finished checkpoint of every task in the folder."""
-    context = multiprocessing.get_context("spawn")
-    done, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(processes, context, _enter, (done, stop)) as pool:
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _enter) as pool:
         try:
-            running = {pool.submit(_train, task, corpus, folder) for task in tasks}
+            running = {pool.submit(train, task, corpus, folder) for task in tasks}
             while running:
                 ended, running = wait(running, LOOK, FIRST_COMPLETED)
                 for future in ended:
                     future.result()
-                moved(done.value)
+                look()
         except BaseException:
-            stop.set()
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()  # checkpoints are whole at any time
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _enter(*shared: Any) -> None:
+def _enter() -> None:
     """What a process of the pool begins with."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is interrupted, and tells it to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is interrupted, and ends it
     os.environ.update(ONE_THREAD)
-    _shared[:] = shared
-
-
-def _train(task: Task, corpus: Corpus, folder: Path) -> None:
-    done, stop = _shared
-    last = 0
-
-    def moved(now: int) -> None:
-        nonlocal last
-        if stop.is_set():
-            raise Stopped
-        with done.get_lock():
-            done.value += now - last
-        last = now
-
-    train(task, corpus, folder, moved)
 
 
 def _told(moved: Moved, what: str, before: int, total: int, done: int) -> None:

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 from lyra.spec.attention import AttentionSpec
 
 
-@dataclass(frozen=True)
-class Projections:
-    """Parameters of one layer's four projections, biases included where the layer has them."""
+def projections(spec: AttentionSpec) -> dict[str, int]:
+    """Parameters of a layer's projections q, k, v and o, biases included where the layer has them.
 
-    q: int
-    k: int
-    v: int
-    o: int
-
-    @property
-    def qkv(self) -> int:
-        """What goes into the attention: the output projection, the same for any number of KV heads, is left out."""
-        return self.q + self.k + self.v
-
-
-def projections(spec: AttentionSpec) -> Projections:
-    """The parameters of a layer, by projection."""
-    sizes = {"q": 0, "k": 0, "v": 0, "o": 0}
-    for name, shape in spec.weight_shapes().items():
-        projection, _, _ = name.partition("_proj")
-        if projection in sizes:
-            sizes[projection] += shape[0] * (shape[1] if len(shape) > 1 else 1)
-    return Projections(**sizes)
+    qkv is what goes into the attention: the output projection, the same for any number of KV heads, is left out.
+    """
+    sizes = {name: math.prod(shape) for name, shape in spec.weight_shapes().items()}
+    q, k, v, o = (sum(sizes[name] for name in sizes if name.startswith(f"{part}_proj")) for part in "qkvo")
+    return {"q": q, "k": k, "v": v, "qkv": q + k + v, "o": o}
 
 
 def groupings(num_heads: int) -> tuple[int, ...]:
@@ -45,4 +30,4 @@ def kind(num_heads: int, num_kv_heads: int) -> str:
 def reduction(spec: AttentionSpec) -> float:
     """The share of the q+k+v parameters that a layer saves against MHA of the same sizes, from 0 to 2/3."""
     full = spec.replace(num_key_value_heads=spec.num_attention_heads, split=None)
-    return 1 - projections(spec).qkv / projections(full).qkv
+    return 1 - projections(spec)["qkv"] / projections(full)["qkv"]

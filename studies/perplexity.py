@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from statistics import fmean, stdev
 from typing import Any
@@ -22,22 +22,12 @@ BOUND = 10.0
 """A gradient's norm above this, ten times what it is clipped to by default, is a run that is not stable."""
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Which models are trained: every backend with every number of KV heads and every seed."""
-
-    spec: LMSpec
-    recipe: Recipe
-    kv_heads: Sequence[int]
-    seeds: int
-    backends: Sequence[str]
-
-    def tasks(self) -> list[Task]:
-        """One task a model, seed by seed, so that an interrupted sweep has whole seeds."""
-        return [
-            Task(backend, self.spec.replace(num_kv_heads=heads), self.recipe, seed)
-            for backend, seed, heads in product(self.backends, range(self.seeds), self.kv_heads)
-        ]
+def sweep(spec: LMSpec, recipe: Recipe, kv_heads: Sequence[int], seeds: int, backends: Sequence[str]) -> list[Task]:
+    """A task for every backend, seed and number of KV heads, so that an interrupted sweep has whole seeds."""
+    return [
+        Task(backend, spec.replace(num_kv_heads=heads), recipe, seed)
+        for backend, seed, heads in product(backends, range(seeds), kv_heads)
+    ]
 
 
 def stability(curve: Curve) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import median
 from typing import Any, Literal
@@ -15,11 +15,9 @@ from lyra.speed.workers import Workers
 
 from . import timed
 from .cache import calculate_kv_cache_size
-from .language_model import LMSpec
 from .parameters import kind, projections
 
 Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
 FLOAT32 = 4
 
 
@@ -36,8 +34,7 @@ def floor(spec: AttentionSpec, phase: Phase, load: Load) -> Floor:
 
     Read: the weights, and in decoding keys and values. Operations: two for each weight and token, and the attention's.
     """
-    counts = projections(spec)
-    weights = counts.qkv + counts.o
+    weights = sum(projections(spec)[part] for part in "qkvo")
     new = 1 if phase == "decode" else load.tokens
     cached = calculate_kv_cache_size(
         1, spec.num_key_value_heads, load.tokens - new, spec.head_dim, load.batch, "float32"
@@ -115,18 +112,10 @@ def repeating(
     return rows
 
 
-def model_steps(
-    spec: LMSpec, kv_heads: Sequence[int], load: Load, backend: str, workers: Workers, rounds: int = 9
-) -> list[dict[str, float]]:
-    """For each number of KV heads a language model's decode step: seconds, and how many times faster than the first."""
-    specs = [spec.replace(num_kv_heads=heads).to_dict() for heads in kv_heads]
-    return in_turns(backend, "model_decode", specs, load, workers, rounds)
-
-
 def in_turns(
-    backend: str, what: str, specs: Sequence[dict[str, Any]], load: Load, workers: Workers, rounds: int
+    backend: str, what: str, specs: Sequence[dict[str, Any]], load: Load, workers: Workers, rounds: int = 9
 ) -> list[dict[str, float]]:
-    """Time one function of the backend's module for every spec, in turns."""
+    """Seconds of one work of `timed` for every spec, in turns, and how many times faster than the first each is."""
     times = alternate([_contestant(backend, what, spec, load) for spec in specs], rounds, workers)
     workers.drop()
     ratios = [ratio(own, times[0]) for own in times]
@@ -143,7 +132,7 @@ def _named(layer: AttentionSpec, backend: str) -> dict[str, Any]:
 
 
 def _contestant(backend: str, what: str, spec: Mapping[str, Any], load: Load) -> Contestant:
-    """One function of `timed`, as a contestant."""
+    """The work of `timed`, as a contestant."""
     framework: Any = backend
-    options = {"framework": backend, "batch": load.batch, "tokens": load.tokens, "spec": spec}
-    return Contestant(what, framework, f"{timed.__name__}:{what}", options)
+    options = {"what": what, "framework": backend, "spec": spec, **asdict(load)}
+    return Contestant(what, framework, f"{timed.__name__}:work", options)

@@ -1,7 +1,4 @@
-"""What `lyra gqa speed` and `perplexity` time: a layer's prefill and decode step, a model's decode step.
-
-Each is a contestant of the benchmark, in the framework that it is told.
-"""
+"""What `lyra gqa speed` and `perplexity` time: a layer's prefill and decode step, a model's decode step."""
 
 from __future__ import annotations
 
@@ -19,29 +16,38 @@ from lyra.speed.row import Work
 from .language_model import LMSpec, initial_weights, logits
 
 
-def prefill(framework: str, spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
-    """A layer over so many tokens and an empty cache."""
-    timing, layer = _timing(framework), AttentionSpec.from_dict(spec)
-    step = partial(timing.OPERATIONS.attention, layer)
-    work: Work = timing.work(step, _weights(layer), _random(batch, tokens, layer.hidden_size), None)
-    return work
+def work(what: str, framework: str, spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
+    """What a contestant of the benchmark does in its framework, with random weights.
+
+    `what` is "prefill", a layer over so many tokens and an empty cache; "decode", a layer over one token more, which
+    with those in the cache makes `tokens`; "repeated_decode", the same with the keys and values of the cache repeated
+    for every query head, as repeat_kv does; or "model_decode", the step of a whole language model.
+    """
+    of = import_module(f"{__package__}.{framework}_lm")
+    caches: Any = None
+    if what == "model_decode":
+        model = LMSpec.from_dict(spec)
+        step = partial(logits, of.OPERATIONS, model)
+        weights, x = initial_weights(model, 0), np.zeros((batch, 1), np.int32)
+        caches = [of.full_cache(model.attention, batch, tokens) for _ in range(model.num_layers)]
+    else:
+        layer = AttentionSpec.from_dict(spec)
+        step = partial(_repeated if what == "repeated_decode" else _plain, of, layer)
+        weights = {name: _random(*shape) * layer.hidden_size**-0.5 for name, shape in layer.weight_shapes().items()}
+        x = _random(batch, tokens if what == "prefill" else 1, layer.hidden_size)
+        if what != "prefill":
+            caches = of.full_cache(layer, batch, tokens)
+    made: Work = of.work(step, weights, x, caches)
+    return made
 
 
-def decode(framework: str, spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
-    """A layer over one token more, which with those in the cache makes `tokens`."""
-    timing, layer = _timing(framework), AttentionSpec.from_dict(spec)
-    return _step(timing, layer, batch, tokens, partial(timing.OPERATIONS.attention, layer))
+def _plain(of: Any, layer: AttentionSpec, weights: Any, x: Any, cache: Any) -> Any:
+    return of.attention(layer, weights, x, cache)
 
 
-def repeated_decode(framework: str, spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
-    """The step of `decode` with the keys and values of the cache repeated for every query head, as repeat_kv does."""
-    timing, layer = _timing(framework), AttentionSpec.from_dict(spec)
+def _repeated(of: Any, layer: AttentionSpec, weights: Any, x: Any, cache: Any) -> Any:
     wide = layer.replace(num_key_value_heads=layer.num_attention_heads)
-
-    def step(weights: Any, x: Any, cache: Any) -> Any:
-        return timing.OPERATIONS.attention(wide, weights, x, Repeating(cache, timing.repeat, layer.group_size))
-
-    return _step(timing, layer, batch, tokens, step)
+    return of.attention(wide, weights, x, Repeating(cache, of.repeat, layer.group_size))
 
 
 @dataclass(frozen=True)
@@ -60,29 +66,6 @@ class Repeating:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
-
-
-def model_decode(framework: str, spec: Mapping[str, Any], batch: int, tokens: int) -> Work:
-    """The same step of a whole language model, with random weights."""
-    timing, sizes = _timing(framework), LMSpec.from_dict(spec)
-    caches = [timing.full_cache(sizes.attention, batch, tokens) for _ in range(sizes.num_layers)]
-    step = partial(logits, timing.OPERATIONS, sizes)
-    work: Work = timing.work(step, initial_weights(sizes, 0), np.zeros((batch, 1), np.int32), caches)
-    return work
-
-
-def _step(timing: Any, layer: AttentionSpec, batch: int, tokens: int, step: Any) -> Work:
-    x, cache = _random(batch, 1, layer.hidden_size), timing.full_cache(layer, batch, tokens)
-    work: Work = timing.work(step, _weights(layer), x, cache)
-    return work
-
-
-def _timing(framework: str) -> Any:
-    return import_module(f"{__package__}.{framework}_speed")
-
-
-def _weights(layer: AttentionSpec) -> dict[str, np.ndarray]:
-    return {name: _random(*shape) * layer.hidden_size**-0.5 for name, shape in layer.weight_shapes().items()}
 
 
 def _random(*shape: int) -> np.ndarray:

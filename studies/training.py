@@ -1,6 +1,6 @@
 """Training a language model of the studies: recipe, schedule, curve, and checkpoints that an interrupt leaves usable.
 
-What happens in a framework is a Learner's: `torch_lm` and `jax_lm`. What must be the same in both is here.
+What happens in a framework is in the TrainedModel of `torch_lm` and `jax_lm`. What must be the same in both is here.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from lyra.spec.base import SpecModel
 from lyra.spec.errors import InputError
+from lyra.spec.files import write_atomically
 
 from .conversion import METHODS, Method, share_kv_heads
 from .corpus import Corpus, batch, windows
-from .language_model import LMSpec, initial_weights, read_weights, write_weights
+from .language_model import LMSpec, initial_weights
 
 FRAMEWORKS = ("torch", "jax")
 ROWS = 32
@@ -31,6 +34,9 @@ ROWS = 32
 
 MOMENTS = ("adam.mean.", "adam.square.")
 """Prefixes of AdamW's two moments, in a checkpoint of an unfinished run."""
+
+HELD = ("", *MOMENTS)
+"""Prefixes of everything that training goes on from: weights and moments."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -88,22 +94,6 @@ class Curve:
         return math.exp(self.last)
 
 
-class Learner(Protocol):
-    """A model and its optimizer in one framework; NumPy at the boundary, all float32."""
-
-    def step(self, tokens: np.ndarray, learning_rate: float) -> tuple[float, float]:
-        """One step of AdamW on windows [rows, window + 1]: the loss before it, and the gradient's norm."""
-
-    def loss(self, tokens: np.ndarray) -> float:
-        """Mean cross-entropy of windows [N, window + 1]."""
-
-    def weights(self) -> dict[str, np.ndarray]:
-        """The weights, by name."""
-
-    def moments(self) -> dict[str, np.ndarray]:
-        """AdamW's moments, by name behind one of MOMENTS."""
-
-
 @dataclass(frozen=True)
 class Task:
     """One model to train: everything that its curve depends on, but for the text.
@@ -127,11 +117,11 @@ class Task:
         start = "" if self.start == "initial" else f"-{self.start}"
         return folder / f"{self.backend}-{self.spec.kind.lower()}{start}-seed{self.seed}-{key}.safetensors"
 
-    def weights(self, folder: Path, corpus: Corpus) -> dict[str, np.ndarray]:
-        """What it starts from. Raises FileNotFoundError where the model of `origin` is not trained yet."""
+    def initial(self, folder: Path, corpus: Corpus) -> Arrays:
+        """The weights it starts from. Raises FileNotFoundError where the model of `origin` is not trained yet."""
         if self.origin is None:
             return initial_weights(self.spec, self.seed)
-        whole, _, _ = _resumed(self.origin.file(folder, corpus))
+        whole, _ = read_checkpoint(self.origin.file(folder, corpus))
         if self.start not in METHODS:
             return whole
         return share_kv_heads(whole, self.spec.attention.head_dim, self.spec.num_kv_heads, self.start, self.seed)
@@ -139,23 +129,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model after its training."""
+    """A model after its training; its weights are in the task's checkpoint."""
 
     task: Task
-    weights: dict[str, np.ndarray]
     curve: Curve
 
 
-def new_learner(task: Task, weights: Arrays, moments: Arrays | None = None, done: int = 0) -> Learner:
-    """The model in its framework, with these weights and, after `done` steps, AdamW's moments.
-
-    Raises InputError for a backend that no model is written for, ImportError where its framework is missing.
-    """
-    if task.backend not in FRAMEWORKS:
-        raise InputError(f"no model is trained on {task.backend!r}; expected {' or '.join(FRAMEWORKS)}")
-    module = import_module(f"{__package__}.{task.backend}_lm")
-    learner: Learner = module.TrainedModel(task.spec, task.recipe, weights, moments or {}, done)
-    return learner
+def check_backend(name: str) -> None:
+    """Raises InputError for a backend that the studies have no code for."""
+    if name not in FRAMEWORKS:
+        raise InputError(f"the studies know no backend {name!r}; expected {' or '.join(FRAMEWORKS)}")
 
 
 def train(
@@ -164,48 +147,59 @@ def train(
     """Train a model, from where an interrupted run of the same task stopped if there is one; a finished one is read.
 
     The checkpoint is written each `every` steps and at the end, through a temporary name. `moved` is called with the
-    steps done. Raises InputError, FileNotFoundError.
+    steps done. Raises InputError, FileNotFoundError, and ImportError where the backend's framework is missing.
     """
-    path = task.file(folder, corpus)
+    check_backend(task.backend)
+    path, recipe = task.file(folder, corpus), task.recipe
     if path.exists():
-        weights, moments, curve = _resumed(path)
+        state, curve = read_checkpoint(path)
     else:
-        weights, moments, curve = task.weights(folder, corpus), {}, Curve()
-    done, recipe = len(curve.loss), task.recipe
+        state, curve = task.initial(folder, corpus), Curve()
+        state = {**state, **{prefix + name: np.zeros_like(state[name]) for prefix in MOMENTS for name in state}}
+    done = len(curve.loss)
     moved(done)
-    if done == recipe.steps:
-        return Trained(task, weights, curve)
-    folder.mkdir(parents=True, exist_ok=True)
-    learner = new_learner(task, weights, moments, done)
-    held_out = windows(corpus.held_out, recipe.window)
-    if done == 0:
-        curve.held_out.append((0, learner.loss(held_out)))
+    if done < recipe.steps:
+        folder.mkdir(parents=True, exist_ok=True)
+        model = import_module(f"{__package__}.{task.backend}_lm").TrainedModel(task.spec, recipe, state, done)
+        held_out = windows(corpus.held_out, recipe.window)
+        if done == 0:
+            curve.held_out.append((0, model.loss(held_out)))
     while done < recipe.steps:
         tokens = batch(corpus.train, task.seed, recipe.first + done, recipe.rows, recipe.window)
-        loss, norm = learner.step(tokens, recipe.rate(done))
+        loss, norm = model.step(tokens, recipe.rate(done))
         curve.loss.append(loss)
         curve.gradient_norm.append(norm)
         done += 1
         if recipe.evaluated(done):
-            curve.held_out.append((done, learner.loss(held_out)))
+            curve.held_out.append((done, model.loss(held_out)))
         if done % every == 0 or done == recipe.steps:
-            state = learner.weights() | (learner.moments() if done < recipe.steps else {})
-            write_weights(path, state, {"curve": json.dumps(asdict(curve)), "spec": task.spec.to_json()})
+            state = model.state()
+            if done == recipe.steps:
+                state = {name: state[name] for name in task.spec.weight_shapes()}
+            metadata = {"curve": json.dumps(asdict(curve)), "spec": task.spec.to_json()}
+            write_atomically(path, save({name: np.ascontiguousarray(part) for name, part in state.items()}, metadata))
         moved(done)
-    return Trained(task, learner.weights(), curve)
+    return Trained(task, curve)
 
 
-def finished(task: Task, corpus: Corpus, folder: Path) -> bool:
-    """Whether the task's checkpoint is that of a model trained to the end. Raises InputError."""
+def steps_done(task: Task, corpus: Corpus, folder: Path) -> int:
+    """How many steps the task's checkpoint has behind it. Raises InputError."""
     path = task.file(folder, corpus)
-    return path.exists() and len(_resumed(path)[2].loss) == task.recipe.steps
+    return len(read_checkpoint(path, whole=False)[1].loss) if path.exists() else 0
 
 
-def _resumed(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Curve]:
-    """Weights, moments and curve of a checkpoint. Raises InputError."""
-    arrays, metadata = read_weights(path)
-    if "curve" not in metadata:
+def read_checkpoint(path: Path, whole: bool = True) -> tuple[Arrays, Curve]:
+    """Weights, with the moments of an unfinished run, and curve; or the curve alone.
+
+    Raises InputError, FileNotFoundError.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            opened: Any = file
+            told = (opened.metadata() or {}).get("curve")
+            arrays = {name: opened.get_tensor(name) for name in opened.keys() if whole}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is no .safetensors file ({error})") from None
+    if told is None:
         raise InputError(f"{path} is no checkpoint of a study; remove it, or name another folder")
-    curve = Curve(**json.loads(metadata["curve"]))
-    moments = {name: array for name, array in arrays.items() if name.startswith(MOMENTS)}
-    return {name: array for name, array in arrays.items() if name not in moments}, moments, curve
+    return arrays, Curve(**json.loads(told))

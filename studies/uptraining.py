@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,7 @@ from .conversion import METHODS
 from .corpus import Corpus
 from .groups import groups
 from .language_model import LMSpec
-from .parallel import train_all
+from .parallel import Moved, train_all
 from .training import Recipe, Start, Task, Trained
 
 
@@ -57,15 +57,13 @@ def uptrained(
     corpus: Corpus,
     folder: Path,
     processes: int,
-    moved: Callable[[str, int, int], None] = lambda *_: None,
+    moved: Moved = lambda *_: None,
 ) -> list[dict[str, Any]]:
     """Train the MHA models, convert them and train on, or read what is trained already: the rows of `summary`."""
     originals, tasks = plan.originals(), plan.tasks()
-    before = sum(task.recipe.steps for task in originals)
-    total = before + sum(task.recipe.steps for task in tasks)
-    whole = train_all(originals, corpus, folder, processes, lambda what, done, _: moved(what, done, total))
-    runs = train_all(tasks, corpus, folder, processes, lambda what, done, _: moved(what, before + done, total))
-    return summary(runs, {run.task: run.curve.last for run in whole})
+    runs = train_all([*originals, *tasks], corpus, folder, processes, moved)
+    whole: dict[Task | None, float] = {run.task: run.curve.last for run in runs[: len(originals)]}
+    return summary(runs[len(originals) :], whole)
 
 
 def summary(runs: Sequence[Trained], originals: Mapping[Task | None, float]) -> list[dict[str, Any]]:

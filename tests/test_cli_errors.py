@@ -172,6 +172,8 @@ LINES: dict[str, list[tuple[str, str]]] = {
         (f"gqa perplexity --heads {HUGE}", "Invalid value for"),
         ("gqa perplexity --kv-heads 0-99999999999", "expected 0 to 8"),
         ("gqa perplexity --kv-heads ''", "no KV heads are named"),
+        ("gqa perplexity --kv-heads 3", "not a multiple"),
+        ("gqa uptrain --kv-heads ,", "no KV heads to convert to are named"),
         ("gqa perplexity --seeds 0", "Invalid value for"),
         (f"gqa perplexity --steps {HUGE}", "Invalid value for"),
         ("gqa perplexity --vocabulary 3", "Invalid value for"),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from gqa_command import data_of
 
-from lyra.cli import application
 from lyra.spec.attention import RopeSpec, grouped
-from lyra.speed.row import Work
+from lyra.speed.row import Contestant
 from lyra.studies import speed, timed
 from lyra.studies.language_model import LMSpec
 from lyra.studies.speed import Load, attention_operations, floor
@@ -45,18 +43,15 @@ def test_every_kind_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         def drop(self) -> None:
             asked.append("drop")
 
-    def in_turns(contestants: list[object], rounds: int, workers: object) -> list[list[float]]:
-        asked.append(
-            [(contestant.make, contestant.options["spec"]["num_key_value_heads"]) for contestant in contestants]
-        )
+    def in_turns(contestants: list[Contestant], rounds: int, workers: object) -> list[list[float]]:
+        asked.append([(each.options["what"], each.options["spec"]["num_key_value_heads"]) for each in contestants])
         return [[4.0, 8.0, 4.0], [2.0, 4.0, 2.0], [1.0, 1.0, 2.0]]
 
     rates = {"bandwidth": 1e9, "float32": 1e9}
     monkeypatch.setattr(speed, "alternate", in_turns)
     monkeypatch.setattr(speed, "probe", lambda _: rates)
     rows = speed.measure(SPEC, (4, 2, 1), {"decode": Load(1, 64)}, ["torch"], Machine())  # type: ignore[arg-type]
-    make = "lyra.studies.timed:decode"
-    assert asked == [[(make, 4), (make, 2), (make, 1)], "drop"]
+    assert asked == [[("decode", 4), ("decode", 2), ("decode", 1)], "drop"]
     assert [(row["kind"], row["seconds"], row["faster"]) for row in rows] == [
         ("MHA", 4.0, 1.0), ("GQA-2", 2.0, 2.0), ("MQA", 1.0, 4.0),
     ]  # fmt: skip
@@ -69,7 +64,7 @@ def test_both_backends_do_the_work(backend: str, what: str) -> None:
     """Each function of both modules runs, more than once, on a cache that is as long afterwards."""
     sizes = LMSpec(vocab_size=16, num_kv_heads=1, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2)
     spec = sizes.to_dict() if what == "model_decode" else SPEC.to_dict()
-    work: Work = getattr(timed, what)(backend, spec, batch=2, tokens=16)
+    work = timed.work(what, backend, spec, batch=2, tokens=16)
     for _ in range(3):
         if work.before is not None:
             work.before()
@@ -78,8 +73,8 @@ def test_both_backends_do_the_work(backend: str, what: str) -> None:
 
 def test_repeating_changes_the_time_and_nothing_else(backend: str) -> None:
     plain, repeated = (
-        np.asarray(make(backend, SPEC.to_dict(), batch=2, tokens=16).run())
-        for make in (timed.decode, timed.repeated_decode)
+        np.asarray(timed.work(what, backend, SPEC.to_dict(), batch=2, tokens=16).run())
+        for what in ("decode", "repeated_decode")
     )
     np.testing.assert_allclose(repeated, plain, atol=1e-6)
     assert plain.std() > 0.05
@@ -87,7 +82,7 @@ def test_repeating_changes_the_time_and_nothing_else(backend: str) -> None:
 
 def test_a_decode_step_sees_the_whole_cache(backend: str) -> None:
     """The caches that are timed hold one token less than asked for, none of them masked."""
-    cache = importlib.import_module(f"lyra.studies.{backend}_speed").full_cache(SPEC, 2, 16)
+    cache = importlib.import_module(f"lyra.studies.{backend}_lm").full_cache(SPEC, 2, 16)
     (heads, head_dim), mask, positions = cache.contents()
     assert (heads, head_dim) == (2, 8)
     assert mask.all()
@@ -95,12 +90,8 @@ def test_a_decode_step_sees_the_whole_cache(backend: str) -> None:
 
 
 def test_the_command_measures_and_draws(tmp_path: Path) -> None:
-    sizes = ["--width", "32", "--heads", "2", "--tokens", "32", "--prompt", "16", "--batch", "1", "--rounds", "2"]
-    paths = ["--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
-    asked = ["gqa", "speed", "--backend", "torch", "--threads", "1", *sizes, *paths]
-    done = CliRunner().invoke(application(), asked)
-    assert done.exit_code == 0, done.output
-    data = json.loads((tmp_path / "s.json").read_text())
+    sizes = "--width 32 --heads 2 --tokens 32 --prompt 16 --batch 1 --rounds 2"
+    data, _ = data_of(f"speed --backend torch --threads 1 {sizes} --plot {tmp_path}/s.png", tmp_path)
     rows = data["rows"]
     assert [(row["phase"], row["kind"]) for row in rows] == [
         ("decode", "MHA"), ("decode", "MQA"), ("prefill", "MHA"), ("prefill", "MQA"),
@@ -109,17 +100,3 @@ def test_the_command_measures_and_draws(tmp_path: Path) -> None:
     assert [row["kind"] for row in data["repeated"]] == ["MQA"]
     assert data["repeated"][0]["slower"] > 0
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--backend", "numpy"], "no backend 'numpy'; expected torch or jax"),
-        (["--kv-heads", "3"], "not a multiple"),
-        (["--plot", "nowhere/s.png"], "there is no folder"),
-    ],
-)
-def test_what_cannot_be_timed_is_refused(options: list[str], says: str) -> None:
-    done = CliRunner().invoke(application(), ["gqa", "speed", *options])
-    assert done.exit_code == 2
-    assert says in " ".join(done.output.split())

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from typer.testing import CliRunner
+from gqa_command import data_of, write_text
 
-from lyra.cli import application
 from lyra.spec.errors import InputError, SpecError
 from lyra.studies import parallel
-from lyra.studies.corpus import Corpus, batch, byte_pairs, default_text, once, read_corpus, windows
-from lyra.studies.language_model import LMSpec, initial_weights, logits, read_weights
+from lyra.studies.corpus import Corpus, batch, byte_pairs, once, read_corpus, windows
+from lyra.studies.language_model import LMSpec, initial_weights, logits
 from lyra.studies.parallel import train_all
 from lyra.studies.perplexity import distance, stability, summary
-from lyra.studies.training import MOMENTS, Curve, Recipe, Task, Trained, train
+from lyra.studies.training import MOMENTS, Curve, Recipe, Task, Trained, read_checkpoint, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,9 +26,7 @@ RECIPE = Recipe(steps=24, rows=4, window=16, warmup=4, evaluations=3, learning_r
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short text in English."""
-    path = tmp_path_factory.mktemp("text") / "short.txt"
-    path.write_text(default_text()[:6000], encoding="utf-8")
-    return path
+    return write_text(tmp_path_factory.mktemp("text"), 6000)
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +35,18 @@ def corpus(text_file: Path) -> Corpus:
     return read_corpus(text_file, 256, RECIPE.window)
 
 
-def trained(backend: str, corpus: Corpus, folder: Path, kv_heads: int = 2, seed: int = 0) -> Trained:
-    """A model after the short recipe."""
-    task = Task(backend, SPEC.replace(num_kv_heads=kv_heads), RECIPE, seed)
-    return train(task, corpus, folder)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the short run leaves its models."""
+    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="module")
-def models(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+def models(corpus: Corpus, folder: Path) -> dict[str, Trained]:
     """The short run on every backend."""
     pytest.importorskip("torch")
     pytest.importorskip("jax")
-    folder = tmp_path_factory.mktemp("models")
-    return {backend: trained(backend, corpus, folder) for backend in ("torch", "jax")}
+    return {backend: train(Task(backend, SPEC, RECIPE, 0), corpus, folder) for backend in ("torch", "jax")}
 
 
 def test_training_stability(models: dict[str, Trained], backend: str) -> None:
@@ -85,7 +79,7 @@ def test_both_backends_give_the_same_curve(models: dict[str, Trained]) -> None:
 
 
 def test_interrupted_and_resumed_is_uninterrupted(
-    models: dict[str, Trained], corpus: Corpus, backend: str, tmp_path: Path
+    models: dict[str, Trained], corpus: Corpus, folder: Path, backend: str, tmp_path: Path
 ) -> None:
     whole = models[backend]
 
@@ -96,24 +90,23 @@ def test_interrupted_and_resumed_is_uninterrupted(
     with pytest.raises(KeyboardInterrupt):
         train(whole.task, corpus, tmp_path, interrupt, every=5)
     (path,) = tmp_path.iterdir()
-    kept, metadata = read_weights(path)
-    assert len(json.loads(metadata["curve"])["loss"]) == 10
+    kept, curve = read_checkpoint(path)
+    assert len(curve.loss) == 10
     assert sum(name.startswith(MOMENTS) for name in kept) == 2 * len(SPEC.weight_shapes())
 
     seen: list[int] = []
     resumed = train(whole.task, corpus, tmp_path, seen.append)
     assert seen == list(range(10, 25))
     assert resumed.curve == whole.curve
-    for name, value in whole.weights.items():
-        np.testing.assert_array_equal(resumed.weights[name], value)
+    np.testing.assert_equal(read_checkpoint(path), read_checkpoint(whole.task.file(folder, corpus)))
 
     again = train(whole.task, corpus, tmp_path, seen.append)
     assert (seen[15:], again.curve) == ([24], whole.curve)  # finished: only read
-    assert set(read_weights(path)[0]) == set(SPEC.weight_shapes())
+    assert set(read_checkpoint(path)[0]) == set(SPEC.weight_shapes())
 
 
 def test_processes_train_what_one_does_and_stop_when_interrupted(
-    models: dict[str, Trained], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Trained], corpus: Corpus, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes of one thread each; whenever the one that waits for them is interrupted, they stop too."""
     tasks = [replace(models["torch"].task, seed=seed) for seed in (0, 1)]
@@ -131,7 +124,7 @@ def test_processes_train_what_one_does_and_stop_when_interrupted(
     assert train_all(tasks, corpus, tmp_path, 2)[1].curve == second.curve  # finished: no process is started
     assert first.curve == models["torch"].curve
     assert second.curve != first.curve
-    np.testing.assert_array_equal(first.weights["norm.weight"], models["torch"].weights["norm.weight"])
+    np.testing.assert_equal(*(read_checkpoint(first.task.file(place, corpus)) for place in (tmp_path, folder)))
 
 
 def test_a_checkpoint_belongs_to_what_it_was_trained_with(corpus: Corpus, tmp_path: Path) -> None:
@@ -208,7 +201,7 @@ def test_pairs_of_bytes_spell_any_text(text_file: Path) -> None:
     made = read_corpus(text_file, 300, 16)
     assert made.vocab_size == 300
     assert made.bytes_per_token > 1.1
-    tokenizer: Tokenizer = byte_pairs(once(text_file.read_text())[:5000], 300)
+    tokenizer = byte_pairs(once(text_file.read_text())[:5000], 300)
     assert tokenizer.decode(tokenizer.encode("naïve 漢字").ids) == "naïve 漢字"
 
 
@@ -225,14 +218,14 @@ def test_what_cannot_be_trained_is_refused(text_file: Path, corpus: Corpus, tmp_
         read_corpus(text_file, 256, 4000)
     with pytest.raises(InputError, match="expected 256, which are bytes, or more"):
         read_corpus(text_file, 100, 16)
-    with pytest.raises(InputError, match="no model is trained on 'numpy'; expected torch or jax"):
-        trained("numpy", corpus, tmp_path)
+    with pytest.raises(InputError, match="the studies know no backend 'numpy'; expected torch or jax"):
+        train(Task("numpy", SPEC, RECIPE, 0), corpus, tmp_path)
 
 
 def test_the_mean_and_its_error_are_over_the_seeds() -> None:
     def run(heads: int, seed: int, loss: float) -> Trained:
         curve = Curve([3.0] * 10 + [2.0] * 10, [1.0] * 20, [(20, loss)])
-        return Trained(Task("torch", SPEC.replace(num_kv_heads=heads), RECIPE, seed), {}, curve)
+        return Trained(Task("torch", SPEC.replace(num_kv_heads=heads), RECIPE, seed), curve)
 
     many, few = summary([run(4, 0, 1.0), run(1, 0, 1.1), run(4, 1, 2.0), run(1, 1, 2.3)], tokens=100)
     assert (many["kind"], few["kind"], few["seeds"]) == ("MHA", "MQA", 2)
@@ -246,32 +239,13 @@ def test_the_mean_and_its_error_are_over_the_seeds() -> None:
 
 
 def test_the_command_trains_and_draws(text_file: Path, tmp_path: Path) -> None:
-    options = ["--steps", "12", "--rows", "2", "--window", "16", "--width", "16", "--layers", "1", "--heads", "2"]
-    paths = {name: tmp_path / name for name in ("p.json", "p.png", "c.png", "models")}
-    asked = ["--vocabulary", "256", "--seeds", "2", "--processes", "1", "--no-speed"]
-    asked += ["--checkpoints", str(paths["models"])]
-    asked += ["--json", str(paths["p.json"]), "--plot", str(paths["p.png"]), "--curves", str(paths["c.png"])]
-    done = CliRunner().invoke(application(), ["gqa", "perplexity", str(text_file), *options, *asked])
-    assert done.exit_code == 0, done.output
-    data = json.loads(paths["p.json"].read_text())
+    sizes = "--steps 12 --rows 2 --window 16 --width 16 --layers 1 --heads 2 --vocabulary 256 --seeds 2"
+    models, plots = tmp_path / "models", f"--plot {tmp_path}/p.png --curves {tmp_path}/c.png"
+    options = f"{sizes} --processes 1 --no-speed --checkpoints {models}"
+    data, _ = data_of(f"perplexity {text_file} {options} {plots}", tmp_path)
     assert [(row["kind"], row["seeds"]) for row in data["rows"]] == [("MHA", 2), ("MQA", 2)]
     assert {len(run["loss"]) for run in data["runs"]} == {12}
     assert data["distance"] is None
-    assert len(list(paths["models"].iterdir())) == 4
+    assert len(list(models.iterdir())) == 4
     for name in ("p.png", "c.png"):
-        assert paths[name].read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--kv-heads", "3"], "not a multiple"),
-        (["--kv-heads", ","], "no KV heads are named"),
-        (["--json", "nowhere/p.json"], "there is no folder"),
-        (["missing.txt"], "missing.txt"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(options: list[str], says: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(application(), ["gqa", "perplexity", "--checkpoints", str(tmp_path), *options])
-    assert done.exit_code == 2
-    assert says in " ".join(done.output.split())
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

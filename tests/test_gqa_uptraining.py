@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from gqa_command import data_of, write_text
 
-from lyra.cli import application
 from lyra.spec.errors import InputError
 from lyra.studies.conversion import METHODS, Method, share_kv_heads
-from lyra.studies.corpus import default_text, read_corpus
+from lyra.studies.corpus import read_corpus
 from lyra.studies.language_model import LMSpec, initial_weights, logits
 from lyra.studies.training import Curve, Recipe, Task, Trained
 from lyra.studies.uptraining import Plan, summary, uptrained
@@ -27,9 +25,7 @@ RECIPE = Recipe(steps=120, rows=8, window=16, warmup=5, learning_rate=1e-2, eval
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text in English."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(default_text()[:40_000], encoding="utf-8")
-    return path
+    return write_text(tmp_path_factory.mktemp("text"), 40_000)
 
 
 def heads(weights: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -79,11 +75,7 @@ def test_biases_are_pooled_too_and_as_many_heads_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("names", "sizes", "says"),
     [
-        (
-            ["k_proj.weight"],
-            (2, 3),
-            "k_proj.weight has 8 rows, 4 heads of 2; expected whole heads",
-        ),
+        (["k_proj.weight"], (2, 3), "k_proj.weight has 8 rows, 4 heads of 2; expected whole heads"),
         (["k_proj.weight"], (3, 1), "2.66667 heads of 3"),
         (["k_proj.weight"], (2, 0), "num_kv_heads=0"),
         (["c_attn.weight"], (2, 2), "no weight is called …k_proj or …v_proj; found c_attn.weight"),
@@ -125,7 +117,7 @@ def test_a_row_is_a_mean_over_the_seeds() -> None:
     def run(start: Method, seed: int, *losses: float) -> Trained:
         origin = Task("torch", SPEC, RECIPE, seed)
         task = Task("torch", SPEC.replace(num_kv_heads=1), RECIPE, seed, start, origin)
-        return Trained(task, {}, Curve([1.0], [1.0], list(enumerate(losses))))
+        return Trained(task, Curve([1.0], [1.0], list(enumerate(losses))))
 
     runs = [run("mean", 0, 3.0, 2.0), run("first", 0, 4.0, 1.0), run("mean", 1, 5.0, 2.0), run("first", 1, 4.0, 3.0)]
     mean, first = summary(runs, originals)
@@ -135,21 +127,11 @@ def test_a_row_is_a_mean_over_the_seeds() -> None:
 
 
 def test_the_command_converts_and_draws(text_file: Path, tmp_path: Path) -> None:
-    options = ["--steps", "6", "--rows", "2", "--window", "16", "--width", "16", "--layers", "1", "--heads", "2"]
-    asked = ["--vocabulary", "256", "--seeds", "1", "--uptraining", "4", "--processes", "1"]
-    asked += ["--checkpoints", str(tmp_path / "models")]
-    asked += ["--json", str(tmp_path / "u.json"), "--plot", str(tmp_path / "u.png")]
-    done = CliRunner().invoke(application(), ["gqa", "uptrain", str(text_file), *options, *asked])
-    assert done.exit_code == 0, done.output
-    data = json.loads((tmp_path / "u.json").read_text())
+    sizes = "--steps 6 --rows 2 --window 16 --width 16 --layers 1 --heads 2 --vocabulary 256 --seeds 1"
+    options = f"{sizes} --uptraining 4 --processes 1 --checkpoints {tmp_path}/models --plot {tmp_path}/u.png"
+    data, printed = data_of(f"uptrain {text_file} {options}", tmp_path)
     assert [(row["kind"], row["start"]) for row in data["rows"]] == [
         ("MHA", "whole"), ("MQA", "mean"), ("MQA", "first"), ("MQA", "random"),
     ]  # fmt: skip
     assert (tmp_path / "u.png").read_bytes().startswith(b"\x89PNG")
-    assert "mean of the group" in done.stdout
-
-
-def test_a_conversion_to_nothing_is_refused(tmp_path: Path) -> None:
-    done = CliRunner().invoke(application(), ["gqa", "uptrain", "--kv-heads", ",", "--checkpoints", str(tmp_path)])
-    assert done.exit_code == 2
-    assert "no KV heads to convert to are named" in " ".join(done.output.split())
+    assert "mean of the group" in printed

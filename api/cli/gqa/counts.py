@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,8 @@ from ..options import JsonPath
 from ..output import show
 from ..split import read_spec
 from .group import MOST_HEADS, MOST_WIDTH, Cell, Plot, gqa
+
+Dtype = Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8.")]
 
 SHAPES = {"MHA-32": 32, "GQA-8": 8, "GQA-4": 4, "MQA": 1}
 """The groupings of LLaMA-7B's shape (32 layers, 32 query heads of 128) that the cache is counted for."""
@@ -82,7 +84,7 @@ def params(
 @gqa.command()
 def cache(
     model: Annotated[list[str] | None, typer.Argument(help="Presets, .toml files, folders or .gguf files.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8.")] = "float16",
+    dtype: Dtype = "float16",
     batch: Annotated[int, typer.Option(min=1, max=10**9, help="Rows.")] = 1,
     context: Annotated[bool, typer.Option("--context", help="Count a static context against the live cache.")] = False,
     every: Annotated[bool, typer.Option("--presets", help="Count the live cache of every preset.")] = False,
@@ -105,14 +107,14 @@ def cache(
     title = f"{named or ('presets' if every else LLAMA)}: keys and values in {dtype}{rows}"
     if plot is not None:
         save(cache_figure(title, LENGTHS, series), plot)
-    table = _by_model(title, series) if every else _by_length(title, series)
+    table = _cache_table(title, series, by_model=every)
     show({"dtype": dtype, "batch": batch, "tokens": LENGTHS, "bytes": series}, json_path, table)
 
 
 @gqa.command("presets")
 def preset_table(
     tokens: Annotated[int, typer.Option(min=1, max=10**12, help="Tokens that the cache is counted for.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or int8.")] = "float16",
+    dtype: Dtype = "float16",
     json_path: JsonPath = None,
 ) -> None:
     """Heads, savings and cache of every preset, one row each."""
@@ -146,10 +148,8 @@ def parameter_rows(spec: AttentionSpec) -> list[dict[str, Any]]:
     rows = []
     for kv_heads in groupings(spec.num_attention_heads):
         layer = spec.replace(num_key_value_heads=kv_heads, split=None)
-        counts = projections(layer)
         of_kind = {"kind": kind(spec.num_attention_heads, kv_heads), "kv_heads": kv_heads}
-        of_weights = {"q": counts.q, "k": counts.k, "v": counts.v, "qkv": counts.qkv, "o": counts.o}
-        rows.append(of_kind | of_weights | {"reduction": reduction(layer)})
+        rows.append(of_kind | projections(layer) | {"reduction": reduction(layer)})
     return rows
 
 
@@ -186,23 +186,20 @@ def _chosen_layer(
     return f"{heads} query heads", grouped(width, heads, head_dim=head_dim)
 
 
-def _by_length(title: str, series: dict[str, list[int]]) -> Table:
-    """A row for each length."""
-    columns = {name: partial(_at, values) for name, values in series.items()}
-    table = table_of(title, range(len(LENGTHS)), {"tokens": lambda place: f"{LENGTHS[place]:,}", **columns})
-    table.columns[0].justify = "right"
-    return table
-
-
-def _by_model(title: str, series: dict[str, list[int]]) -> Table:
-    """A row for each of many models, and every other length."""
-    places = range(0, len(LENGTHS), 2)
-    columns = {f"{LENGTHS[place]:,}": lambda row, place=place: size(row[1][place]) for place in places}
-    return table_of(title, series.items(), {"tokens": lambda row: row[0], **columns}, overflow="fold")
-
-
-def _at(values: list[int], place: int) -> str:
-    return size(values[place])
+def _cache_table(title: str, series: dict[str, list[int]], by_model: bool) -> Table:
+    """A row for each length; or, of many models, a row for each and every other length."""
+    if by_model:
+        places = range(0, len(LENGTHS), 2)
+        rows = [
+            {"tokens": name} | {f"{LENGTHS[at]:,}": size(values[at]) for at in places}
+            for name, values in series.items()
+        ]
+        return table_of(title, rows, {name: itemgetter(name) for name in rows[0]}, overflow="fold")
+    rows = [
+        {"tokens": f"{length:,}"} | {name: size(values[at]) for name, values in series.items()}
+        for at, length in enumerate(LENGTHS)
+    ]
+    return table_of(title, rows, {name: itemgetter(name) for name in rows[0]}, left=0)
 
 
 def _model(source: str) -> ModelSpec:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lyra.spec.errors import InputError, SpecError
-from lyra.studies.training import FRAMEWORKS
+from lyra.spec.errors import SpecError
+from lyra.studies.training import check_backend
 
 from ..options import numbers
 
@@ -24,6 +24,7 @@ gqa = typer.Typer(no_args_is_help=True, help="What sharing KV heads saves and wh
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="PATH", help="Draw it: a .png or .svg file.")]
 Backends = Annotated[list[str], typer.Option("--backend", "-b", help="torch or jax; may be given twice.")]
 Heads = Annotated[int, typer.Option(min=1, max=MOST_HEADS, help="Query heads.")]
+KVHeads = Annotated[str | None, typer.Option(help="KV heads to compare, such as 8,4,1; else all legal.")]
 
 Cell = Callable[[dict[str, Any]], str]
 """What a column of a table says of a row."""
@@ -32,8 +33,7 @@ Cell = Callable[[dict[str, Any]], str]
 def chosen_backends(names: list[str]) -> tuple[str, ...]:
     """The named backends, each once. Raises InputError for one that the studies have no code for."""
     for name in names:
-        if name not in FRAMEWORKS:
-            raise InputError(f"the studies know no backend {name!r}; expected {' or '.join(FRAMEWORKS)}")
+        check_backend(name)
     return tuple(dict.fromkeys(names))
 
 

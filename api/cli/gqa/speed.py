@@ -20,7 +20,7 @@ from lyra.terminal import table_of
 from ..files import check_files
 from ..options import MOST_THREADS, MOST_TOKENS, JsonPath
 from ..output import show
-from .group import CORES, MOST_WIDTH, Backends, Cell, Heads, Plot, chosen_backends, chosen_kv_heads, gqa
+from .group import CORES, MOST_WIDTH, Backends, Cell, Heads, KVHeads, Plot, chosen_backends, chosen_kv_heads, gqa
 
 FASTER: dict[str, Cell] = {
     "": lambda row: f"{row['backend']}, {row['kind']}",
@@ -47,7 +47,7 @@ WORK: dict[str, Cell] = {
 @gqa.command()
 def speed(
     backend: Backends = ["torch", "jax"],  # noqa: B006 (typer copies it)
-    kv_heads: Annotated[str | None, typer.Option(help="KV heads to compare, such as 8,4,1; else all legal.")] = None,
+    kv_heads: KVHeads = None,
     heads: Heads = 8,
     width: Annotated[int, typer.Option(min=1, max=MOST_WIDTH, help="hidden_size.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, max=65_536, help="Rows of a decode step.")] = 8,

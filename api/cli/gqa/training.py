@@ -17,8 +17,8 @@ from lyra.studies.gqa_figures import curve_figure, perplexity_figure, uptraining
 from lyra.studies.language_model import LMSpec
 from lyra.studies.parallel import train_all
 from lyra.studies.parameters import groupings
-from lyra.studies.perplexity import EDGE, Sweep, as_data, distance, summary
-from lyra.studies.speed import Load, model_steps
+from lyra.studies.perplexity import EDGE, as_data, distance, summary, sweep
+from lyra.studies.speed import Load, in_turns
 from lyra.studies.training import Recipe
 from lyra.studies.uptraining import Plan, uptrained
 from lyra.terminal import table_of
@@ -26,7 +26,7 @@ from lyra.terminal import table_of
 from ..files import check_files
 from ..options import MOST_THREADS, MOST_TOKENS, JsonPath
 from ..output import show
-from .group import CORES, MOST_WIDTH, Backends, Cell, Heads, Plot, chosen_backends, chosen_kv_heads, gqa
+from .group import CORES, MOST_WIDTH, Backends, Cell, Heads, KVHeads, Plot, chosen_backends, chosen_kv_heads, gqa
 
 CACHED = Load(batch=8, tokens=2048)
 """What a decode step of a trained model is timed with, and the bytes of keys and values are given for."""
@@ -85,7 +85,7 @@ UPTRAINING: dict[str, Cell] = {
 def perplexity(
     text: Text = None,
     backend: Backends = ["torch"],  # noqa: B006 (typer copies it)
-    kv_heads: Annotated[str | None, typer.Option(help="KV heads to compare, such as 8,4,1; else all legal.")] = None,
+    kv_heads: KVHeads = None,
     seeds: Seeds = 3,
     steps: Steps = 300,
     rows: Rows = 8,
@@ -112,16 +112,17 @@ def perplexity(
     chosen = chosen_kv_heads(kv_heads, heads, groupings(heads))
     backends = chosen_backends(backend)
     corpus, spec = _study(text, vocabulary, window, heads, width, layers)
-    sweep = Sweep(spec, recipe, chosen, seeds, backends)
+    tasks = sweep(spec, recipe, chosen, seeds, backends)
     with progress_bar("Training") as move:
-        runs = train_all(sweep.tasks(), corpus, checkpoints or cache_folder() / "gqa", processes, move)
+        runs = train_all(tasks, corpus, checkpoints or cache_folder() / "gqa", processes, move)
     found, apart = summary(runs, CACHED.tokens), distance(runs)
     if timed:
         with Workers(CORES) as workers, progress_bar("Timing") as move:
             for number, name in enumerate(backends):
                 move(name, number, len(backends))
                 of_backend = (row for row in found if row["backend"] == name)
-                for row, times in zip(of_backend, model_steps(spec, chosen, CACHED, name, workers), strict=True):
+                specs = [spec.replace(num_kv_heads=heads).to_dict() for heads in chosen]
+                for row, times in zip(of_backend, in_turns(name, "model_decode", specs, CACHED, workers), strict=True):
                     row["decode_seconds"], row["decode_faster"] = times["seconds"], times["faster"]
     data = {
         "text": corpus.name,
