@@ -29,25 +29,19 @@ def share_kv_heads(
     names = [name for name in weights if name.endswith(PARTS)]
     if not names:
         raise InputError(f"no weight is called …k_proj or …v_proj; found {', '.join(list(weights)[:3]) or 'none'}")
-    rng = np.random.default_rng(seed)
-    converted = {name: _converted(name, weights[name], head_dim, num_kv_heads, method, rng) for name in names}
-    return {**weights, **converted}
-
-
-def _converted(
-    name: str, value: np.ndarray, head_dim: int, num_kv_heads: int, method: Method, rng: np.random.Generator
-) -> np.ndarray:
-    heads, rest = divmod(len(value), head_dim)
-    if rest or num_kv_heads < 1 or heads % num_kv_heads:
-        raise InputError(
-            f"{name} has {len(value)} rows, {len(value) / head_dim:g} heads of {head_dim}; expected whole heads whose "
-            f"number is a multiple of num_kv_heads={num_kv_heads}"
-        )
-    groups = value.reshape(num_kv_heads, heads // num_kv_heads, head_dim, *value.shape[1:])
-    if method == "mean":
-        shared = groups.mean(axis=1, dtype=np.float64)
-    elif method == "first":
-        shared = groups[:, 0]
-    else:
-        shared = rng.standard_normal(groups[:, 0].shape) * value.std()
-    return shared.reshape(-1, *value.shape[1:]).astype(value.dtype)
+    rng, shared = np.random.default_rng(seed), dict(weights)
+    for name in names:
+        value = weights[name]
+        heads, rest = divmod(len(value), head_dim)
+        if rest or num_kv_heads < 1 or heads % num_kv_heads:
+            raise InputError(
+                f"{name} has {len(value)} rows, {len(value) / head_dim:g} heads of {head_dim}; expected whole heads "
+                f"whose number is a multiple of num_kv_heads={num_kv_heads}"
+            )
+        groups = value.reshape(num_kv_heads, heads // num_kv_heads, head_dim, *value.shape[1:])
+        if method == "mean":
+            made = groups.mean(axis=1, dtype=np.float64)
+        else:
+            made = groups[:, 0] if method == "first" else rng.standard_normal(groups[:, 0].shape) * value.std()
+        shared[name] = made.reshape(-1, *value.shape[1:]).astype(value.dtype)
+    return shared

@@ -11,7 +11,6 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 
 from .corpus import Corpus
@@ -24,8 +23,8 @@ ONE_THREAD = {
 }
 """What a process of the pool has in its environment before it imports a framework."""
 
-LOOK = 0.3
-"""Seconds between two looks at how far the processes are."""
+LOOK = 1.0
+"""Seconds between two looks at how far the processes are, at most."""
 
 Moved = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -47,7 +46,10 @@ def train_all(
         return [train(task, corpus, folder) for task in tasks]
     before, found = 0, []
     for task in tasks:
-        tell = partial(_told, moved, f"{task.backend} {task.spec.kind}, seed {task.seed}", before, total)
+
+        def tell(done: int, task: Task = task, before: int = before) -> None:
+            moved(f"{task.backend} {task.spec.kind}, seed {task.seed}", before + done, total)
+
         found.append(train(task, corpus, folder, tell))
         before += task.recipe.steps
     return found
@@ -78,7 +80,3 @@ def _enter() -> None:
     """What a process of the pool begins with."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it is interrupted, and ends it
     os.environ.update(ONE_THREAD)
-
-
-def _told(moved: Moved, what: str, before: int, total: int, done: int) -> None:
-    moved(what, before + done, total)

@@ -73,29 +73,24 @@ def measure(
         turns = in_turns(backend, phase, [layer.to_dict() for layer in specs], load, workers, rounds)
         floors = [floor(layer, phase, load) for layer in specs]
         least = [floor_seconds(limit, rates) for limit in floors]
-        for layer, times, limit, seconds in zip(specs, turns, floors, least, strict=True):
-            rows.append(
-                {
-                    "phase": phase,
-                    **_named(layer, backend),
-                    **times,
-                    "floor": seconds,
-                    "floor_faster": least[0] / seconds,
-                    "read": limit.read,
-                    "operations": limit.operations,
-                    "attention_operations": attention_operations(layer, phase, load),
-                }
-            )
+        rows += [
+            {
+                "phase": phase,
+                **_named(layer, backend),
+                **times,
+                "floor": seconds,
+                "floor_faster": least[0] / seconds,
+                "read": limit.read,
+                "operations": limit.operations,
+                "attention_operations": attention_operations(layer, phase, load),
+            }
+            for layer, times, limit, seconds in zip(specs, turns, floors, least, strict=True)
+        ]
     return rows
 
 
 def repeating(
-    spec: AttentionSpec,
-    kv_heads: Sequence[int],
-    load: Load,
-    backends: Sequence[str],
-    workers: Workers,
-    rounds: int = 9,
+    spec: AttentionSpec, kv_heads: Sequence[int], load: Load, backends: Sequence[str], workers: Workers, rounds: int = 9
 ) -> list[dict[str, Any]]:
     """What a decode step costs more, where keys and values are first repeated for every query head: a row for each
     backend and number of KV heads but MHA's. slower is the median of the ratios of rounds, with quartiles.
