@@ -12,8 +12,10 @@ from lyra.spec.errors import InputError
 from lyra.studies.conversion import METHODS, Method, share_kv_heads
 from lyra.studies.corpus import read_corpus
 from lyra.studies.language_model import LMSpec, initial_weights, logits
+from lyra.studies.parallel import train_all
+from lyra.studies.perplexity import sweep
 from lyra.studies.training import Curve, Recipe, Task, Trained
-from lyra.studies.uptraining import Plan, summary, uptrained
+from lyra.studies.uptraining import conversions, summary
 
 SPEC = LMSpec(
     vocab_size=256, num_kv_heads=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, norm_eps=1e-6
@@ -91,10 +93,11 @@ def test_what_cannot_be_converted_is_refused(names: list[str], sizes: tuple[int,
 @pytest.mark.usefixtures("one_thread")
 def test_pooled_heads_start_better_than_random_ones(text_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    plan = Plan("torch", SPEC, RECIPE, seeds=1, kv_heads=(1,), steps=10)
+    originals = sweep(SPEC, RECIPE, [4], 1, ["torch"])
+    tasks = [*originals, *conversions(originals, (1,), 10)]
     told: list[tuple[str, int, int]] = []
     corpus = read_corpus(text_file, 256, RECIPE.window)
-    rows = uptrained(plan, corpus, tmp_path, 1, lambda *at: told.append(at))
+    rows = summary(train_all(tasks, corpus, tmp_path, 1, lambda *at: told.append(at)))
     found = {row["start"]: row for row in rows}
     assert list(found) == ["whole", *METHODS]
     assert found["whole"]["at_start"] == pytest.approx(found["whole"]["original"], abs=1e-6)
@@ -103,24 +106,25 @@ def test_pooled_heads_start_better_than_random_ones(text_file: Path, tmp_path: P
         assert found[start]["at_end"] < found[start]["at_start"]
     assert told[-1][1:] == (160, 160)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
-    assert plan.further.first == RECIPE.steps
+    assert tasks[-1].recipe.first == RECIPE.steps
 
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert len(files) == 1 + len(plan.tasks())
-    assert uptrained(plan, corpus, tmp_path, 1) == rows  # trained already: read
+    assert len(files) == len(tasks)
+    assert summary(train_all(tasks, corpus, tmp_path, 1)) == rows  # trained already: read
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
 
 
 def test_a_row_is_a_mean_over_the_seeds() -> None:
-    originals = {Task("torch", SPEC, RECIPE, seed): 1.0 + seed for seed in (0, 1)}
+    originals = [
+        Trained(task, Curve(held_out=[(120, 1.0 + task.seed)])) for task in sweep(SPEC, RECIPE, [4], 2, ["torch"])
+    ]
 
     def run(start: Method, seed: int, *losses: float) -> Trained:
-        origin = Task("torch", SPEC, RECIPE, seed)
-        task = Task("torch", SPEC.replace(num_kv_heads=1), RECIPE, seed, start, origin)
+        task = Task("torch", SPEC.replace(num_kv_heads=1), RECIPE, seed, start, originals[seed].task)
         return Trained(task, Curve([1.0], [1.0], list(enumerate(losses))))
 
     runs = [run("mean", 0, 3.0, 2.0), run("first", 0, 4.0, 1.0), run("mean", 1, 5.0, 2.0), run("first", 1, 4.0, 3.0)]
-    mean, first = summary(runs, originals)
+    mean, first = summary([*originals, *runs])
     assert (mean["original"], mean["at_start"], mean["at_end"]) == (1.5, 4.0, 2.0)
     assert (first["pooled_wins"], mean["pooled_wins"]) == (1, 0)
     assert first["held_out"] == [(0, 4.0), (1, 2.0)]

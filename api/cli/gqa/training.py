@@ -20,7 +20,8 @@ from lyra.studies.parameters import groupings
 from lyra.studies.perplexity import EDGE, as_data, distance, summary, sweep
 from lyra.studies.speed import Load, in_turns
 from lyra.studies.training import Recipe
-from lyra.studies.uptraining import Plan, uptrained
+from lyra.studies.uptraining import conversions
+from lyra.studies.uptraining import summary as uptraining_summary
 from lyra.terminal import table_of
 
 from ..files import check_files
@@ -185,15 +186,17 @@ def uptrain(
     chosen = chosen_kv_heads(kv_heads, heads, groupings(heads)[1:], " to convert to")
     (backend,) = chosen_backends([backend])
     corpus, spec = _study(text, vocabulary, window, heads, width, layers)
-    plan = Plan(backend, spec, recipe, seeds, chosen, uptraining)
+    originals = sweep(spec, recipe, [heads], seeds, [backend])
+    tasks = conversions(originals, chosen, uptraining)
     with progress_bar("Training") as move:
-        found = uptrained(plan, corpus, checkpoints or cache_folder() / "gqa", processes, move)
+        runs = train_all([*originals, *tasks], corpus, checkpoints or cache_folder() / "gqa", processes, move)
+    found = uptraining_summary(runs)
     data = {
         "text": corpus.name,
         "backend": backend,
         "model": spec.model_dump(),
         "recipe": recipe.model_dump(),
-        "uptraining": plan.further.model_dump(),
+        "uptraining": tasks[0].recipe.model_dump(),
         "rows": found,
     }
     if plot is not None:
