@@ -274,7 +274,7 @@ def test_the_library_gets_its_layers_back(torch_engine):
 
 
 def test_a_closed_gate_hides_what_is_not_finite():
-    h, wild = torch.tensor([[-0.0, 2.0]]), torch.tensor([[torch.inf, torch.nan]])
+    h, wild = torch.tensor([[[-0.0, 2.0]]]), torch.tensor([[[torch.inf, torch.nan]]])
     closed = join(h, wild, torch.tensor(0.0), residual=True)
     assert (closed.view(torch.int32) == h.view(torch.int32)).all()
 
