@@ -127,8 +127,8 @@ class JaxAttention:
         """Gradients of sum(cotangent * output); cotangent [B,T,E], the rest as in a call. Raises InputError."""
         check_differentiable(self.dtype)
         inputs = check_call(self.spec, x, positions, mask, static)
-        cotangent = check_cotangent(cotangent, inputs)
-        found = layer_gradients(self.spec, self._weights, inputs, cotangent, numbers=self._numbers, shape=self._shape)
+        checked = check_cotangent(cotangent, inputs)
+        found = layer_gradients(self.spec, self._weights, inputs, checked, numbers=self._numbers, shape=self._shape)
         return complete(found, static)
 
     def reorder(self, cache: object, rows: Sequence[int] | np.ndarray) -> LiveCache:
