@@ -25,6 +25,7 @@ from lyra.spec.inputs import (
     check_weights,
 )
 
+from .history import so_far
 from .jax_host import PLACE, Host
 
 ROOM = 512
@@ -137,8 +138,7 @@ def packed_for(spec: AttentionSpec, past: ModuleCache | None, inputs: CallInputs
     Calls are padded to a common width, as prompts are. A token that is decoded has a column of its own, and so has each
     token that goes into a ring behind others: padding there would take the places of tokens.
     """
-    mask = inputs.mask if past is None else np.concatenate([past.mask, inputs.mask], axis=1)
-    positions = inputs.positions if past is None else np.concatenate([past.positions, inputs.positions], axis=1)
+    mask, positions = so_far(past, inputs)
     for row, shown in zip(positions, mask, strict=True):
         if (np.diff(row[shown]) != 1).any():
             raise Unsupported("a decoder of JAX counts the positions of its tokens itself, one after the other")
@@ -169,11 +169,7 @@ def begun(host: Host, past: ModuleCache | None, inputs: CallInputs) -> ModelCach
 
 def followed(layer: ModuleAttention, model: ModelCache, past: ModuleCache | None, inputs: CallInputs) -> ModuleCache:
     """The cache with the call's tokens."""
-    mask, positions = inputs.mask, inputs.positions
-    if past is not None:
-        mask = np.concatenate([past.mask, mask], axis=1)
-        positions = np.concatenate([past.positions, positions], axis=1)
-    return ModuleCache(model, mask, positions, layer, past, inputs)
+    return ModuleCache(model, *so_far(past, inputs), layer, past, inputs)
 
 
 def answer(made: Any, after: object, packed: Packed, names: tuple[str, ...]) -> Result:

@@ -25,6 +25,7 @@ from lyra.spec.inputs import (
 )
 from lyra.spec.split import HeadSplit
 
+from .history import so_far
 from .torch_host import ROOM, Feed, Host, Variant, cropped, install, reordered
 
 LARGEST = 1e30
@@ -126,13 +127,8 @@ def followed(layer: ModuleAttention, past: ModuleCache | None, inputs: CallInput
         raise Unsupported(
             "of a window of 1 transformers' DynamicCache forgets nothing: it keeps the last -0 tokens, all"
         )
-    if past is None:
-        hf, mask, positions = layer.host.open_cache(), inputs.mask, inputs.positions
-    else:
-        hf = copy.deepcopy(past.hf)
-        mask = np.concatenate([past.mask, inputs.mask], axis=1)
-        positions = np.concatenate([past.positions, inputs.positions], axis=1)
-    return ModuleCache(hf, mask, positions, layer, past, inputs)
+    hf = layer.host.open_cache() if past is None else copy.deepcopy(past.hf)
+    return ModuleCache(hf, *so_far(past, inputs), layer, past, inputs)
 
 
 def feed_of(inputs: CallInputs, after: ModuleCache | None) -> Feed:
@@ -148,8 +144,7 @@ def refuse(spec: AttentionSpec, past: ModuleCache | None, inputs: CallInputs) ->
     padding = np.abs(inputs.x[~inputs.mask]).max(initial=0)
     if padding > LARGEST:
         raise Unsupported(f"padding of more than {LARGEST:g} overflows in Hugging Face's own projections")
-    positions = inputs.positions if past is None else np.concatenate([past.positions, inputs.positions], axis=1)
-    mask = inputs.mask if past is None else np.concatenate([past.mask, inputs.mask], axis=1)
+    mask, positions = so_far(past, inputs)
     if mask.shape[1] > ROOM:
         raise Unsupported(f"the model's StaticCache is opened for {ROOM} tokens")
     if spec.sliding_window is not None and not consecutive(positions, mask):
